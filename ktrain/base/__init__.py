@@ -1,0 +1,1 @@
+"""Standard library only: what every other package stands on."""

@@ -1,0 +1,70 @@
+"""Names that cross a process, file or job border: spelt once, never changed, added to only.
+
+Environment names are read by `ktrain.base.settings` alone.
+"""
+
+from __future__ import annotations
+
+# Environment of a worker started by a supervisor (torch's own names are set beside these).
+ENV_RUN = "KTRAIN_RUN"  # URI of the run
+ENV_EPOCH = "KTRAIN_EPOCH"  # the attempt's epoch, a positive integer
+ENV_NODE = "KTRAIN_NODE"  # this node's name, "node-0"
+ENV_AGENT = "KTRAIN_AGENT"  # address of the node's agent, "unix:/path"
+ENV_TOKEN_FILE = "KTRAIN_TOKEN_FILE"  # noqa: S105 -- a path: the token itself never stands in an environment
+ENV_VOLUME = "KTRAIN_VOLUME"  # folder on a memory-backed file system for the memory tier
+ENV_PATIENCE = "KTRAIN_PATIENCE_S"  # the one setting from which every timeout is derived
+ENV_FAULTS = "KTRAIN_FAULTS"  # fault points to fire in this process (tests)
+ENV_DISK = "KTRAIN_DISK"  # node directory of the disk tier; unset means no disk tier
+
+# Exit codes of workers, head and command line.
+EXIT_OK = 0
+EXIT_FAILED = 1  # the job failed and its restart budget is spent
+EXIT_USAGE = 2  # bad input; nothing was started or changed
+EXIT_CORRUPT = 3  # `ckpt verify`: something is not proven; restore: no good copy is left
+EXIT_CONFLICT = 4  # the run is live under another holder
+EXIT_UNAVAILABLE = 5  # storage or a peer could not be reached; nothing is known to be wrong
+EXIT_STOPPED = 130  # stopped on request (signal or cancel) after a save; the same command continues
+
+# Inside RUN (any fsspec URL).
+EVENTS_FILE = "events.jsonl"
+EVENTS_DIR = "events"
+CHECKPOINTS_DIR = "checkpoints"
+ATTEMPTS_DIR = "attempts"
+LOGS_DIR = "logs"
+RUN_FILE = "run.json"  # identity of the run: its id, made once
+HOLDER_FILE = "holder.json"  # who runs it now
+LOCAL_DIR = "local"  # files of a local launch: head address, token, status
+
+# Inside a node's volume.
+VOLUME_FILE = "volume.json"
+COMMITTED_FILE = "committed.json"
+
+# The names of the tiers.
+TIER_MEMORY = "memory"
+TIER_PEER = "peer"
+TIER_DISK = "disk"
+TIER_BUCKET = "bucket"
+TIERS = (TIER_MEMORY, TIER_PEER, TIER_DISK, TIER_BUCKET)
+
+# Causes of a failed attempt; each has its own restart budget.
+CAUSE_CRASH = "crash"  # a worker exited non-zero or died by a signal
+CAUSE_HANG = "hang"  # a rank made no step within its deadline
+CAUSE_NODE_LOST = "node-lost"  # a node's agent and supervisor are gone
+CAUSE_AGENT = "agent"  # an agent died (training goes on)
+CAUSE_STOPPED = "stopped"  # asked to stop
+CAUSE_ALL_LOST = "all-lost"  # every node at once
+
+
+def step_dirname(step: int) -> str:
+    """`step-00000010`."""
+    return f"step-{step:08d}"
+
+
+def rank_dirname(rank: int) -> str:
+    """`rank-00003`, the folder of a rank's slots in a volume."""
+    return f"rank-{rank:05d}"
+
+
+def node_name(node_index: int) -> str:
+    """`node-0`."""
+    return f"node-{node_index}"

@@ -1,0 +1,136 @@
+"""Typed events: the one record of what happened; log lines, progress and reports are renderings of it.
+
+An event is a JSON object with `time` (wall seconds, UTC), `attempt` (the epoch, 0 before there is one) and `kind`,
+and the fields of its kind. Kinds are append-only; the list below is golden.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ktrain.base.clock import SYSTEM_CLOCK, Clock
+
+KINDS = frozenset(
+    {
+        "run_started",  # head took the run: nodes, world_size, version
+        "attempt_started",  # world_size, nodes
+        "restored",  # step, tier, tiers (per rank), nbytes, seconds, wire_bytes
+        "fresh_start",  # nothing to restore: step 0
+        "step",  # step, loss, samples (rank 0's view)
+        "snapshot",  # rank, step, tier "memory", nbytes, stall_s
+        "save_skipped",  # rank, step, tier, reason
+        "committed",  # step, tier, nbytes, seconds
+        "replicated",  # rank, step, source, target, nbytes, seconds (through the transport)
+        "drained",  # rank, step, tier, nbytes, seconds
+        "collected",  # tier, step: removed by retention
+        "bad_copy",  # step, rank, tier, where, reason, begin, end (byte range)
+        "tier_failed",  # tier, reason; said once until it recovers
+        "tier_recovered",  # tier
+        "fault_injected",  # spec, step
+        "failure",  # cause, rank or node, host, phase, reason, step
+        "worker_exit",  # rank, exitcode, reason
+        "hang",  # rank, host, phase, silent_s
+        "node_lost",  # node, silent_s
+        "node_joined",  # node, host
+        "agent_lost",
+        "head_adopted",  # a new head took over a live attempt
+        "stop_requested",  # reason, at_step
+        "attempt_ended",  # outcome, cause, step
+        "run_ended",  # outcome, exit_code, step, reason
+        "log",  # name -> value pairs of step.log
+        "notice",  # said once: message
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing that happened."""
+
+    kind: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    time: float = field(default_factory=SYSTEM_CLOCK.wall)
+    attempt: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.kind in KINDS, self.kind
+
+    def to_json(self) -> dict[str, Any]:
+        return {"time": self.time, "attempt": self.attempt, "kind": self.kind, **self.fields}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Event:
+        rest = {key: item for key, item in value.items() if key not in ("time", "attempt", "kind")}
+        return cls(kind=value["kind"], fields=rest, time=value["time"], attempt=value["attempt"])
+
+
+class EventSink(Protocol):
+    """Takes events; must not block the caller for long and must not raise."""
+
+    def emit(self, event: Event) -> None: ...
+
+
+class ListSink:
+    """Keeps events in memory until taken; what a process holds until it can hand them on. Safe from any thread."""
+
+    def __init__(self, limit: int = 100_000) -> None:
+        self._events: list[Event] = []  # guarded by _lock
+        self._lock = threading.Lock()
+        self._limit = limit
+
+    def emit(self, event: Event) -> None:
+        with self._lock:
+            if len(self._events) < self._limit:  # a head that is away for ever must not fill this process's memory
+                self._events.append(event)
+
+    def peek(self, limit: int = 1000) -> list[Event]:
+        """The oldest events; they stay until `drop`."""
+        with self._lock:
+            return self._events[:limit]
+
+    def drop(self, count: int) -> None:
+        """Forgets the oldest `count` events, after they were handed on."""
+        with self._lock:
+            del self._events[:count]
+
+
+class FileSink:
+    """Appends one JSON line per event to a local file; each line is written whole and flushed."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 -- owned until close()
+        self._lock = threading.Lock()
+
+    def emit(self, event: Event) -> None:
+        line = json.dumps(event.to_json(), separators=(",", ":")).encode() + b"\n"
+        with self._lock:
+            self._file.write(line)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def parse_lines(lines: Iterable[bytes | str]) -> list[Event]:
+    """Events of a log; a torn last line (the writer was killed) is left out, and so are kinds of newer versions."""
+    events = []
+    for line in lines:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and value.get("kind") in KINDS:
+            events.append(Event.from_json(value))
+    return events
+
+
+
+
+def make(kind: str, attempt: int = 0, *, clock: Clock = SYSTEM_CLOCK, **fields: Any) -> Event:
+    """An event of now."""
+    return Event(kind=kind, fields=fields, time=clock.wall(), attempt=attempt)

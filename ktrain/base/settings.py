@@ -1,0 +1,161 @@
+"""The only reader and writer of the environment. An explicit argument wins over everything here."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ktrain.base import contract
+from ktrain.errors import ConfigError
+
+_DEFAULT_PATIENCE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """All timeouts, derived from one number: how long a healthy job may be silent (`patience_s`).
+
+    The hierarchy (a beat is much shorter than a lease, a lease shorter than a step deadline, a step deadline
+    shorter than a start) holds by construction, so that nobody has to tune it by hand.
+    """
+
+    patience_s: float = _DEFAULT_PATIENCE_S
+
+    @property
+    def beat_s(self) -> float:
+        """Interval of heartbeats when nothing is new."""
+        return min(0.5, self.patience_s / 40)
+
+    @property
+    def call_s(self) -> float:
+        """One call on the control channel."""
+        return max(2.0, self.patience_s / 6)
+
+    @property
+    def lease_s(self) -> float:
+        """Silence after which a node counts as lost."""
+        return max(3.0, self.patience_s / 6)
+
+    @property
+    def step_s(self) -> float:
+        """Silence between two steps after which a rank counts as hung."""
+        return self.patience_s
+
+    @property
+    def start_s(self) -> float:
+        """From the start of a worker to its first step (imports, build, restore)."""
+        return max(60.0, 4 * self.patience_s)
+
+    @property
+    def restore_s(self) -> float:
+        """Agreement and transfer of one restore round."""
+        return max(60.0, 4 * self.patience_s)
+
+    @property
+    def storage_s(self) -> float:
+        """One call to a store, on top of what its bytes need at 1 MB/s."""
+        return max(5.0, self.patience_s / 2)
+
+    @property
+    def drain_s(self) -> float:
+        """The last drain, before `close()` gives up."""
+        return max(60.0, 5 * self.patience_s)
+
+    @property
+    def stop_s(self) -> float:
+        """From a request to stop until processes are ended."""
+        return max(30.0, self.patience_s)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """What a process finds in its environment when it was started as a worker; absent values are None."""
+
+    run: str | None
+    epoch: int | None
+    node: str | None
+    agent: str | None
+    token_file: str | None
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    node_index: int
+
+
+def env(name: str, default: str | None = None) -> str | None:
+    """One variable of the environment; an empty one counts as unset."""
+    return os.environ.get(name) or default
+
+
+def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """A copy of this process's environment with `extra` on top."""
+    return {**os.environ, **extra}
+
+
+def set_environment(values: Mapping[str, str]) -> None:
+    """Sets variables for libraries that read them at import (Ray, torch); call before importing these."""
+    os.environ.update(values)
+
+
+def _integer(name: str, default: int) -> int:
+    text = env(name)
+    if text is None:
+        return default
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ConfigError(f"environment variable {name}: expected an integer, found {text!r}; unset or correct it") from error
+
+
+def worker_settings() -> WorkerSettings:
+    """Reads torch's and ktrain's worker variables.
+
+    Raises:
+        ConfigError: a variable is no integer.
+    """
+    epoch = _integer(contract.ENV_EPOCH, 0)
+    return WorkerSettings(
+        run=env(contract.ENV_RUN),
+        epoch=epoch or None,
+        node=env(contract.ENV_NODE),
+        agent=env(contract.ENV_AGENT),
+        token_file=env(contract.ENV_TOKEN_FILE),
+        rank=_integer("RANK", 0),
+        local_rank=_integer("LOCAL_RANK", 0),
+        world_size=_integer("WORLD_SIZE", 1),
+        local_world_size=_integer("LOCAL_WORLD_SIZE", _integer("WORLD_SIZE", 1)),
+        node_index=_integer("GROUP_RANK", 0),
+    )
+
+
+def timeouts() -> Timeouts:
+    """Timeouts from `KTRAIN_PATIENCE_S`, or the defaults."""
+    text = env(contract.ENV_PATIENCE)
+    if text is None:
+        return Timeouts()
+    try:
+        patience = float(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"environment variable {contract.ENV_PATIENCE}: expected seconds, found {text!r}; unset or correct it"
+        ) from error
+    if not patience > 0:
+        raise ConfigError(f"environment variable {contract.ENV_PATIENCE}: expected more than 0 s, found {text!r}")
+    return Timeouts(patience_s=patience)
+
+
+def volume_root() -> Path:
+    """Folder of the memory tier on this machine: `KTRAIN_VOLUME`, else a folder of this user in /dev/shm.
+
+    Where there is no /dev/shm (not Linux) the temporary directory is used: it survives processes, only slower.
+    """
+    chosen = env(contract.ENV_VOLUME)
+    if chosen is not None:
+        return Path(chosen)
+    shm = Path("/dev/shm")  # noqa: S108 -- the memory-backed volume is meant; the folder below is private (0700)
+    base = shm if shm.is_dir() and os.access(shm, os.W_OK) else Path(tempfile.gettempdir())
+    return base / f"ktrain-{os.getuid()}"
