@@ -1,0 +1,73 @@
+# The recipes that README and CI share. `make setup` once; the others call it when something changed.
+SHELL := /bin/bash
+VENV ?= .venv
+PYTHON ?= python3
+EXTRAS ?= ray,s3,kubernetes,test,lint
+
+BIN := $(VENV)/bin
+# Twice quiet: only errors are shown.
+PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-input
+NATIVE := $(shell find native -type f 2>/dev/null)
+PACKAGES := $(VENV)/.packages-installed
+BUILT := $(VENV)/.native-built
+
+.PHONY: setup demo test lint format chaos bench bench-gpu native-test clean
+.DELETE_ON_ERROR:
+
+setup: $(BUILT)
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) is missing; install Python 3.11 or later, or name one: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "setup: $(PYTHON) is $$($(PYTHON) -V 2>&1), expected 3.11 or later; name another: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "setup: $(PYTHON) cannot make virtual environments; install its venv package" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sysconfig; h = sysconfig.get_path("include") + "/Python.h"; raise SystemExit(0 if os.path.exists(h) else 1)' || \
+	  { echo "setup: the headers of $(PYTHON) are missing (Python.h); install its development package" >&2; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+	  { echo "setup: no C++ compiler found; install g++ 11 or clang 14 or later, or name one: CXX=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first and alone: every later install then finds it satisfied and cannot choose another.
+$(PACKAGES): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --constraint constraints.txt torch
+	$(PIP) install --constraint constraints.txt $$($(BIN)/python -c 'import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
+	  extras = p["project"]["optional-dependencies"]; \
+	  print(*p["build-system"]["requires"], *p["project"]["dependencies"], *(d for e in sys.argv[1].split(",") for d in extras[e]), "cmake", "ninja")' $(EXTRAS))
+	@touch $@
+
+$(BUILT): $(PACKAGES) $(NATIVE)
+	$(PIP) install --constraint constraints.txt --no-build-isolation --no-deps --editable .
+	@touch $@
+
+demo: $(BUILT)
+	$(BIN)/python examples/demo.py
+
+test: $(BUILT)
+	$(BIN)/python -m pytest -m "not chaos and not bench"
+
+lint: $(BUILT)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(BUILT)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+chaos: $(BUILT)
+	$(BIN)/python -m pytest -m chaos
+
+bench: $(BUILT)
+	$(BIN)/python -m benchmarks
+
+bench-gpu: $(BUILT)
+	$(BIN)/python -m benchmarks --gpu
+
+# The C++ tests, under the sanitizers for addresses and undefined behaviour, and again under the one for threads.
+native-test: $(BUILT)
+	$(BIN)/python -m pytest tests/unit/native/test_sanitizers.py
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,193 @@
+"""Digests and copies in C++, off the GIL. The only importer of `ktrain._native`.
+
+All digests are CRC-64/NVME, which buckets compute as well. Every function may be called from any thread;
+who writes to a buffer while it is read gets a digest of neither state.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ktrain import _native
+from ktrain.errors import CapacityError, ConfigError, UnavailableError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+else:
+    Buffer = Any
+
+_WORD_FORMATS = frozenset("qQlL")
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Bytes in this process's memory and where they belong in a target.
+
+    Whoever makes one keeps the memory at `address` (a tensor's `data_ptr()`) alive and unchanged while it is used.
+    """
+
+    address: int
+    nbytes: int
+    offset: int
+
+
+Columns: TypeAlias = "tuple[Buffer, Buffer, Buffer]"
+"""Segments as three arrays of 64-bit integers: addresses, sizes in bytes, offsets."""
+
+
+def crc64(data: Buffer, value: int = 0) -> int:
+    """Returns the digest of contiguous bytes, continuing from `value` as `zlib.crc32` does.
+
+    Raises:
+        ConfigError: `data` is not contiguous, or `value` is no unsigned 64-bit integer.
+    """
+    try:
+        return _native.crc64(data, value)
+    except (ValueError, TypeError, BufferError) as error:
+        raise _refused("digest", error) from error
+
+
+def crc64_with(variant: str, data: Buffer, value: int = 0) -> int:
+    """Returns what `crc64` does, by a named one of `variants()`."""
+    try:
+        return _native.crc64_with(variant, data, value)
+    except (ValueError, TypeError, BufferError) as error:
+        raise _refused("digest", error) from error
+
+
+def crc64_combine(first: int, second: int, second_nbytes: int) -> int:
+    """Returns the digest of two byte strings joined, without reading either.
+
+    Raises:
+        ConfigError: an argument is no unsigned 64-bit integer.
+    """
+    try:
+        return _native.crc64_combine(first, second, second_nbytes)
+    except TypeError as error:
+        raise _refused("join digests", error) from error
+
+
+def digest_chunks(data: Buffer, *, chunk_nbytes: int, num_threads: int = 1) -> list[int]:
+    """Returns one digest per chunk; the last chunk may be short, no bytes have no chunk.
+
+    Raises:
+        ConfigError: `data` is not contiguous, or a number is below 1.
+    """
+    _require_positive(chunk_nbytes=chunk_nbytes, num_threads=num_threads)
+    try:
+        return _native.digest_chunks(data, chunk_nbytes, num_threads)
+    except (ValueError, TypeError, BufferError) as error:
+        raise _refused("digest chunks", error) from error
+
+
+def copy_digest(target: Buffer, source: Buffer, *, chunk_nbytes: int, num_threads: int = 1) -> list[int]:
+    """Copies all of `source` and returns its digests per chunk, reading memory once.
+
+    Raises:
+        ConfigError: the lengths differ, the target is read-only, or a number is below 1. Nothing was copied.
+    """
+    _require_positive(chunk_nbytes=chunk_nbytes, num_threads=num_threads)
+    try:
+        return _native.copy_digest(target, source, chunk_nbytes, num_threads)
+    except (ValueError, TypeError, BufferError) as error:
+        raise _refused("copy", error) from error
+
+
+def gather_digest(
+    target: Buffer, segments: Iterable[Segment] | Columns, *, chunk_nbytes: int, num_threads: int = 1
+) -> list[int]:
+    """Copies every segment to its offset and returns the digests of every chunk of the target.
+
+    Bytes that no segment covers stay as they are and are digested too. Segments are disjoint and sorted by offset.
+    Columns (see `Columns`) are for tables that are used many times.
+
+    Raises:
+        ConfigError: the target is read-only, or a segment leaves it or overlaps another. Nothing was copied.
+    """
+    _require_positive(chunk_nbytes=chunk_nbytes, num_threads=num_threads)
+    try:
+        return _native.gather_digest(target, _columns(segments), chunk_nbytes, num_threads)
+    except (ValueError, TypeError, BufferError, OverflowError) as error:
+        raise _refused("gather", error) from error
+
+
+def isa() -> str:
+    """Returns the name of the digest variant in use: "portable", "pclmul" or "vpclmul"."""
+    return _native.isa()
+
+
+def variants() -> list[str]:
+    """Returns the names of the digest variants that this processor can run, slowest first."""
+    return _native.variants()
+
+
+def prefault(target: Buffer, *, num_threads: int = 1) -> None:
+    """Makes every page of the target present and writable without changing a byte.
+
+    Raises:
+        CapacityError: the memory or its volume has no room for the pages.
+        UnavailableError: the system refused for another reason.
+        ConfigError: the target is read-only.
+    """
+    _require_positive(num_threads=num_threads)
+    try:
+        code = _native.prefault(target, num_threads)
+    except (ValueError, TypeError, BufferError) as error:
+        raise _refused("prefault", error) from error
+    if code == 0:
+        return
+    nbytes = memoryview(target).nbytes
+    message = f"cannot prefault {nbytes} bytes: {os.strerror(code)}"
+    # EFAULT is what a full memory-backed volume answers: the write would have ended in SIGBUS.
+    if code in (errno.ENOMEM, errno.EFAULT):
+        raise CapacityError(f"{message}; free space in the volume or the memory limit, or keep fewer slots")
+    raise UnavailableError(f"{message} ({errno.errorcode.get(code, code)})")
+
+
+def set_parent_death_signal(signum: int) -> None:
+    """Asks the system to send this process `signum` when the thread that started it dies; 0 takes that back.
+
+    Only Linux can; elsewhere nothing happens. A parent that is gone already sends nothing: check it afterwards.
+
+    Raises:
+        ConfigError: there is no such signal.
+    """
+    code = _native.set_parent_death_signal(signum)
+    if code != 0:
+        raise ConfigError(f"cannot set signal {signum} as parent death signal: {os.strerror(code)}")
+
+
+def _columns(segments: Iterable[Segment] | Columns) -> tuple[Any, Any, Any]:
+    """Returns three buffers of 64-bit integers, lent or made."""
+    if isinstance(segments, tuple) and len(segments) == 3 and not isinstance(segments[0], Segment):
+        for name, column in zip(("addresses", "sizes", "offsets"), segments, strict=True):
+            view = memoryview(column)  # type: ignore[arg-type]  # a Segment was ruled out above
+            if view.format not in _WORD_FORMATS or view.itemsize != 8:
+                raise TypeError(
+                    f"the column of {name} has items of format {view.format!r}, expected 64-bit integers"
+                )
+        return segments
+    table: Sequence[Segment] = list(segments)  # type: ignore[arg-type]  # the columns were returned above
+    return (
+        array.array("Q", [segment.address for segment in table]),
+        array.array("Q", [segment.nbytes for segment in table]),
+        array.array("Q", [segment.offset for segment in table]),
+    )
+
+
+def _require_positive(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise ConfigError(f"{name} is {number}, expected at least 1")
+
+
+def _refused(action: str, error: Exception) -> ConfigError:
+    # nanobind's own message repeats the signature over several lines; its first one says what matters.
+    return ConfigError(
+        f"cannot {action}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    )

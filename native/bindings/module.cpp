@@ -1,0 +1,151 @@
+// ktrain._native. The only file that includes Python. Arguments are checked here or in ktrain/native.py,
+// never in the kernels; ValueError and BufferError become ConfigError there.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cerrno>
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "ktrain/copy.h"
+#include "ktrain/cpu.h"
+#include "ktrain/digest.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+using Digests = std::vector<std::uint64_t>;
+
+// Holds a contiguous buffer of a Python object. Made and destroyed under the GIL.
+class BufferView {
+ public:
+  BufferView(nb::handle object, int flags) {
+    if (PyObject_GetBuffer(object.ptr(), &view_, flags) != 0) {
+      throw nb::python_error();
+    }
+  }
+  ~BufferView() { PyBuffer_Release(&view_); }
+  BufferView(const BufferView&) = delete;
+  BufferView& operator=(const BufferView&) = delete;
+
+  std::size_t size() const noexcept { return static_cast<std::size_t>(view_.len); }
+  std::span<const std::byte> bytes() const noexcept { return {static_cast<const std::byte*>(view_.buf), size()}; }
+  std::span<std::byte> writable() const noexcept { return {static_cast<std::byte*>(view_.buf), size()}; }
+  std::span<const std::uint64_t> words() const {
+    if (size() % sizeof(std::uint64_t) != 0 ||
+        reinterpret_cast<std::uintptr_t>(view_.buf) % alignof(std::uint64_t) != 0) {
+      throw std::invalid_argument("a segment column is no array of aligned 64-bit integers");
+    }
+    return {static_cast<const std::uint64_t*>(view_.buf), size() / sizeof(std::uint64_t)};
+  }
+
+ private:
+  Py_buffer view_{};
+};
+
+std::uint64_t crc64(nb::handle data, std::uint64_t value) {
+  const BufferView view(data, PyBUF_SIMPLE);
+  const nb::gil_scoped_release release;
+  return ktrain::crc64(view.bytes().data(), view.size(), value);
+}
+
+std::uint64_t crc64_with(const std::string& name, nb::handle data, std::uint64_t value) {
+  for (const ktrain::Variant& variant : ktrain::variants()) {
+    if (name == variant.name) {
+      const BufferView view(data, PyBUF_SIMPLE);
+      return ~variant.update(~value, view.bytes().data(), view.size());
+    }
+  }
+  throw std::invalid_argument("this processor has no digest variant named " + name);
+}
+
+std::vector<std::string> variants() {
+  std::vector<std::string> names;
+  for (const ktrain::Variant& variant : ktrain::variants()) {
+    names.emplace_back(variant.name);
+  }
+  return names;
+}
+
+Digests digest_chunks(nb::handle data, std::size_t chunk_nbytes, unsigned num_threads) {
+  const BufferView view(data, PyBUF_SIMPLE);
+  const nb::gil_scoped_release release;
+  Digests digests(ktrain::num_chunks(view.size(), chunk_nbytes));
+  ktrain::digest_chunks(view.bytes(), chunk_nbytes, num_threads, digests);
+  return digests;
+}
+
+Digests copy_digest(nb::handle target, nb::handle source, std::size_t chunk_nbytes, unsigned num_threads) {
+  const BufferView to(target, PyBUF_WRITABLE);
+  const BufferView from(source, PyBUF_SIMPLE);
+  if (to.size() != from.size()) {
+    throw std::invalid_argument("the target holds " + std::to_string(to.size()) + " bytes, the source " +
+                                std::to_string(from.size()) + "; they must be equal");
+  }
+  const nb::gil_scoped_release release;
+  Digests digests(ktrain::num_chunks(to.size(), chunk_nbytes));
+  ktrain::copy_digest(to.writable(), from.bytes(), chunk_nbytes, num_threads, digests);
+  return digests;
+}
+
+void refuse_bad_segments(const ktrain::Segments& segments, std::size_t target_nbytes) {
+  const ktrain::SegmentCheck check = ktrain::check_segments(segments, target_nbytes);
+  if (check.fault == ktrain::SegmentFault::kNone) {
+    return;
+  }
+  if (check.fault == ktrain::SegmentFault::kLengthsDiffer) {
+    throw std::invalid_argument("the columns address, nbytes and offset have " +
+                                std::to_string(segments.address.size()) + ", " +
+                                std::to_string(segments.nbytes.size()) + " and " +
+                                std::to_string(segments.offset.size()) + " entries; they must be equal");
+  }
+  const std::string where = "segment " + std::to_string(check.index) + " (offset " +
+                            std::to_string(segments.offset[check.index]) + ", " +
+                            std::to_string(segments.nbytes[check.index]) + " bytes)";
+  if (check.fault == ktrain::SegmentFault::kOutsideTarget) {
+    throw std::invalid_argument(where + " ends behind the target of " + std::to_string(target_nbytes) + " bytes");
+  }
+  throw std::invalid_argument(where + " begins before the end of the segment in front of it; sort by offset");
+}
+
+Digests gather_digest(nb::handle target, nb::tuple columns, std::size_t chunk_nbytes, unsigned num_threads) {
+  const BufferView to(target, PyBUF_WRITABLE);
+  const BufferView address(columns[0], PyBUF_SIMPLE);
+  const BufferView nbytes(columns[1], PyBUF_SIMPLE);
+  const BufferView offset(columns[2], PyBUF_SIMPLE);
+  const ktrain::Segments segments{address.words(), nbytes.words(), offset.words()};
+  refuse_bad_segments(segments, to.size());
+  const nb::gil_scoped_release release;
+  Digests digests(ktrain::num_chunks(to.size(), chunk_nbytes));
+  ktrain::gather_digest(to.writable(), segments, chunk_nbytes, num_threads, digests);
+  return digests;
+}
+
+int prefault(nb::handle target, unsigned num_threads) {
+  const BufferView view(target, PyBUF_WRITABLE);
+  const nb::gil_scoped_release release;
+  return ktrain::prefault(view.writable(), num_threads);
+}
+
+}  // namespace
+
+NB_MODULE(_native, module) {
+  module.def("crc64", &crc64, nb::arg("data"), nb::arg("value"));
+  module.def("crc64_with", &crc64_with, nb::arg("variant"), nb::arg("data"), nb::arg("value"));
+  module.def("crc64_combine", &ktrain::crc64_combine, nb::arg("first"), nb::arg("second"), nb::arg("second_nbytes"));
+  module.def("variants", &variants);
+  module.def("isa", [] { return ktrain::best_variant().name; });
+  module.def("digest_chunks", &digest_chunks, nb::arg("data"), nb::arg("chunk_nbytes"), nb::arg("num_threads"));
+  module.def("copy_digest", &copy_digest, nb::arg("target"), nb::arg("source"), nb::arg("chunk_nbytes"),
+             nb::arg("num_threads"));
+  module.def("gather_digest", &gather_digest, nb::arg("target"), nb::arg("columns"), nb::arg("chunk_nbytes"),
+             nb::arg("num_threads"));
+  module.def("prefault", &prefault, nb::arg("target"), nb::arg("num_threads"));
+  module.def("set_parent_death_signal", &ktrain::set_parent_death_signal, nb::arg("signum"));
+}
