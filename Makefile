@@ -7,7 +7,7 @@ EXTRAS ?= ray,s3,kubernetes,test,lint
 BIN := $(VENV)/bin
 # Twice quiet: only errors are shown.
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-input
-NATIVE := $(shell find native -type f 2>/dev/null)
+NATIVE := $(shell find native -type f -not -path 'native/tests/*' 2>/dev/null)
 PACKAGES := $(VENV)/.packages-installed
 BUILT := $(VENV)/.native-built
 

@@ -28,7 +28,8 @@ _WORD_FORMATS = frozenset("qQlL")
 class Segment:
     """Bytes in this process's memory and where they belong in a target.
 
-    Whoever makes one keeps the memory at `address` (a tensor's `data_ptr()`) alive and unchanged while it is used.
+    Whoever makes one keeps the memory at `address` (a tensor's `data_ptr()`) alive and unchanged while it is
+    used.
     """
 
     address: int
@@ -103,8 +104,8 @@ def gather_digest(
 ) -> list[int]:
     """Copies every segment to its offset and returns the digests of every chunk of the target.
 
-    Bytes that no segment covers stay as they are and are digested too. Segments are disjoint and sorted by offset.
-    Columns (see `Columns`) are for tables that are used many times.
+    Bytes that no segment covers stay as they are and are digested too. Segments are disjoint and sorted by
+    offset. Columns (see `Columns`) are for tables that are used many times.
 
     Raises:
         ConfigError: the target is read-only, or a segment leaves it or overlaps another. Nothing was copied.
@@ -152,7 +153,7 @@ def prefault(target: Buffer, *, num_threads: int = 1) -> None:
 def set_parent_death_signal(signum: int) -> None:
     """Asks the system to send this process `signum` when the thread that started it dies; 0 takes that back.
 
-    Only Linux can; elsewhere nothing happens. A parent that is gone already sends nothing: check it afterwards.
+    Only Linux can; elsewhere nothing happens. A parent that is gone already sends nothing: look afterwards.
 
     Raises:
         ConfigError: there is no such signal.
@@ -166,13 +167,13 @@ def _columns(segments: Iterable[Segment] | Columns) -> tuple[Any, Any, Any]:
     """Returns three buffers of 64-bit integers, lent or made."""
     if isinstance(segments, tuple) and len(segments) == 3 and not isinstance(segments[0], Segment):
         for name, column in zip(("addresses", "sizes", "offsets"), segments, strict=True):
-            view = memoryview(column)  # type: ignore[arg-type]  # a Segment was ruled out above
+            view = memoryview(column)
             if view.format not in _WORD_FORMATS or view.itemsize != 8:
                 raise TypeError(
                     f"the column of {name} has items of format {view.format!r}, expected 64-bit integers"
                 )
         return segments
-    table: Sequence[Segment] = list(segments)  # type: ignore[arg-type]  # the columns were returned above
+    table: Sequence[Segment] = list(segments)
     return (
         array.array("Q", [segment.address for segment in table]),
         array.array("Q", [segment.nbytes for segment in table]),
@@ -187,7 +188,6 @@ def _require_positive(**numbers: int) -> None:
 
 
 def _refused(action: str, error: Exception) -> ConfigError:
-    # nanobind's own message repeats the signature over several lines; its first one says what matters.
-    return ConfigError(
-        f"cannot {action}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-    )
+    # The binding's own message repeats the signature over several lines; the first says what matters.
+    lines = str(error).splitlines() or [type(error).__name__]
+    return ConfigError(f"cannot {action}: {lines[0]}")

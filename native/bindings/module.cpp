@@ -38,6 +38,9 @@ class BufferView {
   std::span<const std::byte> bytes() const noexcept { return {static_cast<const std::byte*>(view_.buf), size()}; }
   std::span<std::byte> writable() const noexcept { return {static_cast<std::byte*>(view_.buf), size()}; }
   std::span<const std::uint64_t> words() const {
+    if (size() == 0) {
+      return {};  // an empty array may point anywhere
+    }
     if (size() % sizeof(std::uint64_t) != 0 ||
         reinterpret_cast<std::uintptr_t>(view_.buf) % alignof(std::uint64_t) != 0) {
       throw std::invalid_argument("a segment column is no array of aligned 64-bit integers");
