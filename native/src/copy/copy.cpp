@@ -19,6 +19,9 @@ constexpr std::size_t kBlockNbytes = std::size_t{64} << 10;
 // which spares reading the target's lines first.
 constexpr std::size_t kStreamNbytes = std::size_t{4} << 20;
 
+// From this size on a piece of a gather is worth a digest of its own.
+constexpr std::size_t kLargePieceNbytes = std::size_t{2} << 10;
+
 #if defined(__SSE2__)
 // Stores past the caches. fence_stores() must follow before another thread reads.
 void copy_streaming(std::byte* target, const std::byte* source, std::size_t nbytes) noexcept {
@@ -114,63 +117,51 @@ SegmentCheck check_segments(const Segments& segments, std::size_t target_nbytes)
 
 namespace {
 
-// Fills one region of the target from the segments that touch it and returns the register after it.
-class RegionGather {
- public:
-  RegionGather(std::span<std::byte> target, const Segments& segments, CopyFunction copy) noexcept
-      : target_(target), segments_(segments), copy_(copy) {}
+// First segment that ends behind `position`: ends grow as offsets do.
+std::size_t find_segment(const Segments& segments, std::size_t position) noexcept {
+  std::size_t low = 0;
+  std::size_t high = segments.offset.size();
+  while (low < high) {
+    const std::size_t middle = low + (high - low) / 2;
+    if (segments.offset[middle] + segments.nbytes[middle] > position) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return low;
+}
 
-  std::uint64_t run(std::size_t begin, std::size_t end) noexcept {
-    // First segment that ends behind `begin`: ends grow as offsets do.
-    std::size_t low = 0;
-    std::size_t high = segments_.offset.size();
-    while (low < high) {
-      const std::size_t middle = low + (high - low) / 2;
-      if (end_of(middle) > begin) {
-        high = middle;
-      } else {
-        low = middle + 1;
+// Fills [begin, end) of the target from the segments that touch it and returns the digest of the whole region.
+//
+// Large pieces are digested on their way. Small ones and gaps wait in the target, and are digested there
+// together: the digest needs long runs to be fast.
+std::uint64_t gather_region(std::span<std::byte> target, const Segments& segments, std::size_t begin,
+                            std::size_t end, CopyFunction copy) noexcept {
+  const UpdateFunction update = best_variant().update;
+  std::uint64_t state = ~std::uint64_t{0};
+  std::size_t digested = begin;  // bytes in front of it are in `state`
+  for (std::size_t i = find_segment(segments, begin); i < segments.offset.size() && segments.offset[i] < end; ++i) {
+    const std::size_t from = std::max<std::size_t>(segments.offset[i], begin);
+    const std::size_t to = std::min<std::size_t>(segments.offset[i] + segments.nbytes[i], end);
+    if (from >= to) {
+      continue;
+    }
+    const std::byte* source = reinterpret_cast<const std::byte*>(segments.address[i]) + (from - segments.offset[i]);
+    if (to - from >= kLargePieceNbytes) {
+      state = update(state, target.data() + digested, from - digested);
+      state = copy_and_update(state, target.subspan(from, to - from), source, copy);
+      digested = to;
+    } else {
+      std::memcpy(target.data() + from, source, to - from);
+      if (to - digested >= kBlockNbytes) {
+        state = update(state, target.data() + digested, to - digested);
+        digested = to;
       }
     }
-    index_ = low;
-    std::uint64_t state = ~std::uint64_t{0};
-    for (std::size_t at = begin; at < end; at += kBlockNbytes) {
-      state = gather_block(state, at, std::min(at + kBlockNbytes, end));
-    }
-    return ~state;
   }
-
- private:
-  std::size_t end_of(std::size_t i) const noexcept { return segments_.offset[i] + segments_.nbytes[i]; }
-
-  const std::byte* source_at(std::size_t i, std::size_t position) const noexcept {
-    return reinterpret_cast<const std::byte*>(segments_.address[i]) + (position - segments_.offset[i]);
-  }
-
-  std::uint64_t gather_block(std::uint64_t state, std::size_t begin, std::size_t end) noexcept {
-    const std::size_t num_segments = segments_.offset.size();
-    while (index_ < num_segments && end_of(index_) <= begin) {
-      ++index_;
-    }
-    if (index_ < num_segments && segments_.offset[index_] <= begin && end_of(index_) >= end) {
-      return copy_and_update(state, target_.subspan(begin, end - begin), source_at(index_, begin), copy_);
-    }
-    // Several pieces or gaps: assemble the block in the target, digest it there while it is in cache.
-    for (std::size_t i = index_; i < num_segments && segments_.offset[i] < end; ++i) {
-      const std::size_t from = std::max<std::size_t>(segments_.offset[i], begin);
-      const std::size_t to = std::min(end_of(i), end);
-      if (from < to) {
-        std::memcpy(target_.data() + from, source_at(i, from), to - from);
-      }
-    }
-    return best_variant().update(state, target_.data() + begin, end - begin);
-  }
-
-  std::span<std::byte> target_;
-  const Segments& segments_;
-  CopyFunction copy_;
-  std::size_t index_ = 0;  // first segment that may still touch the next block
-};
+  return ~update(state, target.data() + digested, end - digested);
+}
 
 }  // namespace
 
@@ -180,7 +171,7 @@ void gather_digest(std::span<std::byte> target, const Segments& segments, std::s
   parallel_for(digests.size(), num_threads, [&](std::size_t chunk) noexcept {
     const std::size_t begin = chunk * chunk_nbytes;
     const std::size_t end = begin + std::min(chunk_nbytes, target.size() - begin);
-    digests[chunk] = RegionGather(target, segments, copy).run(begin, end);
+    digests[chunk] = gather_region(target, segments, begin, end, copy);
     fence_stores();
   });
 }
