@@ -23,8 +23,8 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "setup: $(PYTHON) cannot make virtual environments; install its venv package" >&2; exit 1; }
 	@$(PYTHON) -c 'import os, sysconfig; h = sysconfig.get_path("include") + "/Python.h"; raise SystemExit(0 if os.path.exists(h) else 1)' || \
 	  { echo "setup: the headers of $(PYTHON) are missing (Python.h); install its development package" >&2; exit 1; }
-	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
-	  { echo "setup: no C++ compiler found; install g++ 11 or clang 14 or later, or name one: CXX=..." >&2; exit 1; }
+	@for cxx in $${CXX:-c++ g++ clang++}; do command -v $$cxx >/dev/null && exit 0; done; \
+	  echo "setup: no C++ compiler found ($${CXX:-c++, g++ or clang++}); install g++ 11 or clang 16 or later, or name one: CXX=..." >&2; exit 1
 	$(PYTHON) -m venv $(VENV)
 
 # torch goes first and alone: every later install then finds it satisfied and cannot choose another.

@@ -26,7 +26,7 @@ int populate(std::byte* begin, std::byte* end, std::size_t page_nbytes) noexcept
   constexpr int kMadvPopulateWrite = 23;  // Linux 5.14; older headers do not name it.
   while (::madvise(begin, static_cast<std::size_t>(end - begin), kMadvPopulateWrite) != 0) {
     const int error = errno;
-    if (error == EINTR || error == EAGAIN) {
+    if (error == EINTR) {
       continue;
     }
     if (error != EINVAL && error != ENOSYS) {
