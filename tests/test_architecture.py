@@ -60,12 +60,13 @@ def test_class_in_package_is_not_too_large() -> None:
             assert isinstance(node, ast.ClassDef)
             num_lines = (node.end_lineno or node.lineno) - node.lineno + 1
             methods = [item for item in node.body if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)]
-            num_public = sum(not method.name.startswith("_") for method in methods)
+            # A conformance suite's tests are no interface.
+            num_public = sum(not method.name.startswith(("_", "test_")) for method in methods)
             if num_lines > MAX_CLASS_LINES or num_public > MAX_PUBLIC_METHODS:
                 found.append(
                     f"{where(path, node)} {node.name}: {num_lines} lines, {num_public} public methods"
                 )
-    assert not found, found
+    assert not found, "\n".join(found)
 
 
 def test_name_in_package_says_what_it_is() -> None:
@@ -77,7 +78,7 @@ def test_name_in_package_says_what_it_is() -> None:
         if BANNED_NAME.search(node.name)  # type: ignore[attr-defined]
     ]
     found += [str(path.relative_to(ROOT)) for path in sources() if BANNED_NAME.search(path.stem)]
-    assert not found, found
+    assert not found, "\n".join(found)
 
 
 def test_tier_never_asks_a_store_whether_something_exists() -> None:
@@ -88,7 +89,7 @@ def test_tier_never_asks_a_store_whether_something_exists() -> None:
         for node in nodes(path, ast.Attribute)
         if node.attr in ("exists", "isfile", "isdir", "lexists")  # type: ignore[attr-defined]
     ]
-    assert not found, found
+    assert not found, "\n".join(found)
 
 
 def test_native_module_is_imported_by_its_facade_alone() -> None:
@@ -99,7 +100,7 @@ def test_native_module_is_imported_by_its_facade_alone() -> None:
         for node in nodes(path, ast.Import, ast.ImportFrom)
         if "ktrain._native" in imported_names(node)
     ]
-    assert not found, found
+    assert not found, "\n".join(found)
 
 
 def test_print_is_called_in_cli_alone() -> None:
@@ -110,7 +111,7 @@ def test_print_is_called_in_cli_alone() -> None:
         for node in nodes(path, ast.Call)
         if isinstance(node.func, ast.Name) and node.func.id == "print"  # type: ignore[attr-defined]
     ]
-    assert not found, found
+    assert not found, "\n".join(found)
 
 
 def test_ray_is_named_in_replicate_alone_even_inside_functions() -> None:
@@ -121,7 +122,7 @@ def test_ray_is_named_in_replicate_alone_even_inside_functions() -> None:
         for node in nodes(path, ast.Import, ast.ImportFrom)
         if any(name == "ray" or name.startswith("ray.") for name in imported_names(node))
     ]
-    assert not found, found
+    assert not found, "\n".join(found)
 
 
 def test_source_of_the_project_is_ascii() -> None:
@@ -132,13 +133,13 @@ def test_source_of_the_project_is_ascii() -> None:
         for path in (ROOT / folder).rglob("*")
         if path.suffix in suffixes and not path.read_bytes().isascii()
     ]
-    assert not found, found
+    assert not found, "\n".join(found)
 
 
 def test_file_of_tests_is_not_too_long() -> None:
     lengths = {path: len(path.read_text("utf-8").splitlines()) for path in sources(ROOT / "tests")}
     found = [f"{path.relative_to(ROOT)}: {n} lines" for path, n in lengths.items() if n > MAX_TEST_FILE_LINES]
-    assert not found, found
+    assert not found, "\n".join(found)
 
 
 def test_import_of_ktrain_loads_nothing_heavy() -> None:
