@@ -12,7 +12,8 @@ from ktrain.format.manifest import Manifest
 class SnapshotSource(Protocol):
     """The ranks' snapshots of one checkpoint, wherever they lie (own memory, a peer, disk, a bucket).
 
-    A protocol, so that a restore plans by manifests alone and moves only the bytes it needs. Use from one thread.
+    A protocol, so that a restore plans by manifests alone and moves only the bytes it needs. Use from one
+    thread.
     """
 
     @property

@@ -1,8 +1,8 @@
 """The tensor table of a manifest: one column per property, one row per tensor in file order.
 
-Invariant: row i is entry i of the payload's header in file order. What follows from other columns is not written: byte
-ranges follow from dtypes and boxes, a box that is the whole tensor is left out, a key gives only what differs from
-the key before.
+Invariant: row i is entry i of the payload's header in file order. What follows from other columns is not
+written: byte ranges follow from dtypes and boxes, a box that is the whole tensor is left out, a key gives
+only what differs from the key before.
 """
 
 from __future__ import annotations

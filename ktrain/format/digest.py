@@ -47,8 +47,8 @@ def chunks_from_text(text: str) -> tuple[int, ...]:
     """
     if len(text) % 16 or re.fullmatch(r"[0-9a-f]*", text) is None:
         raise CorruptionError(
-            f"chunk digests: expected 16 hexadecimal digits a chunk, found {len(text)} characters, {text[:20]!r}; "
-            "take another copy"
+            f"chunk digests: expected 16 hexadecimal digits a chunk, found {len(text)} characters, "
+            f"{text[:20]!r}; take another copy"
         )
     data = bytes.fromhex(text)
     return tuple(int.from_bytes(data[k : k + 8], "big") for k in range(0, len(data), 8))

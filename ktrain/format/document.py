@@ -1,7 +1,7 @@
 """Sealed JSON: the outer form of manifests and commit records.
 
-Invariant: a document is one JSON object whose last member is the digest of all bytes before that member, so that a
-torn or changed document is never read. Every member is known and has its type.
+Invariant: a document is one JSON object whose last member is the digest of all bytes before that member, so
+that a torn or changed document is never read. Every member is known and has its type.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def unseal(kind: str, data: bytes | bytearray | memoryview) -> Members:
     digest = tail[len(_TAIL_HEAD) : -3].decode("ascii", "replace")
     if len(raw) <= _TAIL_NBYTES or tail != _TAIL_HEAD + digest.encode() + b'"}\n' or not is_digest(digest):
         raise CorruptionError(
-            f"{kind}: expected a document that ends in its digest, found {len(raw)} bytes ending in {raw[-40:]!r}; "
-            "the write was torn or this is another file; take another copy"
+            f"{kind}: expected a document that ends in its digest, found {len(raw)} bytes ending in "
+            f"{raw[-40:]!r}; the write was torn or this is another file; take another copy"
         )
     found = digest_text(body)
     if found != digest:
@@ -60,12 +60,10 @@ def unseal(kind: str, data: bytes | bytearray | memoryview) -> Members:
     members = parse_object(kind, body + b"}")
     version = members.pop("format", None)
     if type(version) is not int or version < 1:
-        raise CorruptionError(
-            f"{kind}: expected a format version, found {version!r}; this is no document of ktrain"
-        )
+        raise CorruptionError(f"{kind}: expected a format version, found {version!r}; take another copy")
     if version > FORMAT:
         raise ConfigError(
-            f"{kind}: written in format {version}, this ktrain reads up to format {FORMAT}; use a newer ktrain"
+            f"{kind}: written in format {version}, this ktrain reads formats up to {FORMAT}; use a newer one"
         )
     named = members.pop("kind", None)
     if named != kind:
@@ -104,8 +102,10 @@ class Members:
         return value
 
     def number(self, name: str) -> float:
-        value = self._rest.get(name)
-        return float(self._take(name, int if type(value) is int else float))
+        number = self._take(name, int if type(self._rest.get(name)) is int else float)
+        if not -_MAX_INTEGER <= number <= _MAX_INTEGER:
+            raise self.corrupt(f"{name}: expected a finite number, found {str(number)[:40]}")
+        return float(number)
 
     def text(self, name: str) -> str:
         return self._take(name, str)

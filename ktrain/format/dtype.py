@@ -1,7 +1,7 @@
 """Element types: torch's names without `torch.`, their sizes, and how a payload writes them.
 
-Invariant: a payload uses only types that every safetensors reader knows; all others are bytes (`U8`) with the item's
-bytes as an added last dimension, and the manifest alone knows the true type.
+Invariant: a payload uses only types that every safetensors reader knows; all others are bytes (`U8`) with the
+item's bytes as an added last dimension, and the manifest alone knows the true type.
 """
 
 from __future__ import annotations
@@ -78,5 +78,5 @@ def _find(dtype: str) -> tuple[int, str]:
         return _DTYPES[dtype]
     except KeyError:
         raise ConfigError(
-            f"dtype {dtype!r} cannot be stored; expected one of {', '.join(_DTYPES)}; convert the tensor first"
+            f"dtype {dtype!r} cannot be stored, expected one of {', '.join(_DTYPES)}; convert the tensor"
         ) from None

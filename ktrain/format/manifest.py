@@ -1,7 +1,7 @@
 """The manifest: what a snapshot is, where each shard lies in its payload, and the proof of every byte.
 
-Invariant: the entries fill the payload from the end of its header without holes, in file order, so that ranges follow
-from dtypes and boxes; the chunk digests cover every byte of the payload, the header included.
+Invariant: the entries fill the payload from the end of its header without holes, in file order, so that
+ranges follow from dtypes and boxes; the chunk digests cover every byte of the payload, the header included.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _RUN = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,127}")  # also a folder name, so
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a snapshot is of: only snapshots of equal identity join into a checkpoint. `run` is the run's id."""
+    """What a snapshot is of. Only snapshots of equal identity join into a checkpoint. `run`: its id."""
 
     run: str
     step: int
@@ -65,8 +65,9 @@ class Identity:
 class Manifest:
     """The index of one rank's snapshot.
 
-    `chunks` are CRC-64/NVME digests of the payload file, one per `chunk_nbytes`, the last one short. `objects` is
-    tagged JSON (`format.objects`). `origin` holds free facts for people; nothing is decided by it that must be right.
+    `chunks` are CRC-64/NVME digests of the payload file, one per `chunk_nbytes`, the last one short.
+    `objects` is tagged JSON (`format.objects`). `origin` holds free facts for people; no decision that must
+    be right rests on it.
     """
 
     identity: Identity
@@ -142,10 +143,9 @@ class Manifest:
 
     def cover(self, begin: int, end: int) -> tuple[int, int]:
         """The smallest range of whole chunks around `[begin, end)`: what must be at hand to prove it."""
-        if end <= begin:
-            return begin, begin
         size = self.chunk_nbytes
-        return begin // size * size, min(-(-end // size) * size, self.nbytes)
+        first = begin // size * size
+        return first, min(-(-end // size) * size, self.nbytes) if end > begin else first
 
 
 def verify_payload(
@@ -170,7 +170,7 @@ def verify_payload(
 
 
 def verify_chunks(manifest: Manifest, piece: Buffer, begin: int, *, num_threads: int = 1) -> None:
-    """Proves a piece of a payload that holds whole chunks (see `Manifest.cover`), the first one at byte `begin`.
+    """Proves a piece of a payload that is whole chunks (see `Manifest.cover`), the first one at byte `begin`.
 
     Raises:
         CorruptionError: a chunk does not match.
@@ -186,16 +186,22 @@ def verify_chunks(manifest: Manifest, piece: Buffer, begin: int, *, num_threads:
 
 
 def bad_ranges(manifest: Manifest, payload: Buffer, num_threads: int = 1) -> list[tuple[int, int]]:
-    """The byte ranges of a payload that do not match their digests, merged; what a short payload lacks is bad."""
-    view = memoryview(payload).cast("B")[: manifest.nbytes]
-    whole = manifest.nbytes if view.nbytes == manifest.nbytes else view.nbytes // manifest.chunk_nbytes
-    if view.nbytes != manifest.nbytes:
-        whole *= manifest.chunk_nbytes
-    lacking = range(-(-whole // manifest.chunk_nbytes), len(manifest.chunks))
-    return _merge(manifest, [*_bad_chunks(manifest, view[:whole], 0, num_threads), *lacking])
+    """The byte ranges of a payload that do not match their digests, merged; what it lacks is bad too."""
+    view, size = memoryview(payload).cast("B")[: manifest.nbytes], manifest.chunk_nbytes
+    at_hand = manifest.nbytes if view.nbytes == manifest.nbytes else view.nbytes // size * size
+    lacking = range(-(-at_hand // size), len(manifest.chunks))
+    return _merge(manifest, [*_bad_chunks(manifest, view[:at_hand], 0, num_threads), *lacking])
+
+
+def bad_ranges_in(
+    manifest: Manifest, piece: Buffer, begin: int, num_threads: int = 1
+) -> list[tuple[int, int]]:
+    """Like `bad_ranges` for a piece of whole chunks (see `Manifest.cover`), the first one at byte `begin`."""
+    return _merge(manifest, _bad_chunks(manifest, piece, begin, num_threads))
 
 
 def _bad_chunks(manifest: Manifest, piece: Buffer, begin: int, num_threads: int) -> list[int]:
+    assert begin % manifest.chunk_nbytes == 0, f"byte {begin} begins no chunk"
     found = native.digest_chunks(piece, chunk_nbytes=manifest.chunk_nbytes, num_threads=num_threads)
     first = begin // manifest.chunk_nbytes
     expected = manifest.chunks[first : first + len(found)]

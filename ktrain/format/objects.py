@@ -1,8 +1,9 @@
 """Tagged JSON: what is no tensor, with identical types back.
 
-Invariant: `decode(encode(x))` equals x in value and type at every level, or `encode` refuses with the path named.
-None, bool, text, lists, finite floats, integers up to 2**53 and objects with text keys are plain JSON; all else is an
-object with exactly the members "$" (the tag) and "v". Two references to one object come back as two objects.
+Invariant: `decode(encode(x))` equals x in value and type at every level, or `encode` refuses with the path
+named. None, bool, text, lists, finite floats, integers up to 2**53 and objects with text keys are plain JSON;
+all else is an object with exactly the members "$" (the tag) and "v". Two references to one object come
+back as two objects.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ def encode(value: Any, *, tensor: TensorKey, path: str) -> Any:
     """The JSON form of a value.
 
     Args:
-        tensor: called for every leaf whose type JSON does not know, with the leaf and its path; returns the key to
-            write in its place, or None if it is no tensor.
-        path: the value's own path; parts below are joined by `/`, with `~` and `/` in a key written `~0` and `~1` and
-            a key that is no text as `[json]`. Different places have different paths.
+        tensor: called for every leaf of a type that is not known here, with the leaf and its path; returns
+            the key to write in its place, or None if it is no tensor.
+        path: the value's own path; parts below are joined by `/`, with `~` and `/` in a key written `~0` and
+            `~1` and a key that is no text as `[json]`. Different places have different paths.
 
     Raises:
         ConfigError: a value cannot be written so that it comes back the same; names its path and type.
@@ -87,16 +88,16 @@ class _Encoder:
         key = self._tensor(value, path)
         if key is None:
             raise ConfigError(
-                f"{path}: cannot store a value of type {kind.__module__}.{kind.__qualname__} so that it comes back the "
-                "same; return tensors, numbers, texts and plain containers from state_dict()"
+                f"{path}: cannot store a value of type {kind.__module__}.{kind.__qualname__} so that it "
+                "comes back the same; return tensors, numbers, texts and plain containers from state_dict()"
             )
         return _tag("tensor", key)
 
     def _container(self, write: _Writer, value: Any, path: str, depth: int) -> Any:
         if depth >= _MAX_DEPTH or id(value) in self._open:
             raise ConfigError(
-                f"{path[:200]}: expected containers nested at most {_MAX_DEPTH} deep, found more or a container that "
-                "holds itself; flatten it in state_dict()"
+                f"{path[:200]}: expected containers nested at most {_MAX_DEPTH} deep, found more or a "
+                "container that holds itself; flatten it in state_dict()"
             )
         self._open.add(id(value))
         try:

@@ -1,7 +1,7 @@
 """The payload file: tensors in the safetensors form.
 
-Invariant: data begins on a 4096-byte border, follows without holes in descending item size, and so every tensor is
-aligned to its item size. The same shards in the same order give the same bytes.
+Invariant: data begins on a 4096-byte border and follows without holes in descending item size, and so every
+tensor is aligned to its item size. The same shards in the same order give the same bytes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A payload before its data: the header's bytes, every entry in file order, the size of the whole file."""
+    """A payload before its data: the header's bytes, every entry in file order, and the size of the file."""
 
     header: bytes
     entries: tuple[Entry, ...]
@@ -71,19 +71,19 @@ class Header:
 def lay_out(shards: Sequence[Shard]) -> Layout:
     """Gives every shard its key and place.
 
-    The first shard of a name has the name as its key, further ones get `name#1`, `name#2`. Tensors follow in
-    descending item size, else in the order given.
+    Tensors follow in descending item size, else in the order given. In that order, the first shard of a name
+    has the name as its key, further ones get `name#1`, `name#2`.
 
     Raises:
         ConfigError: a name cannot be a key, a box leaves its tensor, or a dtype cannot be stored.
     """
     for shard in shards:
         _require_storable(shard)
-    order = sorted(zip(_keys(shards), shards, strict=True), key=lambda row: -dtypes.item_nbytes(row[1].dtype))
+    order = sorted(shards, key=lambda shard: -dtypes.item_nbytes(shard.dtype))
     header: dict[str, Any] = {_METADATA: _ABOUT}
     places = []
     end = 0
-    for key, shard in order:
+    for key, shard in zip(_keys(order), order, strict=True):
         begin, end = end, end + shard_nbytes(shard)
         header[key] = {
             "dtype": dtypes.safetensors_dtype(shard.dtype),
@@ -124,7 +124,7 @@ def header_nbytes(prefix: bytes | bytearray | memoryview) -> int:
 
 
 def read_header(prefix: bytes | bytearray | memoryview) -> Header:
-    """Parses the header of any safetensors file; `prefix` holds at least the whole header.
+    """Parses a payload's header strictly; `prefix` holds at least the whole header.
 
     Raises:
         CorruptionError: the header is cut, is not the form, or its tensors overlap or leave holes.
@@ -224,8 +224,8 @@ def _header_bytes(header: dict[str, Any]) -> bytes:
     length = nbytes - _LENGTH_NBYTES
     if length > _MAX_HEADER_NBYTES:
         raise ConfigError(
-            f"payload header: {len(header) - 1} tensors need {length} bytes, safetensors allows {_MAX_HEADER_NBYTES}; "
-            "store fewer tensors on a rank or use shorter names"
+            f"payload header: {len(header) - 1} tensors need {length} bytes, safetensors allows "
+            f"{_MAX_HEADER_NBYTES}; store fewer tensors on a rank or use shorter names"
         )
     return length.to_bytes(_LENGTH_NBYTES, "little") + text.ljust(length)
 

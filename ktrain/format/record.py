@@ -1,7 +1,7 @@
 """The commit record: the one object whose presence makes a checkpoint, and the names of everything below RUN.
 
-Invariant: a record is written last, under a name that nobody else ever writes; it names the proof of every byte of the
-checkpoint, so that whoever holds a record needs to trust nothing else.
+Invariant: a record is written last, under a name that nobody else ever writes; it names the proof of every
+byte of the checkpoint, so that whoever holds a record needs to trust nothing else.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from ktrain.base import contract
 from ktrain.errors import ConfigError, CorruptionError
 from ktrain.format import document
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.format.payload import box_text
-from ktrain.format.shard import Role, Shard, missing_boxes
+from ktrain.format.shard import Box, Role, Shard, missing_boxes
 
 KIND = "ktrain.commit"
 
@@ -42,7 +42,7 @@ class RankFiles:
 
 @dataclass(frozen=True, slots=True)
 class CommitRecord:
-    """A checkpoint: all ranks' snapshots of one identity. `time` is wall time, seconds since 1970, for people."""
+    """A checkpoint: all ranks' snapshots of one identity. `time`: seconds since 1970, UTC, for people."""
 
     identity: Identity
     write_id: str
@@ -149,8 +149,9 @@ def check_coverage(manifests: Sequence[Manifest]) -> None:
             identity,
             f"expected each of {identity.world_size} ranks once, found {len(ranks)}, lacking {lacking[:20]}",
         )
+    known: _Missing = {}
     for shards in _by_tensor(manifests).values():
-        _check_tensor(identity, shards)
+        _check_tensor(identity, shards, known)
 
 
 def _by_tensor(manifests: Sequence[Manifest]) -> dict[tuple[str, int], list[Shard]]:
@@ -163,24 +164,31 @@ def _by_tensor(manifests: Sequence[Manifest]) -> dict[tuple[str, int], list[Shar
     return groups
 
 
-def _check_tensor(identity: Identity, shards: list[Shard]) -> None:
+# What boxes lack of a shape. The layers of a model are cut alike: most tensors are answered by another.
+_Missing: TypeAlias = dict[tuple[tuple[int, ...], tuple[Box, ...]], list[Box]]
+
+
+def _check_tensor(identity: Identity, shards: list[Shard], known: _Missing) -> None:
     first = shards[0]
-    for shard in shards[1:]:
-        if (shard.dtype, shard.global_shape, shard.role) != (first.dtype, first.global_shape, first.role):
+    expected = (first.dtype, first.global_shape, first.role)
+    for shard in shards:
+        if (shard.dtype, shard.global_shape, shard.role) != expected:
             raise _gap(
                 identity,
-                f"tensor {first.name!r}: expected {first.role} {first.dtype} {first.global_shape} on every rank, "
-                f"found {shard.role} {shard.dtype} {shard.global_shape}",
+                f"tensor {first.name!r}: expected {first.role} {first.dtype} {first.global_shape} on every "
+                f"rank, found {shard.role} {shard.dtype} {shard.global_shape}",
             )
-    if any(shard.is_whole() for shard in shards):
-        return
-    missing = missing_boxes(first.global_shape, [shard.box for shard in shards])
+    case = (first.global_shape, tuple(shard.box for shard in shards))
+    missing = known.get(case)
+    if missing is None:
+        missing = known[case] = missing_boxes(*case)
     if missing:
         lost = Shard(first.name, first.dtype, first.global_shape, missing[0], first.role)
         num = sum(box.numel for box in missing)
         raise _gap(
             identity,
-            f"tensor {first.name!r} of shape {first.global_shape}: no rank holds {num} items, among them {box_text(lost)}",
+            f"tensor {first.name!r} of shape {first.global_shape}: no rank holds {num} items, among them "
+            f"{box_text(lost)}",
         )
 
 
@@ -195,7 +203,7 @@ def _rank_stem(step: int, epoch: int, write_id: str, rank: int) -> str:
 def _epoch_and_id(epoch: int, write_id: str) -> str:
     if _WRITE_ID.fullmatch(write_id) is None:
         raise ConfigError(
-            f"write id: expected lower-case letters and digits, found {write_id[:80]!r}; use base.ids.random_id"
+            f"write id: expected lower-case letters and digits, found {write_id[:80]!r}; use ids.random_id"
         )
     return f"{epoch:06d}-{write_id}"
 

@@ -63,7 +63,7 @@ class Box:
 def missing_boxes(shape: Sequence[int], boxes: Sequence[Box]) -> list[Box]:
     """What of a tensor of that shape no box covers; empty where all is covered. Boxes may overlap."""
     whole = Box.whole(shape)
-    missing = [whole] if whole.numel else []
+    missing = [whole] if whole.numel and whole not in boxes else []
     for box in sorted(set(boxes), key=lambda box: (box.offsets, box.lengths)):
         if not missing:
             break
