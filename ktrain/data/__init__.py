@@ -1,0 +1,1 @@
+"""Samples in an order that survives failures."""
