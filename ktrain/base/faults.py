@@ -1,0 +1,103 @@
+"""Fault points: named moments at which a process can be made to fail, for tests and demonstrations.
+
+A plan is text in `KTRAIN_FAULTS`, so that it reaches a worker through any launcher: entries separated by `;`, each
+`ACTION@POINT[,step=N][,rank=R][,epoch=E]` with the actions kill (SIGKILL), stop (SIGSTOP) and raise. An entry fires once
+in a process, and only in epoch 1 unless it names another, so that the resumed attempt gets past it.
+`ktrain.testing.FaultPlan` writes such plans.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from typing import NoReturn
+
+from ktrain.base import contract, settings
+from ktrain.errors import ConfigError, InternalError
+
+POINTS = (
+    "step",  # Checkpointer.step was called
+    "save.begin",  # before a slot is taken
+    "save.staged",  # bytes are in the slot, no manifest yet
+    "save.sealed",  # the snapshot exists
+    "drain.payload",  # before a payload is written to the bucket
+    "drain.manifest",  # after the payload, before the manifest
+    "commit.begin",  # all files are there, no record yet
+    "commit.record",  # the record is written, nothing knows of it
+    "restore.loaded",  # bytes are proven, nothing is applied
+    "restore.applied",  # applied here, perhaps not yet on other ranks
+)
+ACTIONS = ("kill", "stop", "raise")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One entry of a plan; None matches every step or rank."""
+
+    action: str
+    point: str
+    step: int | None = None
+    rank: int | None = None
+    epoch: int = 1
+
+    def to_text(self) -> str:
+        fields = [f"{name}={value}" for name in ("step", "rank", "epoch") if (value := getattr(self, name)) is not None]
+        return ",".join([f"{self.action}@{self.point}", *fields])
+
+
+def _refuse(entry: str, why: str) -> NoReturn:
+    raise ConfigError(
+        f"{contract.ENV_FAULTS}: entry {entry!r}: {why}; expected ACTION@POINT[,step=N][,rank=R][,epoch=E] with an action of "
+        f"{', '.join(ACTIONS)} and a point of {', '.join(POINTS)}"
+    )
+
+
+def parse(text: str) -> list[Fault]:
+    """The entries of a plan.
+
+    Raises:
+        ConfigError: an entry is malformed.
+    """
+    faults = []
+    for entry in filter(None, (part.strip() for part in text.split(";"))):
+        head, *pairs = entry.split(",")
+        action, _, point = head.partition("@")
+        if action not in ACTIONS:
+            _refuse(entry, f"unknown action {action!r}")
+        if point not in POINTS:
+            _refuse(entry, f"unknown point {point!r}")
+        numbers: dict[str, int] = {}
+        for pair in pairs:
+            name, _, value = pair.partition("=")
+            if name not in ("step", "rank", "epoch") or not value.isdigit():
+                _refuse(entry, f"cannot read {pair!r}")
+            numbers[name] = int(value)
+        faults.append(Fault(action, point, **numbers))
+    return faults
+
+
+class FaultPoints:
+    """The plan of one process. `reached` costs a truth test where there is no plan."""
+
+    def __init__(self, plan: list[Fault], *, epoch: int) -> None:
+        self._plan = [fault for fault in plan if fault.epoch == epoch]
+
+    @classmethod
+    def from_environment(cls, epoch: int) -> FaultPoints:
+        return cls(parse(settings.env(contract.ENV_FAULTS) or ""), epoch=epoch)
+
+    def reached(self, point: str, *, step: int | None = None, rank: int | None = None) -> None:
+        """Fires what the plan holds for this moment."""
+        if not self._plan:
+            return
+        for fault in list(self._plan):
+            if fault.point == point and fault.step in (None, step) and fault.rank in (None, rank):
+                self._plan.remove(fault)
+                _fire(fault)
+
+
+def _fire(fault: Fault) -> None:
+    if fault.action == "raise":
+        raise InternalError(f"fault plan: {fault.to_text()}")
+    os.kill(os.getpid(), signal.SIGKILL if fault.action == "kill" else signal.SIGSTOP)

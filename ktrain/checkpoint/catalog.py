@@ -1,0 +1,281 @@
+"""What a run's directory says: its identity, its attempts, and the checkpoints that are committed in it.
+
+Everything here is written once under a name of its own (no rename, no overwrite), so that it works alike on a local
+directory and on an object store, and so that a zombie can only ever add what nobody takes. Imports neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ktrain.abc.tier import Stored, Tier
+from ktrain.base import contract, ids
+from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
+from ktrain.base.settings import Timeouts
+from ktrain.errors import ConfigError, ConflictError, CorruptionError, KtrainError, NotFoundError
+from ktrain.format import record as records
+from ktrain.format.manifest import Manifest, bad_ranges_in
+from ktrain.format.record import CommitRecord, RankFiles
+from ktrain.tier.bucket import open_tier
+
+RUN_FORMAT = 1
+_WIDEST_EPOCH = 999_999
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    """What the run directory knows of one attempt; a part that was never written is None."""
+
+    epoch: int
+    start: dict[str, Any] | None = None
+    restored: dict[str, Any] | None = None
+    committed: dict[str, Any] | None = None  # the attempt's first commit in any tier
+    durable: dict[str, Any] | None = None  # the attempt's first commit in the bucket
+    end: dict[str, Any] | None = None
+
+    @property
+    def restored_step(self) -> int | None:
+        """The step this attempt continued from (0 for a fresh start); None when it never got that far."""
+        return None if self.restored is None else int(self.restored["step"])
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Committed checkpoints (newest last) and commit records that cannot be used, with the reason."""
+
+    commits: tuple[CommitRecord, ...]
+    broken: tuple[tuple[str, str], ...] = field(default=())
+
+
+def _attempt_name(epoch: int, part: str) -> str:
+    return f"{contract.ATTEMPTS_DIR}/attempt-{epoch:06d}-{part}.json"
+
+
+class RunCatalog:
+    """The records of one run. Calls block on storage under deadlines; safe from any thread."""
+
+    def __init__(self, tier: Tier, run_id: str, *, timeouts: Timeouts, clock: Clock = SYSTEM_CLOCK) -> None:
+        self.tier = tier
+        self.run_id = run_id
+        self._timeouts = timeouts
+        self._clock = clock
+
+    @classmethod
+    def open(cls, url: str, *, timeouts: Timeouts, clock: Clock = SYSTEM_CLOCK, create: bool = True) -> RunCatalog:
+        """Opens the run at `url`; with `create` a run that is not there yet is made.
+
+        Raises:
+            NotFoundError: there is no run and `create` is false.
+            ConfigError: the URL cannot be used or is of a newer format.
+            UnavailableError: the store could not be asked.
+        """
+        tier = open_tier(url, timeouts=timeouts, clock=clock)
+        deadline = Deadline.after(timeouts.storage_s, clock)
+        try:
+            found = _parse_run(tier, tier.read(contract.RUN_FILE, deadline=deadline))
+        except NotFoundError:
+            if not create:
+                raise NotFoundError(f"run {tier.url}: there is no run here; check the name or start one with `ktrain launch`") from None
+            fresh = {"format": RUN_FORMAT, "id": ids.random_id(16), "created": clock.wall()}
+            try:
+                tier.create(contract.RUN_FILE, json.dumps(fresh).encode(), deadline=Deadline.after(timeouts.storage_s, clock))
+            except ConflictError:
+                pass  # somebody else made it first; theirs counts
+            found = _parse_run(tier, tier.read(contract.RUN_FILE, deadline=Deadline.after(timeouts.storage_s, clock)))
+        return cls(tier, found, timeouts=timeouts, clock=clock)
+
+    def _deadline(self) -> Deadline:
+        return Deadline.after(self._timeouts.storage_s, self._clock)
+
+    def transfer_deadline(self, nbytes: int) -> Deadline:
+        """A deadline for moving `nbytes`: one call's patience plus the time at 1 MB/s."""
+        return Deadline.after(self._timeouts.storage_s + nbytes / 1e6, self._clock)
+
+    # Attempts
+
+    def next_epoch(self, start: dict[str, Any]) -> int:
+        """Allocates the next epoch by creating its start record; `start` says who and how."""
+        epoch = max((attempt.epoch for attempt in self.attempts()), default=0) + 1
+        while epoch <= _WIDEST_EPOCH:
+            write_id = ids.random_id()
+            data = json.dumps({**start, "write_id": write_id, "time": self._clock.wall()}).encode()
+            name = _attempt_name(epoch, "start")
+            try:
+                self.tier.create(name, data, deadline=self._deadline())
+            except ConflictError:
+                if self._wrote(name, write_id):  # the reply of our own create was lost and it was tried again below us
+                    return epoch
+                epoch += 1
+                continue
+            if self._wrote(name, write_id):
+                return epoch
+            epoch += 1
+        raise ConflictError(f"run {self.tier.url}: no epoch is left below {_WIDEST_EPOCH}; start a new run")
+
+    def _wrote(self, name: str, write_id: str) -> bool:
+        try:
+            return bool(json.loads(self.tier.read(name, deadline=self._deadline())).get("write_id") == write_id)
+        except ValueError:
+            return False
+
+    def record(self, epoch: int, part: str, fields: dict[str, Any]) -> None:
+        """Adds a part ("restored", "committed", "durable", "end") to an attempt's records."""
+        assert part in ("restored", "committed", "durable", "end"), part
+        data = json.dumps({**fields, "time": self._clock.wall()}).encode()
+        self.tier.write(_attempt_name(epoch, part), data, deadline=self._deadline())
+
+    def attempts(self) -> list[AttemptRecord]:
+        """All attempts, oldest first. A part that is torn counts as not written."""
+        parts: dict[int, dict[str, Any]] = {}
+        for stored in self.tier.list(f"{contract.ATTEMPTS_DIR}/", deadline=self._deadline()):
+            stem = stored.name.removeprefix(f"{contract.ATTEMPTS_DIR}/attempt-").removesuffix(".json")
+            number, _, part = stem.partition("-")
+            if not number.isdigit() or part not in ("start", "restored", "committed", "durable", "end"):
+                continue
+            try:
+                value = json.loads(self.tier.read(stored.name, deadline=self._deadline()))
+            except (ValueError, NotFoundError):
+                value = None
+            parts.setdefault(int(number), {})[part] = value
+        return [AttemptRecord(epoch=epoch, **parts[epoch]) for epoch in sorted(parts)]
+
+    # Checkpoints
+
+    def listing(self) -> Listing:
+        """Every commit record under the run, read and checked; payloads are not touched."""
+        commits, broken = [], []
+        for stored in self.tier.list(f"{contract.CHECKPOINTS_DIR}/", deadline=self._deadline()):
+            if records.parse_commit_name(stored.name) is None:
+                continue
+            try:
+                commits.append(self._read_commit(stored))
+            except (CorruptionError, ConfigError) as error:
+                broken.append((stored.name, str(error)))
+            except NotFoundError:
+                continue  # collected between the listing and the read
+        commits.sort(key=lambda commit: (commit.identity.step, commit.identity.epoch))
+        return Listing(tuple(commits), tuple(broken))
+
+    def _read_commit(self, stored: Stored) -> CommitRecord:
+        commit = CommitRecord.from_bytes(self.tier.read(stored.name, deadline=self._deadline()))
+        named = records.parse_commit_name(stored.name)
+        if named != (commit.identity.step, commit.identity.epoch, commit.write_id):
+            raise CorruptionError(f"{stored.name}: the record inside is of step {commit.identity.step} epoch {commit.identity.epoch}")
+        if commit.identity.run != self.run_id:
+            raise CorruptionError(f"{stored.name}: it belongs to run {commit.identity.run}, this is run {self.run_id}")
+        return commit
+
+    def read_manifest(self, commit: CommitRecord, files: RankFiles) -> Manifest:
+        """The manifest of one rank, proven against the commit record.
+
+        Raises:
+            CorruptionError: it is not the manifest that was committed.
+        """
+        manifest = Manifest.from_bytes(self.tier.read(files.manifest, deadline=self._deadline()))
+        same = manifest.identity == commit.identity and manifest.rank == files.rank
+        if not same or manifest.digest() != files.manifest_digest:
+            raise CorruptionError(
+                f"{files.manifest}: expected the manifest of rank {files.rank} step {commit.identity.step} with digest "
+                f"{files.manifest_digest}, found rank {manifest.rank} step {manifest.identity.step} digest {manifest.digest()}"
+            )
+        return manifest
+
+    def write_commit(self, commit: CommitRecord) -> None:
+        """Makes a checkpoint exist. A reply that was lost is settled by reading back.
+
+        Raises:
+            UnavailableError, DeadlineError: it cannot be told whether the record is there; the checkpoint does not count.
+        """
+        name = records.commit_name(commit.identity.step, commit.identity.epoch, commit.write_id)
+        data = commit.to_bytes()
+        failure: KtrainError | None = None
+        try:
+            self.tier.write(name, data, deadline=self._deadline())
+        except KtrainError as error:
+            failure = error
+        try:
+            found = self.tier.read(name, deadline=self._deadline())
+        except KtrainError as error:
+            raise (failure or error) from None
+        if found != data:
+            raise failure or CorruptionError(f"{name}: read back {len(found)} bytes that differ from the {len(data)} written")
+
+    def delete(self, commit: CommitRecord) -> None:
+        """Removes a checkpoint: first the record, so that it is uncommitted before it is incomplete, then its data."""
+        identity = commit.identity
+        self.tier.delete(records.commit_name(identity.step, identity.epoch, commit.write_id), deadline=self._deadline())
+        for files in commit.ranks:
+            self.tier.delete(files.payload, deadline=self._deadline())
+            self.tier.delete(files.manifest, deadline=self._deadline())
+
+
+def _parse_run(tier: Tier, data: bytes) -> str:
+    try:
+        value = json.loads(data)
+        version, run_id = int(value["format"]), str(value["id"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptionError(f"run {tier.url}: {contract.RUN_FILE} is damaged ({error}); restore it from a copy") from error
+    if version > RUN_FORMAT:
+        raise ConfigError(f"run {tier.url}: written in run format {version}, this ktrain reads up to {RUN_FORMAT}; upgrade ktrain")
+    return run_id
+
+
+# Verification of committed checkpoints
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One file of a checkpoint that is not proven; `begin` and `end` are the bad byte range where it is known."""
+
+    step: int
+    epoch: int
+    rank: int | None
+    name: str
+    reason: str
+    begin: int | None = None
+    end: int | None = None
+
+
+def verify_commit(catalog: RunCatalog, commit: CommitRecord) -> Iterator[Finding]:
+    """Reads every byte of a committed checkpoint and yields what does not match its proof."""
+    identity = commit.identity
+    manifests: list[Manifest] = []
+    for files in commit.ranks:
+        where = {"step": identity.step, "epoch": identity.epoch, "rank": files.rank}
+        try:
+            manifest = catalog.read_manifest(commit, files)
+        except (CorruptionError, ConfigError, NotFoundError) as error:
+            yield Finding(name=files.manifest, reason=str(error), **where)
+            continue
+        manifests.append(manifest)
+        yield from (Finding(name=files.payload, **where, **bad) for bad in _bad_payload(catalog, files, manifest))
+    if len(manifests) == len(commit.ranks):
+        try:
+            records.check_coverage(manifests)
+        except CorruptionError as error:
+            yield Finding(identity.step, identity.epoch, None, commit_path(commit), str(error))
+
+
+def commit_path(commit: CommitRecord) -> str:
+    """Name of the commit record under the run."""
+    return records.commit_name(commit.identity.step, commit.identity.epoch, commit.write_id)
+
+
+def _bad_payload(catalog: RunCatalog, files: RankFiles, manifest: Manifest) -> Iterator[dict[str, Any]]:
+    stride = 64 * manifest.chunk_nbytes
+    for begin in range(0, manifest.nbytes, stride):
+        end = min(begin + stride, manifest.nbytes)
+        try:
+            data = catalog.tier.read_range(files.payload, begin, end, deadline=catalog.transfer_deadline(end - begin))
+        except NotFoundError as error:
+            yield {"reason": str(error)}
+            return
+        if len(data) != end - begin:
+            yield {"reason": f"expected {manifest.nbytes} bytes, the object ends at {begin + len(data)}", "begin": begin + len(data), "end": manifest.nbytes}
+            return
+        for low, high in bad_ranges_in(manifest, data, begin):
+            yield {"reason": "bytes differ from the digest made at the snapshot", "begin": low, "end": high}
+

@@ -1,0 +1,364 @@
+"""The two lines in a loop that exists: restore where the run was, and a commit point after each step.
+
+    ckpt = ktrain.Checkpointer("runs/net-a", state={"model": model, "optimizer": opt}, every=10)
+    for i in range(ckpt.restore(), n):
+        train_one(i)
+        ckpt.step(i + 1)
+    ckpt.close()
+
+Start reading ktrain here. What happens behind: `state` plans what this rank stores, `snapshot` brings it into a slot of
+the node's volume (memory tier), the node keeper (`checkpoint.node`) carries it to peers and bucket, and the head
+(`checkpoint.coordinate`) says what is committed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+
+import ktrain
+from ktrain.base import contract, settings
+from ktrain.base.clock import SYSTEM_CLOCK, Deadline
+from ktrain.base.faults import FaultPoints
+from ktrain.checkpoint.line import connect
+from ktrain.checkpoint.policy import Every, Keep, Policies, as_every, as_keep
+from ktrain.checkpoint.pulse import Pulse
+from ktrain.checkpoint.restore import Restorer
+from ktrain.errors import CapacityError, ConfigError, DeadlineError, KtrainError
+from ktrain.format.manifest import Identity, Manifest
+from ktrain.format.payload import CHUNK_NBYTES
+from ktrain.snapshot.arena import NodeVolume, required_nbytes
+from ktrain.snapshot.staging import stage
+from ktrain.state.plan import SavePlan, plan_save
+from ktrain.state.rng import RNG_PART, rng_part
+from ktrain.state.topology import Topology
+from ktrain.state.train_state import TrainState
+
+_DRAIN_SLOTS = 1  # read by the drain while the next snapshots are taken
+
+
+class Checkpointer:
+    """Saves and restores the state of a run. Use from the training thread.
+
+    Every rank makes one, with the same run, parts and policies; under torchrun after `init_process_group`.
+
+    Args:
+        run: path or URL of the run; None takes the one of `ktrain launch`.
+        state: named parts with `state_dict` and `load_state_dict`. The generators of every rank are added as "rng".
+        every: cadence; a number counts steps between snapshots in memory.
+        keep: retention; a number counts checkpoints kept in the bucket.
+
+    Raises:
+        ConfigError: the arguments cannot work, or the run cannot be written.
+        ConflictError: the run is live elsewhere; names the holder.
+    """
+
+    def __init__(
+        self,
+        run: str | os.PathLike[str] | None = None,
+        *,
+        state: Mapping[str, Any],
+        every: int | Every = 10,
+        keep: int | Keep = 3,
+    ) -> None:
+        self._policies = Policies(as_every(every), as_keep(keep))
+        self._topology = Topology.current()
+        self._state = TrainState({RNG_PART: rng_part(self._topology), **state})
+        self._timeouts = settings.timeouts()
+        self._clock = SYSTEM_CLOCK
+        name = None if run is None else os.fspath(run)
+        self.run, self._line = connect(name, self._topology, self._timeouts)
+        self._faults = FaultPoints.from_environment(self._line.epoch)
+        self._pulse = Pulse(
+            self._line.caller,
+            rank=self._topology.rank,
+            epoch=self._line.epoch,
+            policies=self._policies,
+            timeouts=self._timeouts,
+            clock=self._clock,
+        )
+        self._pulse.start()
+        self._volume: NodeVolume | None = None
+        self._run_id = ""
+        self._step: int | None = None  # None until restore()
+        self._saved: int | None = None
+        self._prepared = False
+        self._memory_failed = False
+        self._closed = False
+        self._signals: dict[int, Any] = {} if self._line.has_launcher else self._catch_signals()
+
+    @property
+    def epoch(self) -> int:
+        """The attempt's epoch."""
+        return self._line.epoch
+
+    @property
+    def committed(self) -> dict[str, int]:
+        """Tier -> newest committed step, as last heard from the head."""
+        return {tier: int(at[0]) for tier, at in self._pulse.answer.get("committed", {}).items()}
+
+    # Restore
+
+    def restore(self) -> int:
+        """Loads the newest proven checkpoint into the state; returns the step to continue from.
+
+        Returns 0 only where there never was a durable commit. All ranks get the same step.
+
+        Raises:
+            ConfigError: the checkpoint is of other shapes; nothing was changed.
+            CorruptionError: there are checkpoints, but no good copy of any; nothing was deleted.
+            UnavailableError: it cannot be told whether there is a checkpoint.
+            DeadlineError: names the ranks that are late.
+        """
+        if self._step is not None:
+            raise ConfigError("Checkpointer.restore: it was called before; call it once, before the first step")
+        self._pulse.note_phase("restore")
+        self._open_volume()
+        restorer = Restorer(self._state, self._topology, self._volume, self._pulse, self._line.caller, self.run)
+        step = restorer.restore(self._faults)
+        self._step = self._saved = step
+        self._pulse.note_step(step)
+        self._pulse.note_phase("train")
+        return step
+
+    def _open_volume(self) -> None:
+        deadline = Deadline.after(self._timeouts.start_s, self._clock)
+        answer = self._pulse.wait_answer(deadline, "join the head")
+        while not answer["ready"]:
+            answer = self._pulse.wait_answer(deadline, "join the head")
+        if answer["world_size"] != self._topology.world_size:
+            raise ConfigError(f"Checkpointer: this process sees {self._topology.world_size} ranks, the head {answer['world_size']}")
+        self._run_id = str(answer["run"])
+        try:
+            self._volume = NodeVolume(self._line.volume_root, node=self._line.node, run=self._run_id, uri=self.run)
+        except (OSError, KtrainError) as error:
+            self._fail_memory(f"{type(error).__name__}: {error}")
+
+    # Step
+
+    def step(self, step: int, *, loss: float | torch.Tensor | None = None, samples: int | None = None) -> None:
+        """The commit point after optimizer step number `step` (the first is 1): saves when it is due.
+
+        Args:
+            step: greater than at the last call.
+            loss: goes into the run's events with full precision.
+            samples: used by this step on all ranks, for the rate in the progress line.
+
+        Raises:
+            SystemExit: the run was asked to stop; this step is saved (exit code 130).
+            ConflictError: a newer attempt of the run has begun; this process must end.
+        """
+        if self._step is None:
+            raise ConfigError("Checkpointer.step: call restore() first, so that the run continues where it was")
+        if step <= self._step:
+            raise ConfigError(f"Checkpointer.step: expected a step over {self._step}, found {step}")
+        self._pulse.check_fence()
+        self._step = step
+        self._faults.reached("step", step=step, rank=self._topology.rank)
+        if self._topology.rank == 0:
+            value = None if loss is None else float(loss)
+            self._pulse.emit("step", step=step, loss=value, samples=samples)
+        stop = self._pulse.note_step(step)
+        stopping = stop is not None and self._await_stop(step)
+        if stopping or self._policies.every.due(step):
+            self._save(step)
+        elif not self._prepared:
+            self._prepare(plan_save(self._state, self._topology))
+        if stopping:
+            self._leave(step)
+
+    def log(self, **values: Any) -> None:
+        """Puts values of this step into the run's events (rank 0's alone)."""
+        if self._topology.rank == 0:
+            self._pulse.emit("log", step=self._step, **{name: _plain(value) for name, value in values.items()})
+
+    def _save(self, step: int) -> bool:
+        """Takes a snapshot; false where it had to be skipped. A tier that fails does not stop training."""
+        started = self._clock.monotonic()
+        rank = self._topology.rank
+        if self._volume is None:
+            return False
+        self._faults.reached("save.begin", step=step, rank=rank)
+        plan = plan_save(self._state, self._topology)
+        if not self._prepared:
+            self._prepare(plan)
+        protect = [(int(at), int(epoch)) for at, epoch in self._pulse.answer.get("protect", [])]
+        try:
+            writer = self._volume.acquire(rank, plan.layout.nbytes, protect=protect, limit=self._num_slots)
+            if writer is None:
+                self._pulse.emit("save_skipped", rank=rank, step=step, tier=contract.TIER_MEMORY, reason="no slot is free")
+                return False
+            with writer:
+                chunks = stage(plan, writer.memory, num_threads=_copy_threads(self._topology))
+                self._faults.reached("save.staged", step=step, rank=rank)
+                writer.seal(self._manifest(step, plan, chunks))
+        except (CapacityError, OSError) as error:
+            self._fail_memory(f"{type(error).__name__}: {error}")
+            return False
+        self._faults.reached("save.sealed", step=step, rank=rank)
+        self._saved = step
+        self._memory_failed = False
+        self._pulse.note_sealed()
+        self._pulse.emit(
+            "snapshot",
+            rank=rank,
+            step=step,
+            tier=contract.TIER_MEMORY,
+            nbytes=plan.layout.nbytes,
+            stall_s=self._clock.monotonic() - started,
+        )
+        return True
+
+    def _manifest(self, step: int, plan: SavePlan, chunks: tuple[int, ...]) -> Manifest:
+        return Manifest(
+            identity=Identity(run=self._run_id, step=step, epoch=self._line.epoch, world_size=self._topology.world_size),
+            rank=self._topology.rank,
+            plan_digest=plan.digest,
+            nbytes=plan.layout.nbytes,
+            chunk_nbytes=CHUNK_NBYTES,
+            chunks=chunks,
+            entries=plan.layout.entries,
+            objects=plan.objects,
+            origin={
+                "ktrain": ktrain.__version__,
+                "torch": torch.__version__,
+                "node": self._line.node,
+                "local_world_size": self._topology.local_world_size,
+            },
+        )
+
+    @property
+    def _num_slots(self) -> int:
+        return self._policies.keep.memory + _DRAIN_SLOTS
+
+    def _prepare(self, plan: SavePlan) -> None:
+        """Makes and pre-faults the slots, once the optimizer has its state, so that the first save is as fast as all.
+
+        What does not fit is refused here, with the numbers, before anything was written.
+        """
+        self._prepared = True
+        if self._volume is None:
+            return
+        local = self._topology.local_world_size
+        kept = local if self._topology.world_size > local and self._line.has_launcher else 0
+        try:
+            required_nbytes(
+                plan.layout.nbytes,
+                ranks_per_node=local,
+                slots=self._num_slots,
+                kept_ranks=kept,
+                free_nbytes=self._volume.free_nbytes(),
+                held_nbytes=self._volume.held_nbytes(),
+            )
+            self._volume.prepare(self._topology.rank, plan.layout.nbytes, self._num_slots)
+        except (CapacityError, OSError) as error:
+            self._fail_memory(f"{type(error).__name__}: {error}")
+
+    def _fail_memory(self, reason: str) -> None:
+        """Says once that the memory tier fails; training goes on."""
+        if not self._memory_failed:
+            self._pulse.emit("tier_failed", tier=contract.TIER_MEMORY, rank=self._topology.rank, reason=reason)
+        self._memory_failed = True
+
+    # Stop and close
+
+    def _await_stop(self, step: int) -> bool:
+        """True once every rank has promised to stop at this step; false when another step was announced instead."""
+        deadline = Deadline.after(self._timeouts.stop_s, self._clock)
+        answer = self._pulse.answer
+        while True:
+            stop = answer.get("stop")
+            if stop is None or stop["step"] != step:
+                return False
+            if stop["confirmed"]:
+                return True
+            try:
+                answer = self._pulse.wait_answer(deadline, f"agree to stop at step {step}")
+            except DeadlineError:
+                self._pulse.emit("notice", message=f"rank {self._topology.rank}: no agreement to stop at step {step}; going on")
+                return False
+
+    def _leave(self, step: int) -> None:
+        """Brings the saved step into the bucket, bounded, and leaves with the exit code of a stopped run."""
+        self._pulse.note_phase("close")
+        try:
+            self._wait_drained(step, self._timeouts.stop_s)
+        except DeadlineError as error:
+            self._pulse.emit("notice", message=str(error))
+        self._end(False, "stopped")
+        raise SystemExit(contract.EXIT_STOPPED)
+
+    def close(self, success: bool = True) -> None:
+        """Ends the run's use of this Checkpointer. Closing twice is fine.
+
+        With success: the last step is saved where it was not, its drain to the bucket is awaited, and then the
+        memory that the run took on this node is freed. Without: everything stays for the next attempt.
+
+        Raises:
+            DeadlineError: the last step did not reach the bucket in time; nothing is freed.
+        """
+        if self._closed:
+            return
+        try:
+            if success and self._step:
+                self._pulse.note_phase("close")
+                deadline = Deadline.after(self._timeouts.drain_s, self._clock)
+                while self._saved != self._step and not self._save(self._step):
+                    self._pulse.wait_answer(deadline, f"find a slot for the last step {self._step}")
+                self._wait_drained(self._step, self._timeouts.drain_s)
+        except BaseException:
+            self._end(False, "failed")
+            raise
+        self._end(success, "succeeded" if success else "failed")
+
+    def _wait_drained(self, step: int, timeout_s: float) -> None:
+        deadline = Deadline.after(timeout_s, self._clock)
+        while self.committed.get(contract.TIER_BUCKET, -1) < step:
+            self._pulse.wait_answer(deadline, f"drain step {step} to the bucket")
+
+    def _end(self, success: bool, reason: str) -> None:
+        self._closed = True
+        for signum, handler in self._signals.items():
+            signal.signal(signum, handler)
+        if self._volume is not None:
+            self._volume.close()
+        if success:
+            self._pulse.note_closed()
+        self._pulse.flush(Deadline.after(self._timeouts.call_s, self._clock))
+        self._pulse.end()
+        self._line.close(success, reason)
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close(success=error is None)
+
+    def _catch_signals(self) -> dict[int, Any]:
+        """Without a launcher the first SIGINT or SIGTERM means: finish the step, save, leave; a second one ends at once."""
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+        caught = {}
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            caught[signum] = signal.signal(signum, self._on_signal)
+        return caught
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        for number, handler in self._signals.items():
+            signal.signal(number, handler)
+        self._pulse.request_stop(signal.Signals(signum).name)
+
+
+def _plain(value: Any) -> Any:
+    return float(value) if isinstance(value, torch.Tensor) else value
+
+
+def _copy_threads(topology: Topology) -> int:
+    """Threads for one rank's copy: its share of the node's processors, at most 8 (memory bandwidth ends there)."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) // topology.local_world_size))

@@ -1,0 +1,167 @@
+"""The run's event log: one file for a local run, numbered objects for a run in a bucket; read both the same way."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from pathlib import Path
+from typing import Protocol
+
+from ktrain.abc.tier import Tier
+from ktrain.base import contract, events, ids
+from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
+from ktrain.base.events import Event, EventSink, FileSink
+from ktrain.base.job import local_path
+from ktrain.base.settings import Timeouts
+from ktrain.errors import KtrainError, NotFoundError
+
+_LOG = logging.getLogger(__name__)
+_BATCH_S = 1.0
+_KEPT_BATCHES = 1000  # of a store that is away; the oldest are dropped beyond
+
+
+class EventLog(EventSink, Protocol):
+    """A sink with an end."""
+
+    def flush(self) -> None:
+        """Returns once everything emitted so far is written, or its bounded wait is over."""
+
+    def close(self) -> None:
+        """Flushes and ends."""
+
+
+class FileLog:
+    """Events of a local run. Safe from any thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._sink = FileSink(path)
+
+    def emit(self, event: Event) -> None:
+        self._sink.emit(event)
+
+    def flush(self) -> None:
+        """Every event is written when `emit` returns."""
+
+    def close(self) -> None:
+        self._sink.close()
+
+
+class ObjectLog:
+    """Events of a run in a bucket: a thread writes what has come in since, about once a second. Safe from any thread."""
+
+    def __init__(self, tier: Tier, *, timeouts: Timeouts, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._tier = tier
+        self._timeouts = timeouts
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._writing = threading.Lock()  # held across a write: batches stay in order
+        self._waiting: list[Event] = []  # guarded by _lock
+        self._batches: list[tuple[str, bytes]] = []  # guarded by _writing
+        self._writer = ids.random_id(3)
+        self._sequence = self._last_sequence() + 1
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ktrain-events", daemon=True)
+        self._thread.start()
+
+    def emit(self, event: Event) -> None:
+        with self._lock:
+            self._waiting.append(event)
+
+    def flush(self) -> None:
+        self._write_batches()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join(self._timeouts.storage_s)
+        self._write_batches()
+
+    def _last_sequence(self) -> int:
+        found = self._tier.list(f"{contract.EVENTS_DIR}/", deadline=self._deadline())
+        return max((_sequence(stored.name) for stored in found), default=-1)
+
+    def _deadline(self) -> Deadline:
+        return Deadline.after(self._timeouts.storage_s, self._clock)
+
+    def _run(self) -> None:
+        while not self._clock.wait(self._closed, _BATCH_S):
+            self._write_batches()
+
+    def _write_batches(self) -> None:
+        with self._writing:
+            with self._lock:
+                taken, self._waiting = self._waiting, []
+            if taken:
+                name = f"{contract.EVENTS_DIR}/{taken[-1].attempt:06d}-{self._sequence:08d}-{self._writer}.jsonl"
+                self._sequence += 1
+                lines = [json.dumps(event.to_json(), separators=(",", ":")).encode() + b"\n" for event in taken]
+                self._batches.append((name, b"".join(lines)))
+                del self._batches[:-_KEPT_BATCHES]
+            while self._batches:
+                name, data = self._batches[0]
+                try:
+                    self._tier.write(name, data, deadline=self._deadline())
+                except KtrainError as error:
+                    _LOG.warning("events: %s; they are kept and tried again", error)
+                    return
+                del self._batches[0]
+
+
+def _sequence(name: str) -> int:
+    parts = name.rpartition("/")[2].split("-")
+    return int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else -1
+
+
+def open_log(run: str, tier: Tier, *, timeouts: Timeouts, clock: Clock = SYSTEM_CLOCK) -> EventLog:
+    """The log of a run, ready to be appended to."""
+    path = local_path(run)
+    return FileLog(path / contract.EVENTS_FILE) if path is not None else ObjectLog(tier, timeouts=timeouts, clock=clock)
+
+
+class LogReader:
+    """Reads a run's events from the beginning, then what is new. Use from one thread."""
+
+    def __init__(self, run: str, *, timeouts: Timeouts, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._path = local_path(run)
+        self._run = run
+        self._timeouts = timeouts
+        self._clock = clock
+        self._offset = 0
+        self._seen: set[str] = set()
+        self._tier: Tier | None = None
+
+    def read_new(self) -> list[Event]:
+        """Events since the last call; none while there is no log.
+
+        Raises:
+            UnavailableError: the store could not be asked.
+        """
+        return self._read_file(self._path) if self._path is not None else self._read_objects()
+
+    def _read_file(self, path: Path) -> list[Event]:
+        try:
+            with open(path / contract.EVENTS_FILE, "rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        whole = data[: data.rfind(b"\n") + 1]  # the rest is a line that is being written
+        self._offset += len(whole)
+        return events.parse_lines(whole.splitlines())
+
+    def _read_objects(self) -> list[Event]:
+        if self._tier is None:
+            from ktrain.tier.bucket import open_tier
+
+            self._tier = open_tier(self._run, timeouts=self._timeouts, clock=self._clock)
+        found = self._tier.list(f"{contract.EVENTS_DIR}/", deadline=Deadline.after(self._timeouts.storage_s, self._clock))
+        fresh = sorted((stored.name for stored in found if stored.name not in self._seen), key=lambda name: (_sequence(name), name))
+        taken = []
+        for name in fresh:
+            deadline = Deadline.after(self._timeouts.storage_s, self._clock)
+            try:
+                taken += events.parse_lines(self._tier.read(name, deadline=deadline).splitlines())
+            except NotFoundError:
+                continue
+            self._seen.add(name)
+        return taken

@@ -1,0 +1,435 @@
+"""A node's snapshot duties: tell the head what lies here, keep replicas for others, drain to the bucket, serve the ranks.
+
+One NodeKeeper runs in each node's agent; in plain python and torchrun, where there is no agent, one runs inside each
+rank's process. It imports neither torch nor ray, and takes from the head only wanted states, so that either side may
+die and come back at any moment.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ktrain.abc.tier import Tier
+from ktrain.abc.transport import Transport
+from ktrain.base import contract, ids
+from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
+from ktrain.base.control import Caller, Handler
+from ktrain.base.events import Event, ListSink, make
+from ktrain.base.settings import Timeouts
+from ktrain.checkpoint.lineage import Copy
+from ktrain.errors import CapacityError, ConflictError, CorruptionError, KtrainError, NotFoundError, UnavailableError
+from ktrain.format import record as records
+from ktrain.format.manifest import Identity, bad_ranges
+from ktrain.format.record import RankFiles
+from ktrain.snapshot.arena import NodeVolume
+from ktrain.tier.bucket import open_tier
+
+_LOG = logging.getLogger(__name__)
+_EVENTS_PER_BEAT = 500
+
+
+@dataclass(slots=True)
+class _Rank:
+    """A worker of this node, as its own pulses tell."""
+
+    heard_s: float
+    moved_s: float
+    said: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class NodePlace:
+    """Where a keeper is: `node` names the volume's folder, `member` the keeper (they differ where one node has several)."""
+
+    node: str
+    member: str
+    volume_root: Path
+    host: str = field(default_factory=ids.host_name)
+
+
+class NodeKeeper:
+    """Keeps one node's part of the memory, peer and bucket tiers. Safe from any thread."""
+
+    def __init__(
+        self,
+        run_url: str,
+        *,
+        place: NodePlace,
+        head: Caller,
+        transport: Transport | None,
+        timeouts: Timeouts,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        self._run_url = run_url
+        self._place = place
+        self._head = head
+        self._transport = transport
+        self._timeouts = timeouts
+        self._clock = clock
+        self._instance = ids.random_id()
+        self.events = ListSink()
+        self.on_wire: Callable[[dict[str, Any]], None] | None = None
+        """Called with each word of the head on the Ray cluster (address, generation); set by the agent."""
+        self._events_sent = 0  # index of the first event in `events`
+        self._lock = threading.RLock()  # guards the fields below; never held across I/O
+        self._view: dict[str, Any] = {}  # the head's last answer
+        self._ranks: dict[int, _Rank] = {}
+        self._drained: list[dict[str, Any]] = []
+        self._wanted_manifests: list[dict[str, Any]] = []
+        self._restore_round = -1
+        self._restore: dict[str, Any] | None = None  # the newest round, with its long part
+        self._freed = False
+        self._volume: NodeVolume | None = None
+        self._tier: Tier | None = None
+        self._head_away = False
+        self._announced: dict[str, Any] = {}
+        self._wake = threading.Event()
+        self._work_drain = threading.Event()
+        self._work_pull = threading.Event()
+        self._closed = threading.Event()
+        self._beat_lock = threading.Lock()  # one beat at a time
+        self._pull_lock = threading.Lock()  # one pull at a time: bounded chunks in flight
+        self._threads: list[threading.Thread] = []
+
+    # Life
+
+    def start(self) -> None:
+        """Starts the threads that beat and that carry bytes."""
+        for name, target in (("beat", self._beat_loop), ("drain", self._drain_loop), ("pull", self._pull_loop)):
+            thread = threading.Thread(target=target, name=f"ktrain-{name}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def close(self) -> None:
+        """Says the last word to the head, ends the threads and lets go of the volume. Idempotent."""
+        if self._closed.is_set():
+            return
+        self.flush()
+        self._closed.set()
+        self._wake.set()
+        self._work_drain.set()
+        self._work_pull.set()
+        for thread in self._threads:
+            thread.join(self._timeouts.call_s)
+        if self._transport is not None:
+            self._transport.close()
+        if self._volume is not None:
+            self._volume.close()
+
+    def flush(self) -> None:
+        """One beat now, so that what was said so far is with the head; a head that is away is not waited for."""
+        try:
+            self._beat()
+        except KtrainError as error:
+            _LOG.debug("flush: %s", error)
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        """An event of this node, on its way to the head."""
+        epoch = int(self._view.get("epoch", 0))
+        self.events.emit(make(kind, epoch, clock=self._clock, **fields))
+        self._wake.set()
+
+    # For the ranks
+
+    def handlers(self) -> dict[str, Handler]:
+        """Calls that workers of this node make."""
+        return {"pulse": self._pulse, "fetch": self._fetch}
+
+    def _pulse(self, said: dict[str, Any]) -> dict[str, Any]:
+        """A worker's sign of life with its news; the answer is what it must know."""
+        rank, now = int(said["rank"]), self._clock.monotonic()
+        for value in said["events"]:
+            self.events.emit(Event.from_json(value))
+        with self._lock:
+            view = self._view
+            epoch = int(view.get("epoch", 0))
+            if epoch > int(said["epoch"]):
+                raise ConflictError(
+                    f"rank {rank}: it belongs to epoch {said['epoch']}, the run is in epoch {epoch}; this process is of an older attempt and must end"
+                )
+            if epoch == int(said["epoch"]):
+                known = self._ranks.get(rank)
+                moved = known is None or any(known.said.get(key) != said[key] for key in ("step", "phase"))
+                self._ranks[rank] = _Rank(now, now if known is None or moved else known.moved_s, said)
+        if said["news"]:
+            self._wake.set()
+        with self._lock:
+            ready = epoch == int(said["epoch"]) and self._volume is not None
+            return {
+                "ready": ready,
+                "run": view.get("run"),
+                "world_size": view.get("world_size"),
+                "committed": view.get("committed", {}),
+                "protect": view.get("protect", []),
+                "stop": view.get("stop") if ready else None,
+                "restore": self._restore_for(said) if ready else None,
+            }
+
+    def _restore_for(self, said: dict[str, Any]) -> dict[str, Any] | None:
+        """The head's word on the restore; the long part only to a rank that has not seen its round."""
+        if self._restore is None or said["restore"] is None:
+            return None
+        if int(said["restore"]["round"]) == int(self._restore["round"]):
+            return {key: value for key, value in self._restore.items() if key not in ("manifests", "sources")}
+        return self._restore
+
+    def _fetch(self, said: dict[str, Any]) -> dict[str, Any]:
+        """Brings a peer's copy into this node's volume for a rank that restores."""
+        copy = Copy.from_json(said["copy"])
+        deadline = Deadline.after(float(said["timeout_s"]), self._clock)
+        return {"wire_nbytes": self._pull(copy.rank, copy.identity, copy.place, deadline)}
+
+    # Beats
+
+    def _beat_loop(self) -> None:
+        while not self._closed.is_set():
+            self._clock.wait(self._wake, self._timeouts.beat_s)
+            self._wake.clear()
+            try:
+                self._beat()
+                self._head_away = False
+            except KtrainError as error:
+                if not self._head_away:
+                    _LOG.warning("head of %s: %s", self._run_url, error)
+                self._head_away = True
+            except Exception:  # noqa: BLE001 -- top of the thread: recorded, the next beat tries again
+                _LOG.exception("beat: unexpected failure")
+
+    def _beat(self) -> None:
+        with self._beat_lock:
+            batch = self.events.peek(_EVENTS_PER_BEAT)
+            answer = self._head.call("beat", self._beat_message(batch), timeout_s=self._timeouts.call_s)
+            taken = max(0, int(answer["events_taken"]) - self._events_sent)
+            self.events.drop(min(taken, len(batch)))
+            self._events_sent += min(taken, len(batch))
+            self._take(answer)
+
+    def _beat_message(self, batch: list[Event]) -> dict[str, Any]:
+        held = [] if self._volume is None else self._volume.scan()
+        wanted, now = self._wanted_manifests, self._clock.monotonic()
+        manifests = [text for want in wanted if (text := self._manifest_text(want)) is not None]
+        with self._lock:
+            return {
+                "member": self._place.member,
+                "node": self._place.node,
+                "host": self._place.host,
+                "instance": self._instance,
+                "epoch": int(self._view.get("epoch", 0)),
+                "wire": None if self._transport is None else self._transport.address(),
+                "held": [[entry.rank, entry.identity.to_json()] for entry in held],
+                "manifests": manifests,
+                "ranks": {
+                    str(rank): {
+                        "step": known.said["step"],
+                        "phase": known.said["phase"],
+                        "closed": known.said["closed"],
+                        "stop_ack": known.said["stop_ack"],
+                        "restore": known.said["restore"],
+                        "stop_wanted": known.said["stop_wanted"],
+                        "policies": known.said["policies"],
+                        "silent_s": now - known.heard_s,
+                        "moved_s": now - known.moved_s,
+                    }
+                    for rank, known in self._ranks.items()
+                },
+                "restore_round": self._restore_round,
+                "drained": list(self._drained),
+                "freed": self._freed,
+                "events_from": self._events_sent,
+                "events": [event.to_json() for event in batch],
+            }
+
+    def _manifest_text(self, want: dict[str, Any]) -> dict[str, Any] | None:
+        assert self._volume is not None
+        identity = Identity.from_json(want["identity"])
+        try:
+            with self._volume.open(int(want["rank"]), identity) as slot:
+                return {**want, "text": slot.manifest.to_bytes().decode()}
+        except NotFoundError:
+            return None
+
+    def _take(self, answer: dict[str, Any]) -> None:
+        if self._volume is None and not self._freed:
+            self._volume = NodeVolume(self._place.volume_root, node=self._place.node, run=str(answer["run"]), uri=self._run_url)
+        with self._lock:
+            if answer["epoch"] != self._view.get("epoch"):
+                self._ranks, self._drained, self._restore, self._restore_round = {}, [], None, -1
+            fresh_manifests = answer["want_manifests"] != self._wanted_manifests
+            self._wanted_manifests = answer["want_manifests"]
+            self._view = answer
+            self._take_restore(answer["restore"])
+        if self.on_wire is not None and answer["wire"] is not None:
+            self.on_wire(answer["wire"])
+        if answer["committed"] != self._announced and self._volume is not None and answer["committed"]:
+            self._announced = answer["committed"]
+            memory_tiers = {tier: tuple(at) for tier, at in answer["committed"].items() if tier != contract.TIER_BUCKET}
+            self._volume.write_committed(memory_tiers)
+        if fresh_manifests and self._wanted_manifests:
+            self._wake.set()
+        self._work_drain.set()
+        self._work_pull.set()
+        if answer["free"] and not self._freed:
+            self._free()
+
+    def _take_restore(self, restore: dict[str, Any] | None) -> None:
+        if restore is None:
+            self._restore, self._restore_round = None, -1
+            return
+        if "sources" in restore or restore["round"] != self._restore_round:
+            self._restore = restore
+        elif self._restore is not None:
+            self._restore = {**self._restore, **restore}
+        if "sources" in restore or "identity" not in restore:
+            self._restore_round = int(restore["round"])
+
+    def _free(self) -> None:
+        """After success the volume's memory goes back; while somebody still has it open the next beat tries again."""
+        if self._transport is not None:
+            self._transport.close()
+        if self._volume is not None:
+            try:
+                self._volume.remove()
+            except ConflictError as error:
+                _LOG.debug("free: %s", error)
+                return
+        self._volume = None
+        self._freed = True
+        self._wake.set()
+
+    # Bytes: drain to the bucket
+
+    def _drain_loop(self) -> None:
+        done: str | None = None
+        while not self._closed.is_set():
+            self._clock.wait(self._work_drain, self._timeouts.beat_s)
+            self._work_drain.clear()
+            with self._lock:
+                wanted = self._view.get("drain")
+                ranks = [rank for rank in self._view.get("ranks", []) if rank in self._ranks]
+            if wanted is None or wanted["write_id"] == done or not ranks:
+                continue
+            done = wanted["write_id"]
+            for rank in ranks:
+                report = self._drain_rank(rank, Identity.from_json(wanted["identity"]), done)
+                with self._lock:
+                    self._drained = [*self._drained[-64:], report]
+                self._wake.set()
+
+    def _drain_rank(self, rank: int, identity: Identity, write_id: str) -> dict[str, Any]:
+        started = self._clock.monotonic()
+        try:
+            files, plan_digest = self._upload(rank, identity, write_id)
+        except KtrainError as error:
+            return {"write_id": write_id, "failure": f"rank {rank} on {self._place.node}: {error.kind}: {error}"}
+        except Exception as error:  # noqa: BLE001 -- a thread's work item: the head is told, the thread goes on
+            _LOG.exception("drain of rank %d: unexpected failure", rank)
+            return {"write_id": write_id, "failure": f"rank {rank} on {self._place.node}: {type(error).__name__}: {error}"}
+        seconds = self._clock.monotonic() - started
+        self.emit("drained", rank=rank, step=identity.step, tier=contract.TIER_BUCKET, nbytes=files.nbytes, seconds=seconds)
+        return {
+            "write_id": write_id,
+            "plan_digest": plan_digest,
+            "files": {name: getattr(files, name) for name in RankFiles.__slots__},
+        }
+
+    def _upload(self, rank: int, identity: Identity, write_id: str) -> tuple[RankFiles, str]:
+        """Payload, then manifest, straight from the slot, which stays under lease meanwhile."""
+        if self._volume is None:
+            raise UnavailableError(f"rank {rank}, {identity}: this node has no volume now")
+        if self._tier is None:
+            self._tier = open_tier(self._run_url, timeouts=self._timeouts, clock=self._clock)
+        payload = records.payload_name(identity.step, identity.epoch, write_id, rank)
+        name = records.manifest_name(identity.step, identity.epoch, write_id, rank)
+        with self._volume.open(rank, identity) as slot:
+            manifest = slot.manifest
+            bad = bad_ranges(manifest, slot.memory)
+            if bad:
+                self._bad_slot(rank, identity, bad[0])
+            self._tier.write(payload, slot.memory, deadline=self._transfer_deadline(manifest.nbytes))
+        data = manifest.to_bytes()
+        self._tier.write(name, data, deadline=self._transfer_deadline(len(data)))
+        files = RankFiles(rank, payload, manifest.nbytes, manifest.payload_digest(), name, len(data), manifest.digest())
+        return files, manifest.plan_digest
+
+    def _transfer_deadline(self, nbytes: int) -> Deadline:
+        return Deadline.after(self._timeouts.storage_s + nbytes / 1e6, self._clock)
+
+    def _bad_slot(self, rank: int, identity: Identity, bad: tuple[int, int]) -> None:
+        assert self._volume is not None
+        reason = f"bytes {bad[0]} to {bad[1]} differ from the digest made at the snapshot"
+        self._volume.discard(rank, identity, reason)
+        self.emit(
+            "bad_copy",
+            step=identity.step,
+            rank=rank,
+            tier=contract.TIER_MEMORY,
+            where=self._place.node,
+            reason=reason,
+            begin=bad[0],
+            end=bad[1],
+        )
+        raise CorruptionError(f"rank {rank}, {identity} in the memory of {self._place.node}: {reason}")
+
+    # Bytes: replicas and restores from peers
+
+    def _pull_loop(self) -> None:
+        failed: set[tuple[int, Identity]] = set()
+        while not self._closed.is_set():
+            self._clock.wait(self._work_pull, self._timeouts.beat_s)
+            self._work_pull.clear()
+            with self._lock:
+                wanted = list(self._view.get("pull", []))
+            for want in wanted:
+                rank, identity = int(want["rank"]), Identity.from_json(want["identity"])
+                if (rank, identity) in failed or self._closed.is_set():
+                    continue
+                if not self._keep_replica(rank, identity, want["owner"]):
+                    failed.add((rank, identity))
+
+    def _keep_replica(self, rank: int, identity: Identity, owner: str) -> bool:
+        started = self._clock.monotonic()
+        try:
+            wire_nbytes = self._pull(rank, identity, owner, Deadline.after(self._timeouts.restore_s, self._clock))
+        except (NotFoundError, CapacityError, ConflictError) as error:
+            _LOG.info("replica of rank %d step %d from %s: %s", rank, identity.step, owner, error)  # superseded meanwhile
+            return False
+        except CorruptionError as error:
+            self.emit("bad_copy", step=identity.step, rank=rank, tier=contract.TIER_PEER, where=owner, reason=str(error))
+            return False
+        except KtrainError as error:
+            _LOG.warning("replica of rank %d step %d from %s: %s", rank, identity.step, owner, error)
+            return False
+        seconds = self._clock.monotonic() - started
+        self.emit(
+            "replicated", rank=rank, step=identity.step, source=owner, target=self._place.node, nbytes=wire_nbytes, seconds=seconds
+        )
+        return True
+
+    def _pull(self, rank: int, identity: Identity, owner: str, deadline: Deadline) -> int:
+        """Brings a snapshot of another node into the own volume; returns the bytes that crossed the wire."""
+        if self._transport is None:
+            raise UnavailableError(f"rank {rank}, {identity}: this node has no wire to its peers")
+        source = self._source_of(owner, deadline)
+        with self._pull_lock:
+            with self._lock:
+                protect = [(int(step), int(epoch)) for step, epoch in self._view.get("protect", [])]
+            receipt = self._transport.pull(source, rank, identity, protect=protect, deadline=deadline)
+        return receipt.wire_nbytes
+
+    def _source_of(self, owner: str, deadline: Deadline) -> str:
+        """Waits, bounded, until both ends of the wire are up (a replaced node joins the wire while ranks start)."""
+        bound = deadline.sooner(self._timeouts.start_s / 2)
+        while True:
+            with self._lock:
+                source = self._view.get("peers", {}).get(owner)
+            ready = self._transport is not None and self._transport.address() is not None
+            if source is not None and ready:
+                return str(source)
+            if bound.expired():
+                raise UnavailableError(f"peer {owner}: no wire to it within {bound.total_s:g} s")
+            self._clock.sleep(min(0.1, bound.remaining_s()))

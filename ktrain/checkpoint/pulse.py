@@ -1,0 +1,200 @@
+"""A worker's line to its node keeper: signs of life out, agreements and commits in, on a thread of its own.
+
+The training thread only ever touches memory here: it leaves its news and reads the newest answer. A keeper that is
+away (its agent is being restarted) is noticed and awaited by this thread alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from ktrain.base.clock import Clock, Deadline
+from ktrain.base.control import Caller
+from ktrain.base.events import ListSink, make
+from ktrain.base.settings import Timeouts
+from ktrain.checkpoint.policy import Policies
+from ktrain.errors import ConflictError, DeadlineError, KtrainError
+
+_LOG = logging.getLogger(__name__)
+
+
+class Pulse:
+    """One rank's pulse. `note_*`, `emit` and the readers are safe from any thread."""
+
+    def __init__(
+        self, caller: Caller, *, rank: int, epoch: int, policies: Policies, timeouts: Timeouts, clock: Clock
+    ) -> None:
+        self._caller = caller
+        self._rank = rank
+        self._epoch = epoch
+        self._policies = policies
+        self._timeouts = timeouts
+        self._clock = clock
+        self._events = ListSink()
+        self._lock = threading.Lock()  # guards the fields below
+        self._answered = threading.Condition(self._lock)
+        self._answer: dict[str, Any] = {}
+        self._answers = 0
+        self._step = 0
+        self._phase = "start"
+        self._closed = False
+        self._stop_ack: list[Any] | None = None
+        self._restore: dict[str, Any] | None = None
+        self._stop_wanted: str | None = None
+        self._fenced: ConflictError | None = None
+        self._unreachable: KtrainError | None = None
+        self._wake = threading.Event()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ktrain-pulse", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def end(self) -> None:
+        """Sends the last news and ends the thread. Idempotent."""
+        if not self._ended.is_set():
+            self._ended.set()
+            self._wake.set()
+            self._thread.join(self._timeouts.call_s * 2)
+
+    # News out
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        """An event, on its way to the run's log."""
+        self._events.emit(make(kind, self._epoch, clock=self._clock, **fields))
+        self._wake.set()
+
+    def note_phase(self, phase: str) -> None:
+        """Says what this rank is at: "start", "restore", "train" or "close"."""
+        with self._lock:
+            self._phase = phase
+        self._wake.set()
+
+    def note_step(self, step: int) -> dict[str, Any] | None:
+        """Says that this rank has reached `step`; returns the stop announcement if it is for this very step."""
+        with self._lock:
+            self._step = step
+            stop: dict[str, Any] | None = self._answer.get("stop")
+        self._wake.set()
+        return stop if stop is not None and stop["step"] == step else None
+
+    def note_restore(self, report: Mapping[str, Any]) -> None:
+        """Says how far this rank's restore is."""
+        with self._lock:
+            self._restore = dict(report)
+        self._wake.set()
+
+    def note_closed(self) -> None:
+        """Says that this rank has ended with success."""
+        with self._lock:
+            self._closed = True
+        self._wake.set()
+
+    def note_sealed(self) -> None:
+        """Says that there is a new snapshot on the volume."""
+        self._wake.set()
+
+    def request_stop(self, reason: str) -> None:
+        """Asks for a save and an end of all ranks. Safe from a signal handler: it only leaves a word and takes no lock."""
+        self._stop_wanted = reason  # the next beat takes it along
+
+    # Answers in
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        """The newest answer; empty before the first one."""
+        with self._lock:
+            return self._answer
+
+    def check_fence(self) -> None:
+        """Raises ConflictError when a newer attempt of the run has begun: this process must do no more."""
+        if self._fenced is not None:
+            raise self._fenced
+
+    def wait_answer(self, deadline: Deadline, what: str) -> dict[str, Any]:
+        """Waits for an answer newer than the call.
+
+        Raises:
+            DeadlineError: none came in time; says `what` was waited for and why.
+            ConflictError: this process is fenced.
+        """
+        with self._answered:
+            seen = self._answers
+            self._wake.set()
+            while self._answers == seen:
+                self.check_fence()
+                if not self._answered.wait(min(0.5, deadline.remaining_s())) and deadline.expired():
+                    why = f"; the last failure: {self._unreachable}" if self._unreachable else ""
+                    raise DeadlineError(f"rank {self._rank}, {what}: not done within {deadline.total_s:g} s{why}")
+            return self._answer
+
+    def flush(self, deadline: Deadline) -> bool:
+        """Waits, bounded, until all events so far were handed on; false when they could not be."""
+        while self._events.peek(1):
+            try:
+                self.wait_answer(deadline, "hand over events")
+            except KtrainError:
+                return False
+        return True
+
+    # The thread
+
+    def _run(self) -> None:
+        last = False
+        while not last:
+            self._clock.wait(self._wake, self._timeouts.beat_s)
+            last = self._ended.is_set()
+            news = self._wake.is_set()
+            self._wake.clear()
+            try:
+                self._beat(news)
+            except ConflictError as error:
+                with self._answered:
+                    self._fenced = error
+                    self._answered.notify_all()
+                return
+            except KtrainError as error:
+                if self._unreachable is None:
+                    _LOG.warning("rank %d: %s", self._rank, error)
+                self._unreachable = error
+            except Exception:  # noqa: BLE001 -- top of the thread: recorded, the next beat tries again
+                _LOG.exception("rank %d: the pulse met an unexpected failure", self._rank)
+
+    def _beat(self, news: bool) -> None:
+        batch = self._events.peek(500)
+        with self._lock:
+            stop = self._answer.get("stop")
+            if stop is not None and stop["step"] is not None and not stop["confirmed"]:
+                # A promise: this rank had not reached the step when it answered, and `note_step` will see the announcement.
+                if self._stop_ack is None or self._stop_ack[0] != stop["step"]:
+                    self._stop_ack = [stop["step"], self._step < stop["step"]]
+            message = {
+                "rank": self._rank,
+                "epoch": self._epoch,
+                "step": self._step,
+                "phase": self._phase,
+                "closed": self._closed,
+                "stop_ack": self._stop_ack,
+                "restore": self._restore,
+                "stop_wanted": self._stop_wanted,
+                "policies": self._policies.to_json(),
+                "news": news,
+                "events": [event.to_json() for event in batch],
+            }
+        answer = self._caller.call("pulse", message, timeout_s=self._timeouts.call_s)
+        self._events.drop(len(batch))
+        self._unreachable = None
+        with self._answered:
+            kept = self._answer.get("restore")
+            new = answer.get("restore")
+            if kept is not None and new is not None and new["round"] == kept["round"]:
+                answer["restore"] = {**kept, **new}  # the long part comes once per round
+            self._answer = answer
+            self._answers += 1
+            self._answered.notify_all()
+        if answer.get("stop") is not None and (self._stop_ack or [None])[0] != answer["stop"]["step"]:
+            self._wake.set()

@@ -1,0 +1,149 @@
+"""The head's search for the step to restore: candidates, their manifests, and the honest answer when there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ktrain.base import contract
+from ktrain.checkpoint import lineage
+from ktrain.checkpoint.agreement import RestoreAgreement
+from ktrain.checkpoint.catalog import AttemptRecord, Listing, RunCatalog
+from ktrain.checkpoint.lineage import Candidate, Copy
+from ktrain.errors import ConfigError, CorruptionError, KtrainError, NotFoundError
+from ktrain.format.manifest import Identity, Manifest
+from ktrain.format.record import CommitRecord
+
+ManifestTexts = Mapping[tuple[str, int, Identity], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What to do: load a candidate, start fresh (neither candidate nor error), or stop with an error (kind, message)."""
+
+    candidate: Candidate | None = None
+    manifests: dict[int, str] = field(default_factory=dict)
+    error: tuple[str, str] | None = None
+    bad_copies: tuple[dict[str, Any], ...] = ()
+
+
+class Recall:
+    """One search. The bucket is listed once; manifests that lie in nodes' memory are asked for and awaited."""
+
+    def __init__(self, catalog: RunCatalog) -> None:
+        self._catalog = catalog
+        self._listing: Listing | None = None
+        self._attempts: list[AttemptRecord] = []
+        self._bucket_error: KtrainError | None = None
+        self._wanted: dict[str, list[dict[str, Any]]] = {}
+
+    def wanted_from(self, node: str) -> list[dict[str, Any]]:
+        """Manifests that the search still needs from a node's memory."""
+        return self._wanted.get(node, [])
+
+    def plan(
+        self,
+        inventories: Mapping[str, Sequence[tuple[int, Identity]]],
+        texts: ManifestTexts,
+        agreement: RestoreAgreement,
+    ) -> Outcome | None:
+        """The next thing to try, or None while manifests are awaited from the nodes."""
+        self._list_bucket()
+        listing = self._listing or Listing(())
+        own = {node: [entry for entry in held if entry[1].run == self._catalog.run_id] for node, held in inventories.items()}
+        found = lineage.candidates(own, listing.commits, self._attempts)
+        excluded = set(agreement.excluded)
+        bad: list[dict[str, Any]] = []
+        while True:
+            candidate = lineage.choose(found, excluded)
+            if candidate is None:
+                return self._nothing(found, listing, agreement, bad)
+            self._wanted = {}
+            manifests: dict[int, str] = {}
+            dropped = False
+            for rank, copies in candidate.copies.items():
+                text = self._manifest(copies, texts, listing, excluded, bad)
+                if text is not None:
+                    manifests[rank] = text
+                elif not any(copy.key() not in excluded for copy in copies):
+                    dropped = True  # no manifest of this rank is left: the next candidate
+            if dropped:
+                continue
+            if self._wanted:
+                return None
+            return Outcome(candidate=candidate.without(excluded), manifests=manifests, bad_copies=tuple(bad))
+
+    def _list_bucket(self) -> None:
+        if self._listing is not None or self._bucket_error is not None:
+            return
+        try:
+            self._attempts = self._catalog.attempts()
+            self._listing = self._catalog.listing()
+        except KtrainError as error:
+            self._bucket_error = error
+
+    def _manifest(
+        self,
+        copies: Sequence[Copy],
+        texts: ManifestTexts,
+        listing: Listing,
+        excluded: set[tuple[str, str, int, int, int]],
+        bad: list[dict[str, Any]],
+    ) -> str | None:
+        """Text of a proven manifest from the first copy that gives one; asks a node where it is not here yet."""
+        for copy in copies:
+            if copy.key() in excluded:
+                continue
+            try:
+                if copy.tier == contract.TIER_BUCKET:
+                    return _from_bucket(self._catalog, listing.commits, copy)
+                text = texts.get((copy.place, copy.rank, copy.identity))
+                if text is None:
+                    wanted = {"rank": copy.rank, "identity": copy.identity.to_json()}
+                    self._wanted.setdefault(copy.place, []).append(wanted)
+                    return None
+                _check(Manifest.from_bytes(text.encode()), copy)
+                return text
+            except (CorruptionError, ConfigError, NotFoundError) as error:
+                bad.append({"step": copy.identity.step, "rank": copy.rank, "tier": copy.tier, "where": copy.place, "reason": str(error)})
+                excluded.add(copy.key())
+            except KtrainError:
+                excluded.add(copy.key())  # unreachable now: not bad, only not usable in this search
+        return None
+
+    def _nothing(
+        self, found: Sequence[Candidate], listing: Listing, agreement: RestoreAgreement, bad: list[dict[str, Any]]
+    ) -> Outcome:
+        durable = [attempt for attempt in self._attempts if attempt.durable is not None]
+        where = f"run {self._catalog.tier.url}"
+        if self._bucket_error is not None:
+            text = f"{where}: cannot tell whether there is a checkpoint to continue from ({self._bucket_error}); nothing was changed, try again"
+            return Outcome(error=("unavailable", text), bad_copies=tuple(bad))
+        if agreement.excluded or bad or found:
+            steps = sorted({candidate.identity.step for candidate in found}, reverse=True)
+            unreachable = agreement.excluded - agreement.corrupt
+            kind = "unavailable" if unreachable and not bad and not agreement.corrupt else "corruption"
+            text = f"{where}: no good copy is left of any step (tried {steps}); nothing was deleted; see the bad_copy events and `ktrain ckpt verify`"
+            return Outcome(error=(kind, text), bad_copies=tuple(bad))
+        if listing.broken or durable:
+            names = [name for name, _ in listing.broken] or [f"attempt {durable[-1].epoch} committed step {durable[-1].durable}"]
+            text = f"{where}: it had durable checkpoints, but no commit record can be read ({', '.join(names[:5])}); nothing was deleted; see `ktrain ckpt verify`"
+            if durable:
+                return Outcome(error=("corruption", text), bad_copies=tuple(bad))
+        return Outcome(bad_copies=tuple(bad))
+
+
+def _check(manifest: Manifest, copy: Copy) -> None:
+    if manifest.identity != copy.identity or manifest.rank != copy.rank:
+        raise CorruptionError(
+            f"manifest of rank {copy.rank} step {copy.identity.step}: found one of rank {manifest.rank} step {manifest.identity.step}"
+        )
+
+
+def _from_bucket(catalog: RunCatalog, commits: Sequence[CommitRecord], copy: Copy) -> str:
+    for commit in commits:
+        if commit.write_id == copy.place and commit.identity == copy.identity:
+            files = next(files for files in commit.ranks if files.rank == copy.rank)
+            return catalog.read_manifest(commit, files).to_bytes().decode()
+    raise NotFoundError(f"commit {copy.place} of step {copy.identity.step}: it is gone from the listing")

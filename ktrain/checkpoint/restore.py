@@ -1,0 +1,162 @@
+"""A rank's side of a restore: plan, execute, verify; then, when every rank has proven its part, apply."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ktrain.base import contract, settings
+from ktrain.base.clock import SYSTEM_CLOCK, Deadline
+from ktrain.base.control import Caller
+from ktrain.base.faults import FaultPoints
+from ktrain.checkpoint import lineage
+from ktrain.checkpoint.agreement import RestoreState
+from ktrain.checkpoint.lineage import Copy
+from ktrain.checkpoint.pulse import Pulse
+from ktrain.checkpoint.source import Failure, NearestSource, Openers
+from ktrain.errors import CorruptionError, UnavailableError, from_kind
+from ktrain.format.manifest import Identity, Manifest
+from ktrain.snapshot.arena import NodeVolume
+from ktrain.state.apply import RestoreNeeds, apply, plan_restore
+from ktrain.state.topology import Topology
+from ktrain.state.train_state import TrainState
+from ktrain.tier.bucket import open_tier
+
+
+@dataclass(slots=True)
+class _Loaded:
+    """A step that this rank has read and proven, waiting for the others."""
+
+    identity: Identity
+    needs: RestoreNeeds
+    source: NearestSource
+    seconds: float
+
+
+class Restorer:
+    """One restore of one rank. Use from the training thread."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        topology: Topology,
+        volume: NodeVolume | None,
+        pulse: Pulse,
+        keeper: Caller,
+        run: str,
+    ) -> None:
+        self._state = state
+        self._topology = topology
+        self._volume = volume
+        self._pulse = pulse
+        self._keeper = keeper
+        self._timeouts = settings.timeouts()
+        self._clock = SYSTEM_CLOCK
+        self._tier = open_tier(run, timeouts=self._timeouts)
+        self._round = 0
+        self._loaded: _Loaded | None = None
+
+    def restore(self, faults: FaultPoints) -> int:
+        """Takes part in the agreement until every rank may apply; returns the step."""
+        self._report("waiting")
+        deadline = self._deadline()
+        while True:
+            word = self._pulse.wait_answer(deadline, f"agree on a step to restore (round {self._round})").get("restore")
+            if word is None:
+                continue
+            state, number = RestoreState(word["state"]), int(word["round"])
+            if state is RestoreState.FAILED:
+                self._drop()
+                raise from_kind(word["error"]["kind"], word["error"]["message"])
+            if state is RestoreState.FRESH:
+                self._drop()
+                self._round = number
+                self._report("applied", tier="none", nbytes=0, wire_nbytes=0, seconds=0.0)
+                return 0
+            if state is RestoreState.LOADING and number != self._round and "sources" in word:
+                self._round = number
+                self._load(word)
+                faults.reached("restore.loaded", rank=self._topology.rank)
+                deadline = self._deadline()
+            elif state is RestoreState.GO and number == self._round and self._loaded is not None:
+                step = self._apply(self._loaded)
+                faults.reached("restore.applied", step=step, rank=self._topology.rank)
+                return step
+
+    def _deadline(self) -> Deadline:
+        return Deadline.after(self._timeouts.restore_s + self._timeouts.call_s, self._clock)
+
+    def _report(self, status: str, **fields: Any) -> None:
+        self._pulse.note_restore({"round": self._round, "status": status, **fields})
+
+    def _drop(self) -> None:
+        if self._loaded is not None:
+            self._loaded.source.close()
+            self._loaded = None
+
+    def _load(self, word: Mapping[str, Any]) -> None:
+        """Reads and proves this rank's part of the agreed step, and says so."""
+        self._drop()
+        started = self._clock.monotonic()
+        manifests = {int(rank): Manifest.from_bytes(text.encode()) for rank, text in word["manifests"].items()}
+        copies = {int(rank): [Copy.from_json(value) for value in values] for rank, values in word["sources"].items()}
+        needs = plan_restore(self._state, manifests, self._topology)
+        openers = Openers(
+            volume=self._volume,
+            tier=self._tier,
+            pull=self._pull,
+            deadline_of=lambda nbytes: Deadline.after(self._timeouts.storage_s + nbytes / 1e6, self._clock),
+            num_threads=1,
+        )
+        source = NearestSource(manifests, copies, openers, self._refused)
+        try:
+            source.fetch(needs.ranges, deadline=Deadline.after(self._timeouts.restore_s, self._clock))
+        except (CorruptionError, UnavailableError):
+            source.close()
+            self._report("failed", copies=[failure.to_json() for failure in source.failures])
+            return
+        identity = Identity.from_json(word["identity"])
+        self._loaded = _Loaded(identity, needs, source, self._clock.monotonic() - started)
+        self._report("ready")
+
+    def _pull(self, copy: Copy) -> int:
+        """Has the node keeper bring a peer's copy into this node's volume; returns the bytes that crossed the wire."""
+        timeout_s = self._timeouts.restore_s / 2
+        said = {"copy": copy.to_json(), "timeout_s": timeout_s}
+        return int(self._keeper.call("fetch", said, timeout_s=timeout_s + self._timeouts.call_s)["wire_nbytes"])
+
+    def _refused(self, failure: Failure) -> None:
+        """A copy that is bad is named in the events, and a bad slot of this node is taken out of the inventory."""
+        copy = failure.copy
+        if not failure.corrupt:
+            self._pulse.emit("notice", message=f"restore of rank {self._topology.rank}: {failure.reason}")
+            return
+        self._pulse.emit(
+            "bad_copy",
+            step=copy.identity.step,
+            rank=copy.rank,
+            tier=copy.tier,
+            where=copy.place,
+            reason=failure.reason,
+            begin=failure.begin,
+            end=failure.end,
+        )
+        if copy.tier == contract.TIER_MEMORY and self._volume is not None:
+            self._volume.discard(copy.rank, copy.identity, failure.reason)
+
+    def _apply(self, loaded: _Loaded) -> int:
+        started = self._clock.monotonic()
+        apply(self._state, loaded.needs, loaded.source)
+        source = loaded.source
+        self._report(
+            "applied",
+            tier=lineage.slowest(source.tiers.values()) if source.tiers else contract.TIER_MEMORY,
+            nbytes=source.tally.nbytes,
+            wire_nbytes=source.tally.wire_nbytes,
+            seconds=loaded.seconds + self._clock.monotonic() - started,
+        )
+        for notice in loaded.needs.notices:
+            self._pulse.emit("notice", message=f"rank {self._topology.rank}: {notice}")
+        self._drop()
+        return loaded.identity.step
