@@ -1,0 +1,374 @@
+"""A node's part of the memory tier: slots in files on a memory-backed volume, which outlive every process.
+
+    <volume root>/<run id>/<node>/volume.json, volume.lock, committed.json
+                                  rank-00003/slot-0.safetensors, .manifest.json, .lock, .lease
+
+A folder `rank-R` holds this node's copies of rank R's snapshots, its own and those kept for others alike.
+What is held is found by looking, never by asking. The rules of a single slot are in `ktrain.snapshot.slots`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from ktrain.base import atomic, contract
+from ktrain.errors import CorruptionError, InternalError, NotFoundError
+from ktrain.format.manifest import Identity
+from ktrain.snapshot.inventory import Inventory, ProblemKind, SlotProblem, age
+from ktrain.snapshot.slots import (
+    Held,
+    Slot,
+    SlotCalls,
+    SlotFiles,
+    SlotReader,
+    SlotWriter,
+    is_full,
+    translated,
+)
+from ktrain.snapshot.volumes import (
+    KEPT_SLOTS,
+    VolumeInfo,
+    claim_folder,
+    list_volumes,
+    node_folder,
+    open_folder,
+    remove_folder,
+    remove_volume,
+    required_nbytes,
+)
+
+__all__ = [
+    "KEPT_SLOTS",
+    "Held",
+    "NodeVolume",
+    "ProblemKind",
+    "SlotProblem",
+    "SlotReader",
+    "SlotWriter",
+    "VolumeInfo",
+    "list_volumes",
+    "remove_volume",
+    "required_nbytes",
+]
+
+_PREFAULT_THREADS = 8
+
+
+class NodeVolume:
+    """The slots of one node. Safe from any thread; a forked child opens the volume again.
+
+    Args:
+        root: the volume; made with its folders where they are missing, for this user alone.
+        node: name of this node.
+        run: id of the run.
+        uri: the run's URI, for people who list volumes later.
+        calls: the border to the system, replaced in tests.
+
+    Raises:
+        ConfigError: a name is no plain name, or a folder on the way belongs to another user.
+        ConflictError: the folder is another run's, or is being removed.
+    """
+
+    def __init__(
+        self, root: Path, *, node: str, run: str, uri: str = "", calls: SlotCalls | None = None
+    ) -> None:
+        self.path = node_folder(root, run, node)
+        self.node = node
+        self.run = run
+        self._inventory = Inventory(self.path, run)
+        self._calls = calls or SlotCalls()
+        self._pid = os.getpid()
+        self._lock = threading.Lock()  # guards _slots and _busy
+        self._slots: dict[Path, Slot] = {}  # by payload file: those that this process may write
+        self._busy: set[Path] = set()  # those of them that one thread has for itself
+        with translated(f"open volume {self.path}"):
+            self._volume_fd: int | None = open_folder(root, self.path)
+            try:
+                claim_folder(self.path, run=run, node=node, uri=uri)
+            except BaseException:
+                self.close()
+                raise
+
+    # ------------------------------------------------------------------------------------------ what is held
+
+    def scan(self) -> list[Held]:
+        """Every sealed slot, by rank, epoch and step. Reads manifests, and each only once."""
+        with translated(f"scan volume {self.path}"):
+            return self._inventory.scan()
+
+    def problems(self) -> list[SlotProblem]:
+        """Every slot that `scan` leaves out and why; empty ones that this process keeps ready are none."""
+        with self._lock:
+            ready = self._slots.keys() - self._busy
+        with translated(f"scan volume {self.path}"):
+            return self._inventory.problems(ready=ready)
+
+    def open(self, rank: int, identity: Identity) -> SlotReader:
+        """The snapshot for reading, under a lease that keeps writers away until it is closed.
+
+        Raises:
+            NotFoundError: no sealed slot here holds it.
+        """
+        with translated(f"open rank {rank}, {identity} in {self.path}"):
+            found = self._inventory.try_lease(rank, identity)
+            if found is not None:
+                return SlotReader(*found)
+            held = self._inventory.held(rank).values()
+        there = ", ".join(f"{h.identity.step} of epoch {h.identity.epoch}" for h in held) or "none"
+        raise NotFoundError(
+            f"volume {self.path}: no snapshot of rank {rank}, {identity}; steps held of this rank: {there}; "
+            "try another copy"
+        )
+
+    def discard(self, rank: int, identity: Identity, reason: str) -> None:
+        """Unseals a copy that was proven bad. Its bytes stay for people until the slot is used again.
+
+        Where several slots hold the identity it is the one that `open` returns. Absent is fine.
+        """
+        with translated(f"discard rank {rank}, {identity} in {self.path}"):
+            found = self._inventory.try_lease(rank, identity)
+            if found is None:
+                return
+            files, _, lease_fd = found
+            try:
+                files.reason.write_text(reason + "\n")
+                os.replace(files.manifest, files.bad)
+            finally:
+                os.close(lease_fd)
+
+    def committed(self) -> dict[str, tuple[int, int]]:
+        """What was announced as committed, by tier: (step, epoch). Read fresh.
+
+        Raises:
+            CorruptionError: the file is damaged; what is protected cannot be told until it is written again.
+        """
+        path = self.path / contract.COMMITTED_FILE
+        value = atomic.try_read_json(path)
+        if value is None:
+            return {}
+        try:
+            return {str(tier): (int(step), int(epoch)) for tier, (step, epoch) in value.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CorruptionError(
+                f"{path}: expected an object of [step, epoch] by tier, found {value!r}; announce it again"
+            ) from error
+
+    def write_committed(self, committed: Mapping[str, tuple[int, int]]) -> None:
+        """Replaces what `committed` says; survives every process."""
+        path = self.path / contract.COMMITTED_FILE
+        with translated(f"write {path}"):
+            atomic.write_json(path, {tier: list(at) for tier, at in committed.items()})
+
+    def free_nbytes(self) -> int:
+        """Bytes that the file system has free for this user."""
+        stat = os.statvfs(self.path)
+        return stat.f_bavail * stat.f_frsize
+
+    def held_nbytes(self) -> int:
+        """Bytes that the slots of this node take, sealed or not."""
+        return self._inventory.allocated_nbytes()
+
+    # -------------------------------------------------------------------------------------- what is written
+
+    def acquire(
+        self, rank: int, nbytes: int, *, protect: Collection[tuple[int, int]], limit: int
+    ) -> SlotWriter | None:
+        """A slot of exactly `nbytes` to write the rank's next snapshot into, or None where none is free.
+
+        Never taken are the rank's newest sealed slot (greatest epoch, then step), those of `protect` and of
+        `committed()`, those that are read under a lease, and those of another living process. Of the rest one
+        without a snapshot is taken, else the oldest (smallest epoch, then step), else a new one is made while
+        the rank has fewer than `limit`; slots of another living process do not count.
+
+        Args:
+            protect: (step, epoch) of snapshots that somebody still needs.
+            limit: slots that the rank may have here.
+
+        Raises:
+            CapacityError: the volume is full. What was sealed still is.
+        """
+        self._require_usable()
+        if nbytes < 1:
+            raise InternalError(f"acquire a slot for rank {rank}: expected at least 1 byte, found {nbytes}")
+        kept = {*protect, *self.committed().values()}
+        with translated(f"acquire a slot of {nbytes} bytes for rank {rank} in {self.path}"):
+            slot = self._try_take(rank, nbytes, kept, limit)
+        if slot is None:
+            return None
+        return SlotWriter(slot, rank, self.run, ended=lambda held: self._ended(slot, held))
+
+    def prepare(self, rank: int, nbytes: int, count: int) -> None:
+        """Has `count` slots of the rank mapped with all pages present, so that first snapshots are fast too.
+
+        Sealed snapshots keep every byte; those of another size stay as they are and count.
+
+        Raises:
+            CapacityError: the volume is full.
+        """
+        self._require_usable()
+        threads = min(_PREFAULT_THREADS, len(os.sched_getaffinity(0)))
+        with translated(f"prepare {count} slots of {nbytes} bytes for rank {rank} in {self.path}"):
+            mine, num_busy = self._lock_slots(rank)
+            try:
+                mine += self._new_slots(rank, count - len(mine) - num_busy)
+                sealed = self._inventory.held(rank)
+                for slot in mine[:count]:
+                    held = sealed.get(slot.files.index)
+                    if slot.mapped_nbytes != nbytes and (held is None or held.nbytes == nbytes):
+                        slot.map(nbytes)
+                        slot.prefault(threads)
+            finally:
+                self._give_back(mine)
+
+    def release(self, rank: int) -> None:
+        """Gives up this process's slots of a rank, so that another may write them. Sealed ones stay."""
+        folder = self._inventory.folder(rank)
+        self._close_slots([path for path in list(self._slots) if path.parent == folder])
+
+    def close(self) -> None:
+        """Gives up all slots that are not being written; what is sealed stays. Closing twice is fine."""
+        self._close_slots(list(self._slots))
+        if self._volume_fd is not None:
+            os.close(self._volume_fd)
+            self._volume_fd = None
+
+    def remove(self) -> int:
+        """Closes the volume and frees everything of this node; the bytes freed.
+
+        Raises:
+            ConflictError: a living process (also a stopped one) has the volume open or one of its slots.
+        """
+        self.close()
+        return remove_folder(self.path)
+
+    def __enter__(self) -> NodeVolume:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------------- choosing a slot
+
+    def _try_take(self, rank: int, nbytes: int, kept: Collection[tuple[int, int]], limit: int) -> Slot | None:
+        """The chosen slot: leased, mapped, unsealed, and for this thread alone."""
+        mine, num_busy = self._lock_slots(rank)
+        taken: Slot | None = None
+        try:
+            sealed = self._inventory.held(rank)
+            newest = max(sealed.values(), key=age, default=None)
+            free = [slot for slot in mine if not _is_kept(sealed.get(slot.files.index), newest, kept)]
+            free.sort(key=lambda slot: _preference(slot, sealed.get(slot.files.index), nbytes))
+            taken = _try_open_first(free, nbytes)
+            if taken is None and len(mine) + num_busy < limit:
+                fresh = self._new_slots(rank, 1)
+                mine += fresh
+                taken = _try_open_first(fresh, nbytes)
+        finally:
+            self._give_back([slot for slot in mine if slot is not taken])
+        return taken
+
+    def _lock_slots(self, rank: int) -> tuple[list[Slot], int]:
+        """The rank's slots that this thread now has for itself, and how many other threads of ours have."""
+        mine: list[Slot] = []
+        num_busy = 0
+        for files in self._inventory.slots(rank):
+            slot = self._try_busy(files)
+            if slot is None:
+                num_busy += 1
+            elif slot.try_lock():
+                mine.append(slot)
+            else:
+                self._give_back([slot])
+        return mine, num_busy
+
+    def _new_slots(self, rank: int, count: int) -> list[Slot]:
+        made: list[Slot] = []
+        folder = self._inventory.folder(rank)
+        if count > 0:
+            folder.mkdir(mode=0o700, exist_ok=True)
+        there = {files.index for files in self._inventory.slots(rank)}
+        index = 0
+        while len(made) < count:
+            slot = None if index in there else self._try_busy(SlotFiles(folder, index))
+            if slot is not None and slot.try_lock():
+                made.append(slot)
+            elif slot is not None:
+                self._give_back([slot])  # another process made it in this moment
+            index += 1
+        return made
+
+    def _try_busy(self, files: SlotFiles) -> Slot | None:
+        """The slot for this thread alone; None while another thread of this process has it."""
+        with self._lock:
+            if files.payload in self._busy:
+                return None
+            self._busy.add(files.payload)
+            return self._slots.setdefault(files.payload, Slot(files, self._calls))
+
+    def _give_back(self, slots: list[Slot]) -> None:
+        """Ends this thread's use. What is not mapped is closed: the lock says that somebody maps the slot."""
+        for slot in slots:
+            slot.unlease()
+            unused = slot.mapped_nbytes == 0
+            if unused:
+                slot.close()
+            with self._lock:
+                if unused:
+                    del self._slots[slot.files.payload]
+                self._busy.discard(slot.files.payload)
+
+    def _close_slots(self, paths: list[Path]) -> None:
+        with self._lock:
+            slots = [
+                self._slots.pop(path) for path in paths if path in self._slots and path not in self._busy
+            ]
+        for slot in slots:
+            slot.close()
+
+    def _ended(self, slot: Slot, held: Held | None) -> None:
+        if held is not None:
+            self._inventory.learn(slot.files, held)
+        self._give_back([slot])
+
+    def _require_usable(self) -> None:
+        if self._volume_fd is None:
+            raise InternalError(f"volume {self.path}: used after it was closed")
+        if os.getpid() != self._pid:
+            raise InternalError(f"volume {self.path}: used in a forked child; open it there again")
+
+
+def _is_kept(held: Held | None, newest: Held | None, kept: Collection[tuple[int, int]]) -> bool:
+    return held is not None and (held == newest or (held.identity.step, held.identity.epoch) in kept)
+
+
+def _preference(slot: Slot, held: Held | None, nbytes: int) -> tuple[int, int, bool, int]:
+    """Sorts free slots: empty before sealed, older before newer, and those of the right size first."""
+    epoch, step = (-1, -1) if held is None else age(held)
+    return epoch, step, slot.mapped_nbytes != nbytes, slot.files.index
+
+
+def _try_open_first(slots: list[Slot], nbytes: int) -> Slot | None:
+    """The first slot that nobody reads and that the volume has room for, ready to be written.
+
+    All are tried: an empty slot may find no room to grow, while an old snapshot's has its bytes already.
+    """
+    full: OSError | None = None
+    for slot in slots:
+        if not slot.try_lease():
+            continue
+        try:
+            slot.map(nbytes)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            full = full or error
+            slot.unlease()
+            continue
+        slot.unseal()
+        return slot
+    if full is not None:
+        raise full
+    return None
