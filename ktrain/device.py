@@ -1,0 +1,114 @@
+"""The accelerator of this process over `torch.accelerator`; without one, the CPU as a null object.
+
+Nothing is asked of the hardware at import.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ktrain.errors import ConfigError
+
+
+def is_available() -> bool:
+    """Whether this process can use an accelerator."""
+    return torch.accelerator.is_available()
+
+
+def name() -> str:
+    """`cuda`, `xpu`, ..., or `cpu` where there is no accelerator."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if found is None else found.type
+
+
+def count() -> int:
+    """Accelerators that this process sees; 0 where there is none."""
+    return torch.accelerator.device_count() if is_available() else 0
+
+
+def for_rank(local_rank: int) -> torch.device:
+    """The device of a rank: its own accelerator, the only one it sees, or the CPU.
+
+    Raises:
+        ConfigError: several accelerators are visible, but fewer than local ranks.
+    """
+    kind, num_devices = name(), count()
+    if num_devices == 0:
+        return torch.device("cpu")
+    if num_devices == 1:  # the launcher showed each rank its own
+        return torch.device(kind, 0)
+    if local_rank >= num_devices:
+        raise ConfigError(
+            f"local rank {local_rank} has no {kind} device: {num_devices} are visible; "
+            f"start {num_devices} ranks a node"
+        )
+    return torch.device(kind, local_rank)
+
+
+def use(device: torch.device) -> None:
+    """Makes the device the current one of this thread; for the CPU nothing happens."""
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device)
+
+
+def process_group_backend(device: torch.device | None = None) -> str:
+    """The backend of collectives on the device: `gloo`, `nccl`, ... by torch's own map."""
+    import torch.distributed as dist
+
+    return dist.get_default_backend_for_device(device or torch.device(name()))
+
+
+def synchronize(device: torch.device | None = None) -> None:
+    """Waits until all work queued on the device is done; for the CPU nothing happens."""
+    if device is None:
+        if is_available():
+            torch.accelerator.synchronize()
+    elif device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def generators(devices: range | None = None) -> list[torch.Tensor]:
+    """The states of the devices' default generators (all devices where None): CPU tensors of bytes."""
+    if not is_available():
+        return []
+    module = torch.get_device_module(name())
+    return [module.get_rng_state(index) for index in _indices(devices)]
+
+
+def set_generators(states: list[torch.Tensor], devices: range | None = None) -> None:
+    """The opposite of `generators`; states beyond the devices that are there are left out."""
+    if not is_available():
+        return
+    module = torch.get_device_module(name())
+    for index, state in zip(_indices(devices), states, strict=False):
+        module.set_rng_state(state, index)
+
+
+def register_host_memory(memory: memoryview) -> bool:
+    """Pins memory that exists (a slot), so that copies from the device are one DMA; false where it cannot be.
+
+    Whoever registers unregisters before the memory is unmapped.
+    """
+    if name() != "cuda" or memory.nbytes == 0:
+        return False
+    return int(_cuda_runtime().cudaHostRegister(_address(memory), memory.nbytes, 0)) == 0
+
+
+def unregister_host_memory(memory: memoryview) -> None:
+    """Undoes `register_host_memory`."""
+    if name() == "cuda" and memory.nbytes:
+        _cuda_runtime().cudaHostUnregister(_address(memory))
+
+
+def _cuda_runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _address(memory: memoryview) -> int:
+    return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+
+
+def _indices(devices: range | None) -> range:
+    return range(count()) if devices is None else devices

@@ -1,0 +1,133 @@
+"""Stored bytes to live state: plan, fetch (the caller's), apply."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ktrain import native
+from ktrain.abc.source import SnapshotSource
+from ktrain.errors import ConfigError
+from ktrain.format.manifest import Identity, Manifest
+from ktrain.state.parts import Context
+from ktrain.state.saved import Reader, Saved, Target, Wishes
+from ktrain.state.topology import Topology
+from ktrain.state.train_state import TrainState
+
+_MAX_LISTED = 10
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreNeeds:
+    """What one rank reads of a checkpoint, and into what.
+
+    `ranges` are absolute byte ranges of the payloads by saved rank, sorted and merged. `notices` say in words
+    what will not be as it was (per-rank parts on another world size).
+    """
+
+    ranges: dict[int, list[tuple[int, int]]]
+    notices: tuple[str, ...]
+    context: Context  # the parameters' names
+    targets: Mapping[str, Target]
+    objects: Mapping[str, Mapping[str, Any]]  # by part; a part that is derived anew is in `seeds` instead
+    seeds: Mapping[str, int]
+
+
+def plan_restore(state: TrainState, manifests: Mapping[int, Manifest], topology: Topology) -> RestoreNeeds:
+    """What this rank needs of the checkpoint. Changes nothing.
+
+    Args:
+        manifests: all ranks' manifests of one checkpoint.
+
+    Raises:
+        ConfigError: state and checkpoint do not fit; lists what is missing, unexpected or of another form.
+    """
+    saved = Saved(manifests, topology)
+    identity = manifests[saved.rank].identity
+    wishes = Wishes(saved)
+    context = Context(topology)
+    _compare_parts(state, saved, wishes)
+    objects: dict[str, Mapping[str, Any]] = {}
+    seeds: dict[str, int] = {}
+    for part in state.parts:
+        about = saved.objects(part.name)
+        if about is None:
+            continue
+        if part.is_per_rank and not saved.is_same_world:
+            seeds[part.name] = _seed(identity, topology)
+        elif _is_kind(part.name, about, part.kind, wishes):
+            objects[part.name] = about
+            part.plan(context, wishes)
+    if wishes.problems:
+        raise _misfit(identity, wishes.problems)
+    notices = tuple(
+        f"part {name!r} belongs to a rank; it was stored by {saved.world_size} ranks and there are "
+        f"{topology.world_size} now, so it is made anew"
+        for name in seeds
+    )
+    return RestoreNeeds(_ranges(wishes.targets.values()), notices, context, wishes.targets, objects, seeds)
+
+
+def apply(state: TrainState, needs: RestoreNeeds, source: SnapshotSource) -> None:
+    """Loads the state, once `source.fetch(needs.ranges)` has proven the bytes.
+
+    Tensors that are live keep their storage. A failure on the way leaves the state half loaded: end the
+    process, or apply another checkpoint.
+
+    Raises:
+        CorruptionError: the JSON of a part names tensors that are not there.
+    """
+    reader = Reader(needs.targets, source)
+    for part in state.parts:
+        if part.name in needs.seeds:
+            part.derive(needs.seeds[part.name])
+        elif part.name in needs.objects:
+            part.load(needs.objects[part.name], reader, needs.context)
+
+
+def _compare_parts(state: TrainState, saved: Saved, wishes: Wishes) -> None:
+    stored = saved.part_names()
+    for name in sorted(set(state.names) - stored):
+        wishes.problems.append(f"{name}: the state has this part, the checkpoint has not")
+    for name in sorted(stored - set(state.names)):
+        wishes.problems.append(f"{name}: the checkpoint has this part, the state has not")
+
+
+def _is_kind(name: str, about: Mapping[str, Any], expected: str, wishes: Wishes) -> bool:
+    if about.get("kind") == expected:
+        return True
+    wishes.problems.append(f"{name}: expected a part of kind {expected!r}, found {about.get('kind')!r}")
+    return False
+
+
+def _misfit(identity: Identity, problems: list[str]) -> ConfigError:
+    listed = "".join(f"\n  {problem}" for problem in problems[:_MAX_LISTED])
+    more = f"\n  and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
+    return ConfigError(
+        f"the checkpoint of {identity} does not fit the state, nothing was changed:{listed}{more}\n"
+        "Make the state as it was when it was saved, or start a new run."
+    )
+
+
+def _seed(identity: Identity, topology: Topology) -> int:
+    text = f"{identity.run}/{identity.step}/{identity.epoch}/{topology.world_size}/{topology.rank}"
+    return native.crc64(text.encode())
+
+
+def _ranges(targets: Iterable[Target]) -> dict[int, list[tuple[int, int]]]:
+    found: dict[int, list[tuple[int, int]]] = {}
+    for target in targets:
+        for piece in target.pieces:
+            found.setdefault(piece.rank, []).append((piece.begin, piece.end))
+    return {rank: _merge(ranges) for rank, ranges in sorted(found.items())}
+
+
+def _merge(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    merged: list[tuple[int, int]] = []
+    for begin, end in sorted(ranges):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((begin, end))
+    return merged

@@ -1,0 +1,191 @@
+"""A tracked `nn.Module`: parameters and buffers under clean names, filled in place on restore."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from ktrain.errors import ConfigError, InternalError
+from ktrain.format import objects
+from ktrain.format.shard import Role
+from ktrain.state.parts import Collector, Context, OwnedParameter
+from ktrain.state.saved import Reader, Saved, Wishes
+from ktrain.state.tensors import Leaf, box_of, dtype_name, is_dtensor, local_of
+
+_EXTRA_STATE = "_extra_state"  # torch's name for what get_extra_state() returns
+_COMPILED = "_orig_mod."
+
+
+class ModulePart:
+    """A module, whatever wraps it: names have neither DDP's `module.` nor torch.compile's `_orig_mod.`.
+
+    A tensor that the module holds under two names (tied weights) is stored once; the other names are aliases.
+    """
+
+    kind = "module"
+    is_per_rank = False
+
+    def __init__(self, name: str, module: torch.nn.Module) -> None:
+        if any(type(child).__name__ == "FullyShardedDataParallel" for child in module.modules()):
+            raise ConfigError(
+                f"part {name!r}: FullyShardedDataParallel (FSDP1) is not supported; "
+                "use torch.distributed.fsdp.fully_shard"
+            )
+        self.name = name
+        self._module = module
+
+    def describe(self, context: Context) -> tuple[list[Leaf], dict[str, Any]]:
+        # First the state dict: fully_shard puts its sharded parameters back in a hook of it.
+        state = self._module.state_dict()
+        names = self._clean_names(state)
+        replicated = self._replicated(context)
+        first = self._learn_parameters(context, names, replicated)
+        collector = Collector(context)
+        aliases: dict[str, str] = {}
+        extra: dict[str, Any] = {}
+        for raw, value in state.items():
+            leaf = f"{self.name}/{names[raw]}"
+            if _is_extra(raw) or not isinstance(value, torch.Tensor):
+                extra[names[raw]] = collector.encode(value, leaf)
+            elif raw in first:
+                aliases[names[raw]] = names[first[raw]]
+            else:
+                collector.add(leaf, value, Role.REPLICATED if raw in replicated else Role.RANK)
+        about = {"kind": self.kind, "keys": list(names.values()), "aliases": aliases, "extra": extra}
+        return collector.leaves, about
+
+    def plan(self, context: Context, wishes: Wishes) -> None:
+        saved = wishes.saved
+        state = self._module.state_dict()
+        names = self._clean_names(state)
+        self._learn_parameters(context, names, self._replicated(context))
+        about = saved.objects(self.name) or {}
+        keys = about.get("keys", [])
+        # Ranks with different names hold stages of a pipeline: then another world's rank proves nothing.
+        if saved.is_same_world or all(other.get("keys") == keys for other in saved.all_objects(self.name)):
+            for key in sorted(set(keys) - set(names.values())):
+                wishes.problems.append(f"{self.name}/{key}: stored, but the module has no such tensor")
+        for raw, value in state.items():
+            name = names[raw]
+            if _is_extra(raw) or not isinstance(value, torch.Tensor):
+                if name not in about.get("extra", {}):
+                    wishes.problems.append(f"{self.name}/{name}: expected extra state, found none stored")
+                continue
+            self._wish(_source_name(self.name, name, about, saved), f"{self.name}/{name}", value, wishes)
+        for value in about.get("extra", {}).values():
+            wishes.add_all(value)
+
+    def load(self, saved_objects: Mapping[str, Any], reader: Reader, context: Context) -> None:
+        del context
+        state = self._module.state_dict()
+        extra = saved_objects["extra"]
+        filled: dict[str, Any] = {}
+        for raw, name in self._clean_names(state).items():
+            value = state[raw]
+            if name in extra:
+                device = value.device if isinstance(value, torch.Tensor) else torch.device("cpu")
+                value = objects.decode(extra[name], tensor=partial(reader.create, device=device))
+            else:
+                reader.fill(f"{self.name}/{name}", local_of(value))
+            filled[raw] = value
+        # The live tensors have their values already; this runs the module's load hooks and its extra state.
+        self._module.load_state_dict(filled)
+
+    def derive(self, seed: int) -> str:
+        raise InternalError(f"part {self.name!r} is a module and belongs to no rank alone")
+
+    def _wish(self, source: str, name: str, value: torch.Tensor, wishes: Wishes) -> None:
+        found = wishes.saved.shape_and_dtype(source)
+        expected = tuple(value.shape), dtype_name(value.dtype)
+        if found is None:
+            wishes.problems.append(f"{name}: expected {expected[1]} {list(expected[0])}, found none stored")
+        elif found != expected:
+            wishes.problems.append(
+                f"{name}: expected {expected[1]} {list(expected[0])}, found {found[1]} {list(found[0])}"
+            )
+        else:
+            wishes.add(source, box_of(value), as_name=name)
+
+    def _clean_names(self, state: Mapping[str, Any]) -> dict[str, str]:
+        """Raw key to clean name.
+
+        Raises:
+            ConfigError: two keys have one clean name.
+        """
+        prefixes = [
+            f"{path}." if path else "" for path, child in self._module.named_modules() if _is_ddp(child)
+        ]
+        names: dict[str, str] = {}
+        for raw in state:
+            name = raw
+            for prefix in reversed(prefixes):  # innermost first: outer prefixes stay as they are
+                if name.startswith(f"{prefix}module."):
+                    name = prefix + name[len(prefix) + len("module.") :]
+            names[raw] = name.replace(_COMPILED, "")
+        if len(set(names.values())) != len(names):
+            clean = list(names.values())
+            twice = sorted({name for name in clean if clean.count(name) > 1})
+            raise ConfigError(
+                f"part {self.name!r}: two tensors are named {twice[0]!r} without their wrappers; rename one"
+            )
+        return names
+
+    def _replicated(self, context: Context) -> set[str]:
+        """Raw keys of the parameters that DDP keeps equal on all ranks."""
+        replicated: set[str] = set()
+        for path, child in self._module.named_modules():
+            if not _is_ddp(child) or not _is_whole_world(child, context.topology.world_size):
+                continue
+            prefix = f"{path}.module." if path else "module."
+            for key, parameter in child.module.named_parameters(remove_duplicate=False):
+                if key not in child.parameters_to_ignore and not is_dtensor(parameter):
+                    replicated.add(prefix + key)
+        return replicated
+
+    def _learn_parameters(
+        self, context: Context, names: Mapping[str, str], replicated: set[str]
+    ) -> dict[str, str]:
+        """Tells the context this module's parameters; returns raw keys that repeat another key's tensor."""
+        seen: dict[int, str] = {}
+        repeats: dict[str, str] = {}
+        # By object, never by address: every rank must find the same aliases, also one whose part is empty.
+        tensors = [
+            *self._module.named_parameters(remove_duplicate=False),
+            *self._module.named_buffers(remove_duplicate=False),
+        ]
+        for raw, tensor in tensors:
+            if raw not in names:
+                continue
+            first = seen.setdefault(id(tensor), raw)
+            if first != raw:
+                repeats[raw] = first
+            elif isinstance(tensor, torch.nn.Parameter):
+                clean = names[raw]
+                owned = OwnedParameter(f"{self.name}.{clean}", f"{self.name}/{clean}", raw in replicated)
+                context.parameters.setdefault(id(tensor), owned)
+        return repeats
+
+
+def _source_name(part: str, name: str, about: Mapping[str, Any], saved: Saved) -> str:
+    """The name under which a tensor's value was stored: its own, or that of the tensor it was tied to."""
+    own = f"{part}/{name}"
+    alias = about.get("aliases", {}).get(name)
+    return own if alias is None or saved.shape_and_dtype(own) is not None else f"{part}/{alias}"
+
+
+def _is_extra(key: str) -> bool:
+    return key.rpartition(".")[2] == _EXTRA_STATE
+
+
+def _is_ddp(module: torch.nn.Module) -> bool:
+    return isinstance(module, DistributedDataParallel)
+
+
+def _is_whole_world(module: Any, world_size: int) -> bool:
+    """DDP over a part of the ranks does not say what the other ranks hold under the same names."""
+    size: int = module.process_group.size()
+    return size == world_size

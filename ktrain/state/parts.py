@@ -1,0 +1,85 @@
+"""What a part of a TrainState is to the planner, whichever object it wraps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from ktrain.format import objects
+from ktrain.format.shard import Role
+from ktrain.state.saved import Reader, Wishes
+from ktrain.state.tensors import Leaf, holders_of, is_dtensor, require_storable
+from ktrain.state.topology import Topology
+
+
+@dataclass(frozen=True, slots=True)
+class OwnedParameter:
+    """A parameter of a tracked module: `name` is `part.path`, `leaf` the name its tensor is stored by."""
+
+    name: str
+    leaf: str
+    is_replicated: bool
+
+
+@dataclass(slots=True)
+class Context:
+    """What parts tell each other while a state is walked; modules come before optimizers."""
+
+    topology: Topology
+    parameters: dict[int, OwnedParameter] = field(default_factory=dict)  # by id of the parameter
+
+
+class Part(Protocol):
+    """A named member of a TrainState. Use from the training thread."""
+
+    name: str
+    kind: str  # a checkpoint's part loads only into a part of its kind
+    is_per_rank: bool  # its value differs between ranks and means nothing on another world size
+
+    def describe(self, context: Context) -> tuple[list[Leaf], dict[str, Any]]:
+        """The part's tensors, live, and the JSON of everything else.
+
+        Raises:
+            ConfigError: something in it cannot be stored.
+        """
+
+    def plan(self, context: Context, wishes: Wishes) -> None:
+        """Adds what the part needs of a checkpoint, and everything that does not fit. Changes nothing."""
+
+    def load(self, saved_objects: Mapping[str, Any], reader: Reader, context: Context) -> None:
+        """Takes the values that `plan` asked for."""
+
+    def derive(self, seed: int) -> str:
+        """Makes a per-rank part's value anew for another world size; returns what was done, in words."""
+
+
+class Collector:
+    """Turns values into tagged JSON while it gathers their tensors as leaves."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self.leaves: list[Leaf] = []
+
+    def add(self, name: str, tensor: torch.Tensor, role: Role = Role.RANK, anchor: str | None = None) -> None:
+        """A tensor under its name; DTensors are sharded, whatever the role given."""
+        require_storable(name, tensor)
+        topology = self._context.topology
+        holders: tuple[int, ...] = (topology.rank,)
+        if is_dtensor(tensor):
+            role, holders = Role.SHARDED, holders_of(tensor)
+        elif role is Role.REPLICATED:
+            holders = tuple(range(topology.world_size))
+        self.leaves.append(Leaf(name, tensor, role, holders, anchor or name))
+
+    def encode(self, value: Any, path: str) -> Any:
+        """The JSON of a value; its tensors become leaves named by their paths."""
+        return objects.encode(value, tensor=self._tensor, path=path)
+
+    def _tensor(self, value: Any, path: str) -> str | None:
+        if not isinstance(value, torch.Tensor):
+            return None
+        self.add(path, value)
+        return path

@@ -1,0 +1,153 @@
+"""What this rank stores of a TrainState, and where each tensor lies in its payload."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ktrain.errors import ConfigError
+from ktrain.format.digest import digest_text
+from ktrain.format.payload import Layout, lay_out
+from ktrain.format.shard import Shard
+from ktrain.state.parts import Context
+from ktrain.state.tensors import Leaf, box_of, dtype_name, is_dtensor, local_of
+from ktrain.state.topology import Topology
+from ktrain.state.train_state import TrainState
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A shard and its bytes: the local tensor, detached, on the live storage, perhaps not contiguous.
+
+    Training writes to it; whoever reads it does so before the next step, or while the step waits.
+    """
+
+    shard: Shard
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SavePlan:
+    """A rank's share of a snapshot: `items` in the order of `layout.entries`, `digest` of all shards."""
+
+    items: tuple[Item, ...]
+    layout: Layout
+    objects: dict[str, Any]
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Memo:
+    """What a plan computes from shapes and placements alone; kept while these stay the same."""
+
+    key: tuple[Any, ...]
+    stored: tuple[int, ...]  # indices of leaves, in the order of the layout
+    layout: Layout
+    digest: str
+
+
+def plan_save(state: TrainState, topology: Topology) -> SavePlan:
+    """What this rank stores of the state as it is now. No communication; changes nothing.
+
+    Every node stores a whole copy of what its ranks hold, so that it restores from itself: a tensor that
+    several ranks of the node hold is stored by one of them, chosen so that their bytes are even.
+
+    Raises:
+        ConfigError: a part holds something that cannot be stored; names it.
+    """
+    context = Context(topology)
+    leaves: list[Leaf] = []
+    objects: dict[str, Any] = {}
+    for part in state.parts:
+        found, objects[part.name] = part.describe(context)
+        leaves.extend(found)
+    key = (topology, *map(_signature, leaves))
+    memo = state.memo
+    if not isinstance(memo, _Memo) or memo.key != key:
+        memo = state.memo = _make_memo(key, leaves, topology)
+    items = tuple(
+        Item(entry.shard, local_of(leaves[index].tensor))
+        for entry, index in zip(memo.layout.entries, memo.stored, strict=True)
+    )
+    return SavePlan(items, memo.layout, objects, memo.digest)
+
+
+def _signature(leaf: Leaf) -> tuple[Any, ...]:
+    tensor = leaf.tensor
+    spread = (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else None
+    return leaf.name, leaf.role, leaf.holders, leaf.anchor, tensor.dtype, tuple(tensor.shape), spread
+
+
+def _make_memo(key: tuple[Any, ...], leaves: Sequence[Leaf], topology: Topology) -> _Memo:
+    shards = [_shard(leaf) for leaf in leaves]
+    _require_distinct(shards)
+    owners = _choose_owners(leaves, topology)
+    mine = {
+        shard.name: index
+        for index, (leaf, shard) in enumerate(zip(leaves, shards, strict=True))
+        if owners.get((_here(leaf, topology), leaf.anchor), topology.rank) == topology.rank
+        and _has_bytes_here(shard)
+    }
+    layout = lay_out([shards[index] for index in mine.values()])
+    stored = tuple(mine[entry.shard.name] for entry in layout.entries)
+    return _Memo(key, stored, layout, _digest([entry.shard for entry in layout.entries]))
+
+
+def _shard(leaf: Leaf) -> Shard:
+    tensor = leaf.tensor
+    return Shard(leaf.name, dtype_name(tensor.dtype), tuple(tensor.shape), box_of(tensor), leaf.role)
+
+
+def _has_bytes_here(shard: Shard) -> bool:
+    """False for a rank whose part of a sharded tensor is empty; a tensor without items is stored as such."""
+    return shard.box.numel > 0 or 0 in shard.global_shape
+
+
+def _here(leaf: Leaf, topology: Topology) -> tuple[int, ...]:
+    """The ranks of this node that hold the leaf's bytes."""
+    return tuple(rank for rank in leaf.holders if rank in topology.node_ranks)
+
+
+def _choose_owners(leaves: Iterable[Leaf], topology: Topology) -> dict[tuple[tuple[int, ...], str], int]:
+    """Which rank of this node stores what several of its ranks hold: the largest first, to the emptiest rank.
+
+    By holders and anchor.
+
+    All holders come to the same result, since they see the same leaves.
+    """
+    groups: dict[tuple[int, ...], dict[str, int]] = {}
+    for leaf in leaves:
+        here = _here(leaf, topology)
+        if len(here) > 1:
+            weights = groups.setdefault(here, {})
+            weights[leaf.anchor] = weights.get(leaf.anchor, 0) + local_of(leaf.tensor).nbytes
+    owners: dict[tuple[tuple[int, ...], str], int] = {}
+    for holders, weights in groups.items():
+        loads = dict.fromkeys(holders, 0)
+        for anchor in sorted(weights, key=lambda name: (-weights[name], name)):
+            owner = min(holders, key=lambda rank: (loads[rank], rank))
+            loads[owner] += weights[anchor]
+            owners[holders, anchor] = owner
+    return owners
+
+
+def _digest(shards: Iterable[Shard]) -> str:
+    rows = [
+        [shard.name, shard.dtype, shard.global_shape, shard.box.offsets, shard.box.lengths, shard.role]
+        for shard in shards
+    ]
+    return digest_text(json.dumps(rows, separators=(",", ":")).encode())
+
+
+def _require_distinct(shards: Iterable[Shard]) -> None:
+    seen: set[str] = set()
+    for shard in shards:
+        if shard.name in seen:
+            raise ConfigError(
+                f"tensor {shard.name!r}: two tensors of the state have this name; rename a part or a key"
+            )
+        seen.add(shard.name)

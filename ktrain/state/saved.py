@@ -1,0 +1,226 @@
+"""A checkpoint as a restoring rank sees it: which saved bytes make which tensor.
+
+Two rules about names: a SHARDED or REPLICATED name is one tensor of all ranks, joined from every rank's
+boxes; a RANK name is a tensor of its manifest's rank alone (the name itself does not carry the rank).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+
+from ktrain.abc.source import SnapshotSource
+from ktrain.errors import CorruptionError, InternalError
+from ktrain.format import objects
+from ktrain.format.dtype import item_nbytes
+from ktrain.format.manifest import Manifest
+from ktrain.format.payload import Entry
+from ktrain.format.shard import Box, Role
+from ktrain.state.tensors import dtype_of
+from ktrain.state.topology import Topology
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a tensor and the saved entry it is read from, at these bytes of the saved rank's payload."""
+
+    rank: int
+    entry: Entry
+    box: Box
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A box of a saved tensor that this rank wants, and the pieces that fill it."""
+
+    dtype: str
+    global_shape: tuple[int, ...]
+    box: Box
+    pieces: tuple[Piece, ...]
+
+
+class Saved:
+    """The manifests of a checkpoint, indexed for one restoring rank."""
+
+    def __init__(self, manifests: Mapping[int, Manifest], topology: Topology) -> None:
+        self._manifests = manifests
+        self._topology = topology
+        self.world_size = len(manifests)
+        self.is_same_world = self.world_size == topology.world_size
+        # On another world size what belongs to no rank in particular is rank 0's, as DDP does with buffers.
+        self.rank = topology.rank if self.is_same_world else 0
+        self._index: dict[str, list[tuple[int, Entry]]] = {}
+        for rank in sorted(manifests, key=self._distance):
+            for entry in manifests[rank].entries:
+                self._index.setdefault(entry.shard.name, []).append((rank, entry))
+
+    def objects(self, part: str) -> dict[str, Any] | None:
+        """The part's JSON as the rank that stands for this one saved it; None where there is no such part."""
+        found = self._manifests[self.rank].objects.get(part)
+        return found if isinstance(found, dict) else None
+
+    def all_objects(self, part: str) -> list[dict[str, Any]]:
+        """The part's JSON of every saved rank."""
+        return [manifest.objects.get(part, {}) for _, manifest in sorted(self._manifests.items())]
+
+    def part_names(self) -> set[str]:
+        return set(self._manifests[self.rank].objects)
+
+    def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], str] | None:
+        """Of the whole saved tensor; None where it was not saved."""
+        entries = self._entries(name)
+        return (entries[0][1].shard.global_shape, entries[0][1].shard.dtype) if entries else None
+
+    def target(self, name: str, box: Box) -> Target | list[Box]:
+        """The pieces that fill a box of a saved tensor, or the boxes that nothing fills."""
+        entries = self._entries(name)
+        missing = [box] if box.numel else []
+        pieces: list[Piece] = []
+        for rank, entry in entries:
+            if not missing:
+                break
+            rest: list[Box] = []
+            for want in missing:
+                common = want.intersect(entry.shard.box)
+                if common is None:
+                    rest.append(want)
+                else:
+                    pieces.append(_piece(rank, entry, common))
+                    rest.extend(want.subtract(common))
+            missing = rest
+        if missing or not entries:
+            return missing or [box]
+        shard = entries[0][1].shard
+        return Target(shard.dtype, shard.global_shape, box, tuple(pieces))
+
+    def _entries(self, name: str) -> list[tuple[int, Entry]]:
+        found = self._index.get(name, [])
+        own = [row for row in found if row[1].shard.role is Role.RANK and row[0] == self.rank]
+        joined = [row for row in found if row[1].shard.role is not Role.RANK]
+        return own[:1] or joined or found[:1]
+
+    def _distance(self, rank: int) -> tuple[bool, bool, int]:
+        """Order in which copies are read: this rank's own, its node's, then spread over the others."""
+        me = self._topology.rank
+        size = self._manifests[rank].origin.get("local_world_size", 1)
+        same_node = isinstance(size, int) and size > 0 and rank // size == me // size
+        return rank != me, not same_node, (rank - me) % self.world_size
+
+
+class Wishes:
+    """What a restore needs and everything that stands against it, gathered before anything is changed."""
+
+    def __init__(self, saved: Saved) -> None:
+        self.saved = saved
+        self.targets: dict[str, Target] = {}
+        self.problems: list[str] = []
+
+    def add(self, name: str, box: Box, *, as_name: str | None = None) -> None:
+        """Asks for a box of a saved tensor, read under `as_name`; what no rank stored becomes a problem."""
+        found = self.saved.target(name, box)
+        if isinstance(found, Target):
+            self.targets[as_name or name] = found
+        else:
+            lacking = ", ".join(f"offsets {list(b.offsets)} lengths {list(b.lengths)}" for b in found[:3])
+            self.problems.append(f"{name}: no rank stored {lacking}")
+
+    def add_whole(self, name: str) -> None:
+        """Asks for a saved tensor, whole."""
+        found = self.saved.shape_and_dtype(name)
+        if found is None:
+            self.problems.append(f"{name}: named by its part, but not stored")
+        else:
+            self.add(name, Box.whole(found[0]))
+
+    def add_all(self, encoded: Any) -> None:
+        """Asks for every tensor that an encoded value names, whole."""
+        for name in tensor_names(encoded):
+            self.add_whole(name)
+
+
+def tensor_names(encoded: Any) -> list[str]:
+    """The tensors that an encoded value names."""
+    names: list[str] = []
+    objects.decode(encoded, tensor=names.append)
+    return names
+
+
+class Reader:
+    """Fills tensors from the ranges that a source has fetched."""
+
+    def __init__(self, targets: Mapping[str, Target], source: SnapshotSource) -> None:
+        self._targets = targets
+        self._source = source
+
+    def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Of the whole saved tensor."""
+        target = self._target(name)
+        return target.global_shape, target.dtype
+
+    def fill(self, name: str, local: torch.Tensor) -> None:
+        """Writes a planned target into a rank's local tensor of the same shape and dtype."""
+        target = self._target(name)
+        if tuple(local.shape) != target.box.lengths:
+            raise InternalError(f"tensor {name!r}: planned {target.box.lengths}, now {tuple(local.shape)}")
+        with torch.no_grad():
+            for piece in target.pieces:
+                where = _slices(piece.box, target.box)
+                local[where].copy_(self._view(piece))
+
+    def create(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """A new tensor with a planned target's value."""
+        target = self._target(name)
+        local = torch.empty(target.box.lengths, dtype=dtype_of(target.dtype), device=device)
+        self.fill(name, local)
+        return local
+
+    def _target(self, name: str) -> Target:
+        try:
+            return self._targets[name]
+        except KeyError:
+            # The JSON names a tensor that the plan did not find.
+            raise CorruptionError(
+                f"tensor {name!r}: named by its part but not stored; take another copy"
+            ) from None
+
+    def _view(self, piece: Piece) -> torch.Tensor:
+        """The piece's items where the source keeps them: read-only, valid while the source is open."""
+        shard = piece.entry.shard
+        memory = self._source.view(piece.rank, piece.begin, piece.end)
+        dtype = dtype_of(shard.dtype)
+        # Through the address: torch warns of read-only memory on every call, and nobody writes here.
+        address = numpy.frombuffer(memory, dtype=numpy.uint8).ctypes.data
+        lent = (ctypes.c_char * memory.nbytes).from_address(address)
+        flat = torch.frombuffer(lent, dtype=dtype, count=memory.nbytes // item_nbytes(shard.dtype))
+        return flat.as_strided(piece.box.lengths, _strides(shard.box.lengths))
+
+
+def _piece(rank: int, entry: Entry, box: Box) -> Piece:
+    """The shortest range of the entry that has all items of the box; the entry is stored row by row."""
+    outer, size = entry.shard.box, item_nbytes(entry.shard.dtype)
+    strides = _strides(outer.lengths)
+    at = zip(box.offsets, outer.offsets, strides, strict=True)
+    first = sum((inner - begin) * stride for inner, begin, stride in at)
+    last = first + sum((length - 1) * stride for length, stride in zip(box.lengths, strides, strict=True))
+    return Piece(rank, entry, box, entry.begin + first * size, entry.begin + (last + 1) * size)
+
+
+def _slices(inner: Box, outer: Box) -> tuple[slice, ...]:
+    return tuple(
+        slice(offset - begin, offset - begin + length)
+        for offset, begin, length in zip(inner.offsets, outer.offsets, inner.lengths, strict=True)
+    )
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1] * len(shape)
+    for dim in range(len(shape) - 2, -1, -1):
+        strides[dim] = strides[dim + 1] * shape[dim + 1]
+    return tuple(strides)

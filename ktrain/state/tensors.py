@@ -1,0 +1,168 @@
+"""Tensors as parts hold them: plain ones, and DTensors as boxes of a global tensor."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+
+from ktrain.errors import ConfigError
+from ktrain.format.dtype import is_dtype
+from ktrain.format.shard import Box, Role
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A tensor of a part, live, under the name it is stored by.
+
+    `holders` are the ranks that hold these same bytes; one of each node stores them. `anchor` is the name
+    whose owner stores this leaf too, so that a parameter and its optimizer state stay together.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    role: Role
+    holders: tuple[int, ...]
+    anchor: str
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.float32` gives `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The opposite of `dtype_name`.
+
+    Raises:
+        ConfigError: this torch does not know the type.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(
+            f"dtype {name!r} is not known to torch {torch.__version__}; restore with the torch that saved"
+        )
+    return dtype
+
+
+def is_dtensor(tensor: torch.Tensor) -> TypeGuard[DTensor]:
+    # Whoever made a DTensor has imported its module; importing it here would cost every program its time.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The rank's own part of a tensor, detached, on the live storage."""
+    with torch.no_grad():
+        return (tensor.to_local() if is_dtensor(tensor) else tensor).detach()
+
+
+def box_of(tensor: torch.Tensor) -> Box:
+    """The box of the global tensor that this rank holds; without items where it holds nothing.
+
+    Raises:
+        ConfigError: the rank's part is not one box.
+    """
+    if not is_dtensor(tensor):
+        return Box.whole(tuple(tensor.shape))
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, mesh = tuple(tensor.shape), tensor.device_mesh
+    if any(type(placement).__name__ == "_StridedShard" for placement in tensor.placements):
+        _require_contiguous(tensor)
+    lengths, offsets = compute_local_shape_and_global_offset(shape, mesh, tensor.placements)
+    if len(offsets) != len(shape):  # this rank is not part of the mesh
+        return Box((0,) * len(shape), (0,) * len(shape))
+    return Box(tuple(map(int, offsets)), tuple(map(int, lengths)))
+
+
+def holders_of(tensor: DTensor) -> tuple[int, ...]:
+    """The ranks that hold the same box as this one: its neighbours along the replicated mesh axes."""
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return ()
+    index = tuple(
+        slice(None) if placement.is_replicate() else at
+        for placement, at in zip(tensor.placements, coordinate, strict=True)
+    )
+    return tuple(sorted(mesh.mesh[index].reshape(-1).tolist()))
+
+
+def like(template: DTensor, local: torch.Tensor) -> DTensor:
+    """The local part joined to a DTensor that is spread as the template is."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        local,
+        template.device_mesh,
+        template.placements,
+        run_check=False,
+        shape=template.shape,
+        stride=template.stride(),
+    )
+
+
+def require_storable(name: str, tensor: torch.Tensor) -> None:
+    """Refuses tensors whose bytes are not plainly there.
+
+    Raises:
+        ConfigError: the tensor is sparse, lazy, without data, a pending sum, or a wrapper around others.
+    """
+    reason = _unstorable(tensor)
+    if reason is not None:
+        raise ConfigError(f"tensor {name!r} cannot be stored: {reason}")
+
+
+def _unstorable(tensor: torch.Tensor) -> str | None:
+    if is_dtensor(tensor):
+        if any(placement.is_partial() for placement in tensor.placements):
+            return f"placements {tensor.placements} hold a pending sum; redistribute it first"
+        return _unstorable(tensor.to_local())
+    if torch.nn.parameter.is_lazy(tensor):
+        return "it has no shape yet; run the module once before the Checkpointer is made"
+    if hasattr(tensor, "__tensor_flatten__") or type(tensor).__name__ == "ShardedTensor":
+        return f"it is a {type(tensor).__name__} around other tensors; give plain tensors or DTensors"
+    if tensor.layout != torch.strided:
+        return f"its layout is {tensor.layout}; expected torch.strided; store its indices and values instead"
+    if tensor.device.type == "meta":
+        return "it is on the meta device and has no data; materialize the module first"
+    if not is_dtype(dtype_name(tensor.dtype)):
+        return f"its dtype is {tensor.dtype}; convert it first"
+    return None
+
+
+def _require_contiguous(tensor: DTensor) -> None:
+    """A strided shard (tensor parallelism under fully_shard) is one box only where the sizes divide."""
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return
+    rows = {dim: list(range(size)) for dim, size in enumerate(tensor.shape)}
+    for axis, (placement, at) in enumerate(zip(tensor.placements, coordinate, strict=True)):
+        found: Any = placement
+        if hasattr(found, "dim"):
+            rows[found.dim] = _split(rows[found.dim], mesh.size(axis), at, getattr(found, "split_factor", 1))
+    for kept in rows.values():
+        if kept and kept[-1] - kept[0] + 1 != len(kept):
+            raise ConfigError(
+                f"a tensor of shape {tuple(tensor.shape)} with placements {tensor.placements} on mesh "
+                f"{tuple(mesh.shape)} gives ranks parts that are not boxes; make the sharded dimension "
+                "divisible by the product of the mesh axes"
+            )
+
+
+def _split(rows: list[int], num_parts: int, part: int, split_factor: int) -> list[int]:
+    """The rows that torch gives one part: pieces `part`, `part + num_parts`, ... of equal chunks."""
+    num_pieces = num_parts * split_factor
+    size = -(-len(rows) // num_pieces)
+    return [
+        row
+        for turn in range(split_factor)
+        for row in rows[(turn * num_parts + part) * size : (turn * num_parts + part + 1) * size]
+    ]

@@ -1,0 +1,54 @@
+"""Where this process stands among the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from ktrain.base import settings
+from ktrain.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """A rank, its world and its node. Ranks of a node are consecutive, as torch's launchers number them."""
+
+    rank: int
+    world_size: int
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size or not 0 <= self.local_rank < self.local_world_size:
+            raise ConfigError(
+                f"topology: rank {self.rank} of {self.world_size}, local rank {self.local_rank} of "
+                f"{self.local_world_size} is not possible; "
+                "check RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE"
+            )
+
+    @classmethod
+    def current(cls) -> Topology:
+        """From the process group where one exists, else from the environment.
+
+        A rank whose node is not known (a launcher that sets no LOCAL_RANK) counts as alone on its node: it
+        stores a whole copy of what is replicated then, which costs memory but loses nothing.
+        """
+        found = settings.worker_settings()
+        rank, world_size = found.rank, found.world_size
+        if dist.is_available() and dist.is_initialized():
+            rank, world_size = dist.get_rank(), dist.get_world_size()
+        first = rank - found.local_rank
+        if (
+            first < 0
+            or first + found.local_world_size > world_size
+            or found.local_rank >= found.local_world_size
+        ):
+            return cls(rank, world_size)
+        return cls(rank, world_size, found.local_rank, found.local_world_size)
+
+    @property
+    def node_ranks(self) -> range:
+        """All ranks of this rank's node."""
+        first = self.rank - self.local_rank
+        return range(first, first + self.local_world_size)

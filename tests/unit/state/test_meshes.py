@@ -1,0 +1,185 @@
+"""Sharded state on meshes of up to eight ranks, one after the other over a fake process group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from ktrain.errors import ConfigError
+from ktrain.format.manifest import Manifest
+from ktrain.format.record import check_coverage
+from ktrain.state.plan import plan_save
+from ktrain.state.tensors import box_of
+from ktrain.state.topology import Topology
+from ktrain.state.train_state import TrainState
+from tests.unit.state.worlds import Holder, restore, snapshot
+
+FULL = torch.arange(7 * 5, dtype=torch.float32).reshape(7, 5)
+SMALL = torch.arange(2.0)
+
+
+@contextmanager
+def fake_rank(rank: int, size: int) -> Iterator[None]:
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def distribute(
+    full: torch.Tensor, mesh: Any, placements: Sequence[Placement], value: float | None = None
+) -> Any:
+    """This rank's part of a full tensor, without collectives."""
+    empty = DTensor.from_local(
+        torch.empty(0), mesh, placements, run_check=False, shape=full.shape, stride=full.stride()
+    )
+    box = box_of(empty)
+    local = full[tuple(slice(at, at + n) for at, n in zip(box.offsets, box.lengths, strict=True))].clone()
+    if value is not None:
+        local.fill_(value)
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=full.shape, stride=full.stride()
+    )
+
+
+def mesh_of(shape: tuple[int, ...]) -> Any:
+    return init_device_mesh("cpu", shape, mesh_dim_names=tuple("abc"[: len(shape)]))
+
+
+LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[Placement, ...]]] = {
+    "rows-4": ((4,), (Shard(0),)),
+    "columns-3": ((3,), (Shard(1),)),
+    "copies-2": ((2,), (Replicate(),)),
+    "hybrid-2x2": ((2, 2), (Replicate(), Shard(0))),
+    "grid-2x3": ((2, 3), (Shard(0), Shard(1))),
+    "rows-twice-2x2": ((2, 2), (Shard(0), Shard(0))),
+    "cube-2x2x2": ((2, 2, 2), (Shard(0), Replicate(), Shard(1))),
+}
+
+
+def save_world(name: str, per_node: int) -> dict[int, tuple[Manifest, bytes]]:
+    shape, placements = LAYOUTS[name]
+    size = torch.Size(shape).numel()
+    saved = {}
+    for rank in range(size):
+        with fake_rank(rank, size):
+            mesh = mesh_of(shape)
+            small = [Replicate()] * len(shape)
+            small[-1] = Shard(0)
+            value = {"w": distribute(FULL, mesh, placements), "b": distribute(SMALL, mesh, small)}
+            topology = Topology(rank, size, rank % per_node, per_node)
+            saved[rank] = snapshot(TrainState({"part": Holder(value)}), topology)
+    return saved
+
+
+@pytest.mark.parametrize("target", LAYOUTS)
+@pytest.mark.parametrize("origin", LAYOUTS)
+def test_restore_on_another_mesh_gives_every_rank_its_box(origin: str, target: str) -> None:
+    saved = save_world(origin, per_node=1)
+    check_coverage([manifest for manifest, _ in saved.values()])
+    shape, placements = LAYOUTS[target]
+    size = torch.Size(shape).numel()
+    for rank in range(size):
+        with fake_rank(rank, size):
+            mesh = mesh_of(shape)
+            fresh = Holder({"w": distribute(FULL, mesh, placements, -1.0), "b": torch.full_like(SMALL, -1.0)})
+            restore(TrainState({"part": fresh}), saved, Topology(rank, size))
+            expected = distribute(FULL, mesh, placements)
+            assert fresh.value["w"].placements == tuple(placements)
+            assert torch.equal(fresh.value["w"].to_local(), expected.to_local())
+            assert torch.equal(fresh.value["b"], SMALL)
+
+
+@pytest.mark.parametrize(("per_node", "copies"), [(1, 2), (2, 2), (4, 1)])
+def test_save_of_a_hybrid_mesh_stores_each_box_once_a_node(per_node: int, copies: int) -> None:
+    saved = save_world("hybrid-2x2", per_node)
+    stored = sum(entry.end - entry.begin for manifest, _ in saved.values() for entry in manifest.entries)
+    assert stored == copies * (FULL.nbytes + SMALL.nbytes)
+
+
+def test_save_on_one_node_spreads_the_bytes_evenly() -> None:
+    sizes = []
+    for rank in range(2):
+        with fake_rank(rank, 2):
+            mesh = mesh_of((2,))
+            value = {
+                str(n): distribute(torch.zeros(n), mesh, [Replicate()]) for n in (100, 90, 80, 70, 60, 40)
+            }
+            plan = plan_save(TrainState({"part": Holder(value)}), Topology(rank, 2, rank, 2))
+            sizes.append(sum(item.tensor.numel() for item in plan.items))
+    assert sum(sizes) == 440
+    assert abs(sizes[0] - sizes[1]) <= 20
+
+
+def test_restore_reads_only_own_snapshot_when_the_layout_is_the_same() -> None:
+    saved = save_world("rows-4", per_node=2)
+    with fake_rank(2, 4):
+        mesh = mesh_of((4,))
+        value = {"w": distribute(FULL, mesh, [Shard(0)], 0.0), "b": distribute(SMALL, mesh, [Shard(0)], 0.0)}
+        needs = restore(TrainState({"part": Holder(value)}), saved, Topology(2, 4, 0, 2))
+    assert set(needs.ranges) == {2}
+
+
+def test_restore_of_a_copy_prefers_the_same_node() -> None:
+    saved = save_world("hybrid-2x2", per_node=2)
+    with fake_rank(3, 4):
+        mesh = mesh_of((2, 2))
+        whole = distribute(FULL, mesh, [Replicate(), Replicate()], 0.0)
+        value = {"w": whole, "b": distribute(SMALL, mesh, [Replicate(), Shard(0)], 0.0)}
+        needs = restore(TrainState({"part": Holder(value)}), saved, Topology(3, 4, 1, 2))
+    assert set(needs.ranges) == {2, 3}
+
+
+def test_pending_sum_is_refused_by_name() -> None:
+    with fake_rank(0, 2):
+        value = DTensor.from_local(torch.ones(2), mesh_of((2,)), [Partial()], run_check=False)
+        with pytest.raises(ConfigError, match="part/t.*pending sum"):
+            plan_save(TrainState({"part": Holder({"t": value})}), Topology(0, 2))
+
+
+def test_missing_box_is_refused_before_anything_changes() -> None:
+    saved = save_world("rows-4", per_node=1)
+    manifest, payload = saved[1]
+    cut = Manifest(**{f: getattr(manifest, f) for f in Manifest.__slots__ if f != "entries"}, entries=())
+    saved[1] = (cut, payload)
+    fresh = Holder({"w": FULL.clone().zero_(), "b": SMALL.clone()})
+    with pytest.raises(ConfigError, match="part/w: no rank stored offsets"):
+        restore(TrainState({"part": fresh}), saved)
+    assert not fresh.value["w"].any()
+
+
+@pytest.mark.parametrize("rows", [8, 7, 5, 3])
+def test_fully_shard_over_tensor_parallel_shards_are_boxes_that_cover(rows: int) -> None:
+    full = torch.arange(rows * 2.0).reshape(rows, 2)
+    saved = {}
+    for rank in range(4):
+        with fake_rank(rank, 4):
+            value = distribute(full, mesh_of((2, 2)), [_StridedShard(0, split_factor=2), Shard(0)])
+            saved[rank] = snapshot(TrainState({"part": Holder({"w": value})}), Topology(rank, 4))
+    fresh = Holder({})
+    restore(TrainState({"part": fresh}), saved)
+    assert torch.equal(fresh.value["w"], full)
+
+
+def test_shard_that_is_no_box_is_refused() -> None:
+    with fake_rank(0, 2):
+        value = DTensor.from_local(
+            torch.ones(4, 2),
+            mesh_of((2,)),
+            [_StridedShard(0, split_factor=2)],
+            run_check=False,
+            shape=torch.Size((8, 2)),
+            stride=(2, 1),
+        )
+        with pytest.raises(ConfigError, match="not boxes"):
+            plan_save(TrainState({"part": Holder({"t": value})}), Topology(0, 2))

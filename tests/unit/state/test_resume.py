@@ -1,0 +1,191 @@
+"""Training is not changed by snapshots, and goes on from one bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ktrain.state.plan import plan_save
+from ktrain.state.rng import rng_part
+from ktrain.state.train_state import TrainState
+from tests.unit.state.worlds import ALONE, restore, snapshot
+
+
+class Loop:
+    """A small training loop that uses everything that could be disturbed."""
+
+    def __init__(self, make_optimizer: Callable[[Any], torch.optim.Optimizer], seed: int) -> None:
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(
+            nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.3), nn.ReLU(), nn.Linear(16, 3)
+        )
+        self.optimizer = make_optimizer(self.model.parameters())
+        self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [3, 6], gamma=0.5)
+        self.state = TrainState(
+            {
+                "model": self.model,
+                "optimizer": self.optimizer,
+                "schedule": self.schedule,
+                "rng": rng_part(ALONE),
+            }
+        )
+
+    def step(self) -> float:
+        loss = self.model(torch.randn(8, 6)).square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        return loss.item()
+
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "amsgrad-foreach": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True, foreach=True),
+    "tensor-lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01)),
+    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+}
+
+
+@pytest.fixture(params=OPTIMIZERS)
+def make_optimizer(request: pytest.FixtureRequest) -> Callable[[Any], torch.optim.Optimizer]:
+    return OPTIMIZERS[request.param]
+
+
+def test_training_with_a_snapshot_every_step_keeps_its_losses(make_optimizer: Any) -> None:
+    plain = Loop(make_optimizer, seed=1)
+    expected = [plain.step() for _ in range(8)]
+    watched = Loop(make_optimizer, seed=1)
+    found = []
+    for _ in range(8):
+        snapshot(watched.state)
+        found.append(watched.step())
+    assert found == expected
+
+
+def test_restore_in_a_fresh_loop_continues_bit_for_bit(make_optimizer: Any) -> None:
+    loop = Loop(make_optimizer, seed=1)
+    for _ in range(4):
+        loop.step()
+    saved = snapshot(loop.state)
+    expected = [loop.step() for _ in range(5)]
+
+    fresh = Loop(make_optimizer, seed=2)
+    restore(fresh.state, {0: saved})
+
+    assert [fresh.step() for _ in range(5)] == expected
+
+
+def test_restore_in_the_same_loop_goes_back_and_keeps_storage(make_optimizer: Any) -> None:
+    loop = Loop(make_optimizer, seed=1)
+    for _ in range(4):
+        loop.step()
+    saved = snapshot(loop.state)
+    expected = [loop.step() for _ in range(5)]
+    before = [tensor.data_ptr() for tensor in loop.model.state_dict().values()]
+
+    restore(loop.state, {0: saved})
+
+    assert [loop.step() for _ in range(5)] == expected
+    assert [tensor.data_ptr() for tensor in loop.model.state_dict().values()] == before
+
+
+def test_restored_state_gives_the_same_snapshot(make_optimizer: Any) -> None:
+    loop = Loop(make_optimizer, seed=1)
+    for _ in range(4):
+        loop.step()
+    saved = snapshot(loop.state)
+    fresh = Loop(make_optimizer, seed=2)
+    restore(fresh.state, {0: saved})
+    assert snapshot(fresh.state) == saved
+
+
+def test_plan_of_a_fresh_optimizer_gives_it_no_state() -> None:
+    loop = Loop(OPTIMIZERS["adamw"], seed=1)
+    plan_save(loop.state, ALONE)
+    assert len(loop.optimizer.state) == 0
+
+
+def test_restore_of_a_stateless_optimizer_clears_a_live_one() -> None:
+    saved = snapshot(Loop(OPTIMIZERS["adamw"], seed=1).state)
+    loop = Loop(OPTIMIZERS["adamw"], seed=2)
+    loop.step()
+    restore(loop.state, {0: saved})
+    assert len(loop.optimizer.state) == 0
+
+
+def test_plan_when_nothing_changed_reuses_the_layout() -> None:
+    loop = Loop(OPTIMIZERS["adamw"], seed=1)
+    loop.step()
+    first = plan_save(loop.state, ALONE)
+    loop.step()
+    second = plan_save(loop.state, ALONE)
+    assert second.layout is first.layout
+    assert second.digest == first.digest
+    assert second.objects != first.objects  # the schedule went on
+
+
+def test_restore_keeps_state_of_another_dtype_than_its_parameter() -> None:
+    def make(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        model = nn.Linear(3, 2, bias=False).bfloat16()
+        return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    model, optimizer = make(1)
+    master = torch.randn(2, 3, dtype=torch.float32)
+    optimizer.state[model.weight]["master"] = master
+    saved = snapshot(TrainState({"model": model, "optimizer": optimizer}))
+    model, optimizer = make(2)
+    restore(TrainState({"model": model, "optimizer": optimizer}), {0: saved})
+    found = optimizer.state[model.weight]["master"]
+    assert found.dtype == torch.float32
+    assert torch.equal(found, master)
+
+
+def test_restore_of_lbfgs_with_lists_of_tensors_continues_bit_for_bit() -> None:
+    def run(model: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int) -> list[float]:
+        inputs = torch.linspace(-1, 1, 12).reshape(4, 3)
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = (model(inputs) - 1).pow(4).mean()
+            loss.backward()
+            return loss
+
+        return [optimizer.step(closure).item() for _ in range(num_steps)]
+
+    def make(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        model = nn.Linear(3, 2)
+        return model, torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+
+    model, optimizer = make(1)
+    run(model, optimizer, 2)
+    saved = snapshot(TrainState({"model": model, "optimizer": optimizer}))
+    expected = run(model, optimizer, 3)
+    model, optimizer = make(2)
+    restore(TrainState({"model": model, "optimizer": optimizer}), {0: saved})
+    assert run(model, optimizer, 3) == expected
+
+
+def test_restore_brings_every_generator_of_the_host_back() -> None:
+    import random
+
+    import numpy
+
+    def draw() -> tuple[float, float, float, float]:
+        return float(torch.rand(())), random.random(), float(numpy.random.normal()), random.gauss(0, 1)
+
+    state = TrainState({"rng": rng_part(ALONE)})
+    draw()
+    saved = snapshot(state)
+    expected = draw()
+    draw()
+    restore(state, {0: saved})
+    assert draw() == expected
