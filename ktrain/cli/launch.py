@@ -1,0 +1,110 @@
+"""`ktrain launch`: run a script on several nodes and keep it running."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from ktrain.base import contract, settings
+from ktrain.base.job import JobSpec, WorkDir, local_path
+from ktrain.base.settings import Timeouts
+from ktrain.errors import KtrainError, UnavailableError
+from ktrain.launcher.backends.local import LocalLaunch, wait_for_head
+from ktrain.launcher.job import Wish, plan_job
+
+
+@click.command(context_settings={"ignore_unknown_options": False})
+@click.argument("script")
+@click.argument("script_args", nargs=-1, type=click.UNPROCESSED, metavar="-- SCRIPT ARGS")
+@click.option("--nodes", default=1, show_default=True, help="Number of nodes.")
+@click.option("--workers-per-node", default=1, show_default=True, help="Worker processes on each node.")
+@click.option(
+    "--run", "run", metavar="URI", help="Where the run lives: a directory or any fsspec URL. [default: runs/SCRIPT]"
+)
+@click.option(
+    "--backend", type=click.Choice(["local"]), default="local", show_default=True, help="Where the nodes are."
+)
+@click.option(
+    "--fault", "faults", multiple=True, metavar="SPEC", help="Break something, e.g. kill-worker@step=30,rank=1."
+)
+@click.option("--max-restarts", default=3, show_default=True, help="Restarts per cause of failure.")
+@click.option(
+    "--patience",
+    type=float,
+    metavar="SECONDS",
+    help="Silence a healthy job may show; all timeouts follow. [default: 60]",
+)
+@click.option("--detach", is_flag=True, help="Return once the job has started; it goes on by itself.")
+def launch(  # noqa: PLR0913 -- one per option of the command
+    script: str,
+    script_args: tuple[str, ...],
+    nodes: int,
+    workers_per_node: int,
+    run: str | None,
+    backend: str,
+    faults: tuple[str, ...],
+    max_restarts: int,
+    patience: float | None,
+    detach: bool,
+) -> int:
+    """Run SCRIPT on NODES x WORKERS_PER_NODE processes, through failures, until it is done.
+
+    The same command again continues the run. Exit code: 0 done, 1 failed, 2 bad input, 3 no good copy left,
+    4 the run is live elsewhere, 5 storage out of reach, 130 stopped on request.
+    """
+    del backend
+    wish = Wish(
+        script=script,
+        args=script_args,
+        run=run,
+        nodes=nodes,
+        workers_per_node=workers_per_node,
+        max_restarts=max_restarts,
+        patience_s=patience,
+        faults=faults,
+    )
+    spec = plan_job(wish)
+    return _detach(spec) if detach else _run(spec)
+
+
+def _run(spec: JobSpec) -> int:
+    from ktrain.cli.progress import Progress
+
+    logging.basicConfig(level=logging.WARNING, format="ktrain: %(message)s")
+    progress = Progress(spec)
+    outcome = LocalLaunch(spec, observe=progress.update).run()
+    progress.finish(outcome)
+    return outcome.exit_code
+
+
+def _detach(spec: JobSpec) -> int:
+    """Starts this very command again as a process of its own, and returns once its head answers."""
+    work = WorkDir.of_run(spec.run)
+    arguments = [item for item in sys.argv[1:] if item != "--detach"]
+    folder = Path(spec.log_dir) if local_path(spec.run) is not None else work.path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "launcher.log"
+    with open(log, "ab") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "ktrain.cli.main", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=settings.child_environment({}),
+        )
+    try:
+        wait_for_head(work, launcher=process, timeouts=Timeouts(spec.patience_s))
+    except UnavailableError as error:
+        said = log.read_text(errors="replace").strip().splitlines()
+        click.echo(f"ktrain: {said[-1] if said else error}", err=True)
+        return process.returncode or contract.EXIT_FAILED
+    except KtrainError:
+        process.terminate()
+        raise
+    click.echo(f"{spec.run}: started, process {process.pid}; follow it with `ktrain status` and `ktrain logs --follow`")
+    return contract.EXIT_OK

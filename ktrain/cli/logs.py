@@ -1,0 +1,93 @@
+"""`ktrain logs`: what the ranks wrote."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+import click
+
+from ktrain.base import contract, settings
+from ktrain.base.clock import SYSTEM_CLOCK, Deadline
+from ktrain.base.job import WorkDir, canonical_url, local_path
+from ktrain.cli.status import live_status
+from ktrain.errors import NotFoundError
+
+_NAME = re.compile(r"attempt-(\d+)/rank-(\d+)\.log$")
+_POLL_S = 0.3
+
+
+@dataclass(slots=True)
+class _Logs:
+    """The log files of a run, wherever they lie; remembers how far each was read."""
+
+    run: str
+    offsets: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def found(self) -> list[tuple[int, int]]:
+        """(attempt, rank) of every log, in order."""
+        path = local_path(self.run)
+        folders = [path / contract.LOGS_DIR if path is not None else WorkDir.of_run(self.run).path / contract.LOGS_DIR]
+        names = [str(file) for folder in folders for file in folder.glob("attempt-*/rank-*.log")]
+        if path is None and not names:
+            from ktrain.tier.bucket import open_tier
+
+            timeouts = settings.timeouts()
+            tier = open_tier(self.run, timeouts=timeouts)
+            names = [
+                item.name for item in tier.list(f"{contract.LOGS_DIR}/", deadline=Deadline.after(timeouts.storage_s))
+            ]
+        matches = (_NAME.search(name) for name in names)
+        return sorted((int(match[1]), int(match[2])) for match in matches if match)
+
+    def read_new(self, attempt: int, rank: int) -> str:
+        """Text that was added to a log since the last call."""
+        name = f"{contract.LOGS_DIR}/attempt-{attempt}/rank-{rank}.log"
+        offset = self.offsets.get((attempt, rank), 0)
+        path = local_path(self.run) or WorkDir.of_run(self.run).path
+        try:
+            with open(path / name, "rb") as file:
+                file.seek(offset)
+                data = file.read()
+        except FileNotFoundError:
+            from ktrain.tier.bucket import open_tier
+
+            timeouts = settings.timeouts()
+            tier = open_tier(self.run, timeouts=timeouts)
+            data = tier.read(name, deadline=Deadline.after(timeouts.storage_s))[offset:]
+        self.offsets[attempt, rank] = offset + len(data)
+        return data.decode(errors="replace")
+
+
+@click.command()
+@click.argument("run")
+@click.option("--rank", type=int, help="Only this rank.")
+@click.option("--attempt", type=int, help="This attempt. [default: the last]")
+@click.option("--follow", is_flag=True, help="Go on while the run is live, through new attempts.")
+def logs(run: str, rank: int | None, attempt: int | None, follow: bool) -> int:
+    """Print what RUN's ranks wrote."""
+    store = _Logs(canonical_url(run))
+    shown = attempt
+    while True:
+        live = follow and live_status(store.run) is not None
+        found = store.found()
+        attempts = sorted({number for number, _ in found})
+        if not found and not live:
+            raise NotFoundError(f"run {store.run}: there are no logs here; check the name")
+        if attempt is not None and attempt not in attempts and not live:
+            raise NotFoundError(f"run {store.run}: no logs of attempt {attempt}; there are {attempts}")
+        newest = attempt if attempt is not None else max(attempts, default=0)
+        shown = newest if shown is None else shown
+        wanted = [item for item in found if shown <= item[0] <= newest and rank in (None, item[1])]
+        if not wanted and not live:
+            raise NotFoundError(f"run {store.run}: no log of rank {rank} in attempt {newest}")
+        for number, one in wanted:
+            text = store.read_new(number, one)
+            prefix = "" if rank is not None else f"[{number}:{one}] "
+            if text:
+                click.echo(
+                    "".join(prefix + line for line in text.splitlines(keepends=True)), nl=not text.endswith("\n")
+                )
+        if not live:
+            return 0
+        SYSTEM_CLOCK.sleep(_POLL_S)

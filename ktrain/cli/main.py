@@ -1,0 +1,57 @@
+"""`ktrain`: one file per verb; errors become one line and an exit code of the contract."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+
+import ktrain
+from ktrain.base import contract
+from ktrain.cli import cancel, ckpt, launch, logs, status
+from ktrain.errors import ConfigError, ConflictError, CorruptionError, KtrainError, NotFoundError, UnavailableError
+
+_EXIT_CODES: tuple[tuple[type[KtrainError], int], ...] = (
+    (ConfigError, contract.EXIT_USAGE),
+    (NotFoundError, contract.EXIT_USAGE),
+    (CorruptionError, contract.EXIT_CORRUPT),
+    (ConflictError, contract.EXIT_CONFLICT),
+    (UnavailableError, contract.EXIT_UNAVAILABLE),
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(ktrain.__version__, prog_name="ktrain")
+def cli() -> None:
+    """Fault-tolerant PyTorch training: a failure costs seconds."""
+
+
+cli.add_command(launch.launch)
+cli.add_command(status.status)
+cli.add_command(logs.logs)
+cli.add_command(cancel.cancel)
+cli.add_command(ckpt.ckpt)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line and leaves with its exit code."""
+    try:
+        code = cli.main(args=None if argv is None else list(argv), prog_name="ktrain", standalone_mode=False)
+    except click.exceptions.Exit as error:
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = contract.EXIT_USAGE
+    except click.Abort:
+        code = contract.EXIT_STOPPED
+    except KtrainError as error:
+        click.echo(f"ktrain: {error}", err=True)
+        code = next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), contract.EXIT_FAILED)
+    except BrokenPipeError:
+        code = contract.EXIT_OK  # the reader of our output has seen enough
+    sys.exit(code if isinstance(code, int) else contract.EXIT_OK)
+
+
+if __name__ == "__main__":
+    main()

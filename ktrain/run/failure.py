@@ -1,0 +1,214 @@
+"""What a failure was and what to do about it: pure decisions over exits, progress and budgets."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ktrain.base import contract
+from ktrain.base.settings import Timeouts
+from ktrain.checkpoint.roster import RankProgress
+
+# What a worker says when it fails because another one is gone: never the root of a failure that has another.
+_SECONDARY = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|gloo|nccl|DistNetworkError|DistStoreError|peer|timed out waiting",
+    re.IGNORECASE,
+)
+# Exit codes whose cause a restart cannot mend: the same input gives the same refusal.
+_FINAL_EXIT_CODES = (contract.EXIT_USAGE, contract.EXIT_CORRUPT)
+_STREAK_LIMIT = 3  # failures in a row without a new committed step
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How one worker ended."""
+
+    rank: int
+    pid: int
+    exitcode: int  # negative for a signal, as in subprocess
+    reason: str
+    kind: str  # of a KtrainError, "exception", "signal" or "exit"
+    node: str = ""
+    host: str = ""
+    ended_by_us: bool = False
+    log_tail: str = ""
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], *, node: str, host: str) -> Exit:
+        return cls(**{**value, "node": node, "host": host})
+
+    @property
+    def signal_name(self) -> str | None:
+        if self.exitcode >= 0:
+            return None
+        try:
+            return signal.Signals(-self.exitcode).name
+        except ValueError:
+            return f"signal {-self.exitcode}"
+
+    @property
+    def failed(self) -> bool:
+        return self.exitcode not in (contract.EXIT_OK, contract.EXIT_STOPPED) and not self.ended_by_us
+
+    @property
+    def secondary(self) -> bool:
+        """True where the reason reads like the echo of another rank's failure."""
+        return self.kind == "exception" and _SECONDARY.search(self.reason) is not None
+
+
+def root_cause(exits: Sequence[Exit]) -> Exit | None:
+    """The exit that started it: our own refusals, then deaths by signal, then exceptions; first reported first."""
+    failed = [item for item in exits if item.failed]
+
+    def order(item: Exit) -> tuple[int, int]:
+        refusal = item.exitcode in _FINAL_EXIT_CODES and item.kind != "exit"
+        return (0 if refusal else 1 if item.exitcode < 0 else 3 if item.secondary else 2, failed.index(item))
+
+    return min(failed, key=order, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an attempt ended."""
+
+    cause: str  # contract.CAUSE_*
+    reason: str
+    rank: int | None = None
+    node: str | None = None
+    host: str | None = None
+    phase: str | None = None
+    step: int | None = None
+    exitcode: int | None = None
+    final: int | None = None  # exit code of the job where a restart cannot help
+    secondary: int = 0  # exits of other ranks that this one explains
+    log_tail: str = ""
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of a `failure` event."""
+        names = ("cause", "reason", "rank", "node", "host", "phase", "step", "exitcode")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def describe(self) -> str:
+        """One line for people."""
+        place = [f"rank {self.rank}" if self.rank is not None else "", self.node or "", self.host or ""]
+        where = ", ".join(part for part in place if part)
+        when = [f"step {self.step}" if self.step is not None else "", self.phase or ""]
+        more = ", ".join(part for part in when if part)
+        echo = f"; {self.secondary} other ranks failed because of it" if self.secondary else ""
+        return f"{self.cause}: {self.reason}{f' ({where})' if where else ''}{f' at {more}' if more else ''}{echo}"
+
+
+def crash(exits: Sequence[Exit], progress: Mapping[int, RankProgress]) -> Failure | None:
+    """The failure that worker exits amount to, or None when no worker failed."""
+    root = root_cause(exits)
+    if root is None:
+        return None
+    said = root.signal_name
+    reason = f"killed by {said}" if said else root.reason
+    at = progress.get(root.rank)
+    return Failure(
+        contract.CAUSE_CRASH,
+        reason,
+        rank=root.rank,
+        node=root.node or None,
+        host=root.host or None,
+        phase=at.phase if at else None,
+        step=at.step if at else None,
+        exitcode=root.exitcode,
+        final=root.exitcode if root.exitcode in _FINAL_EXIT_CODES and root.kind != "exit" else None,
+        secondary=sum(1 for item in exits if item.failed and item is not root),
+        log_tail=root.log_tail,
+    )
+
+
+_PHASES = ("start", "restore", "train", "close")
+
+
+def limit_s(rank: RankProgress, timeouts: Timeouts) -> float:
+    """How long a rank may stay where it is."""
+    limits = {
+        "start": timeouts.start_s,
+        "restore": timeouts.restore_s + timeouts.storage_s,
+        "close": timeouts.drain_s + timeouts.storage_s,
+    }
+    return limits.get(rank.phase, timeouts.step_s)
+
+
+def find_hang(progress: Mapping[int, RankProgress], timeouts: Timeouts) -> tuple[int, RankProgress] | None:
+    """The rank that everybody waits for, once any rank is over its limit.
+
+    A process that is silent as well is stopped or stuck and explains the others; else the one that is furthest behind.
+    """
+    live = {rank: item for rank, item in progress.items() if not item.closed}
+    if not any(item.step_silent_s > limit_s(item, timeouts) for item in live.values()):
+        return None
+    silent = {rank: item for rank, item in live.items() if item.silent_s > timeouts.lease_s}
+    if silent:
+        return max(silent.items(), key=lambda pair: (pair[1].silent_s, -pair[0]))
+
+    def behind(pair: tuple[int, RankProgress]) -> tuple[int, int, float, int]:
+        rank, item = pair
+        phase = _PHASES.index(item.phase) if item.phase in _PHASES else len(_PHASES)
+        return (item.step, phase, -item.step_silent_s, rank)
+
+    return min(live.items(), key=behind)
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """What failures have cost so far. Each cause has its own budget of `max_restarts`."""
+
+    max_restarts: int
+    spent: Mapping[str, int] = field(default_factory=dict)
+    streak: int = 0  # failures in a row without a new committed step
+    committed: int | None = None  # newest committed step at the last failure; None before any failure
+
+    def to_json(self) -> dict[str, Any]:
+        return {"spent": dict(self.spent), "streak": self.streak, "committed": self.committed}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], *, max_restarts: int) -> Budgets:
+        return cls(max_restarts, dict(value["spent"]), value["streak"], value["committed"])
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How the job ended."""
+
+    outcome: str  # "succeeded", "failed", "stopped"
+    exit_code: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What follows a failure: another attempt, or the verdict."""
+
+    budgets: Budgets
+    verdict: Verdict | None = None
+
+
+def decide(budgets: Budgets, failure: Failure, *, committed: int | None) -> Decision:
+    """Spends budget for a failure. `committed` is the newest committed step, None where nothing commits steps.
+
+    A failure without a committed step since the last one counts double, and three in a row end the run.
+    """
+    stalled = budgets.committed is not None and committed is not None and committed <= budgets.committed
+    cost = 2 if stalled else 1
+    spent = {**budgets.spent, failure.cause: budgets.spent.get(failure.cause, 0) + cost}
+    streak = budgets.streak + 1 if stalled else (1 if committed is not None else 0)
+    after = replace(
+        budgets, spent=spent, streak=streak, committed=budgets.committed if committed is None else committed
+    )
+    if failure.final is not None:
+        return Decision(after, Verdict("failed", failure.final, failure.describe()))
+    if streak >= _STREAK_LIMIT:
+        said = f"no progress: {streak} failures in a row without a committed step beyond {committed}; the last: "
+        return Decision(after, Verdict("failed", contract.EXIT_FAILED, said + failure.describe()))
+    if spent[failure.cause] > budgets.max_restarts:
+        said = f"the restart budget for {failure.cause} is spent ({budgets.max_restarts} allowed); the last: "
+        return Decision(after, Verdict("failed", contract.EXIT_FAILED, said + failure.describe()))
+    return Decision(after)

@@ -1,0 +1,437 @@
+"""The head: one process per job that decides; everything it knows can be learnt again by the next one.
+
+    python -P -m ktrain.run.head WORK_DIR LAUNCHER_PID
+
+It holds the run, serves the control channel, feeds what it hears into the state machine (`run.states`) and carries
+out what the machine says. Its exit code is the job's verdict. Imports neither torch nor, in its own process, Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ktrain
+from ktrain.base import atomic, contract, events, ids
+from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
+from ktrain.base.control import Handler, Server
+from ktrain.base.events import Event
+from ktrain.base.job import JobSpec, WorkDir, local_path
+from ktrain.base.process import ProcessId
+from ktrain.base.settings import Timeouts
+from ktrain.checkpoint import log
+from ktrain.checkpoint.catalog import RunCatalog
+from ktrain.checkpoint.coordinate import Coordinator
+from ktrain.checkpoint.holder import Holder
+from ktrain.errors import KtrainError
+from ktrain.run import worker
+from ktrain.run.failure import Budgets, Exit, Verdict
+from ktrain.run.states import Action, Adopt, Allocate, Close, Finish, Machine, Say, State, SupervisorReport, View
+from ktrain.run.wire import WireKeeper
+
+_LOG = logging.getLogger(__name__)
+_TICK_S = 0.1
+
+
+class Roster:
+    """What supervisors and the launcher said about processes. Safe from any thread."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()  # guards everything below
+        self._reports: dict[str, tuple[SupervisorReport, float]] = {}
+        self._dead_pids: dict[str, set[int]] = {}
+        self._agents_gone_s: dict[str, float] = {}
+        self._lost: set[str] = set()
+
+    def take(self, said: Mapping[str, Any]) -> None:
+        """A supervisor's report; one of a process that is known to be dead is late and does not count."""
+        node, host = said["node"], said["host"]
+        report = SupervisorReport(
+            node=node,
+            host=host,
+            pid=said["pid"],
+            epoch=said["epoch"],
+            state=said["state"],
+            ranks=tuple(said["ranks"]),
+            pids=tuple(said["pids"]),
+            exits=tuple(Exit.from_json(item, node=node, host=host) for item in said["exits"]),
+            store=said["store"],
+        )
+        with self._lock:
+            if report.pid not in self._dead_pids.get(node, ()):
+                self._reports[node] = (report, self._clock.monotonic())
+                self._lost.discard(node)
+
+    def process_exited(self, node: str, role: str, pid: int) -> None:
+        """The launcher saw a process end; role "node" is all of a node's processes and its volume."""
+        with self._lock:
+            if role in ("agent", "node"):
+                self._agents_gone_s[node] = self._clock.monotonic()
+            if role == "supervisor":
+                self._dead_pids.setdefault(node, set()).add(pid)
+            known = self._reports.get(node)
+            if role == "node" or (role == "supervisor" and known is not None and known[0].pid == pid):
+                self._reports.pop(node, None)
+                if role == "node" and known is not None:
+                    self._dead_pids.setdefault(node, set()).add(known[0].pid)
+            if role == "node":
+                self._lost.add(node)
+
+    def supervisors(self) -> dict[str, SupervisorReport]:
+        now = self._clock.monotonic()
+        with self._lock:
+            return {node: replace(report, silent_s=now - heard) for node, (report, heard) in self._reports.items()}
+
+    def living_agents(self, heard: Mapping[str, float]) -> dict[str, float]:
+        """Node -> silence of its agent, without agents that were seen to die since they were last heard of."""
+        now = self._clock.monotonic()
+        with self._lock:
+            return {
+                node: silent_s
+                for node, silent_s in heard.items()
+                if node not in self._agents_gone_s or now - silent_s > self._agents_gone_s[node]
+            }
+
+    def lost(self) -> frozenset[str]:
+        with self._lock:
+            return frozenset(self._lost)
+
+
+class Head:
+    """One job's head. `run` belongs to the main thread; handlers come in on others."""
+
+    def __init__(self, spec: JobSpec, work: WorkDir, *, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._spec = spec
+        self._work = work
+        self._clock = clock
+        self._timeouts = Timeouts(spec.patience_s)
+        self._catalog = RunCatalog.open(spec.run, timeouts=self._timeouts, clock=clock)
+        self._holder = Holder(self._catalog.tier, local_path=local_path(spec.run), timeouts=self._timeouts, clock=clock)
+        self._saved = self._read_saved()
+        self._fired = self._read_fired()
+        self._events = log.open_log(spec.run, self._catalog.tier, timeouts=self._timeouts, clock=clock)
+        self._coordinator = Coordinator(self._catalog, timeouts=self._timeouts, emit=self._events.emit, clock=clock)
+        self._roster = Roster(clock)
+        self._lock = threading.Lock()  # guards the machine and what is derived from it
+        self._machine = self._make_machine()
+        self._stop: str | None = self._saved.get("stop")
+        self._wake = threading.Event()
+        self._allocation: Deadline | None = None
+        self._server = Server(self._handlers(), address="tcp:127.0.0.1:0", token=work.read_token())
+        self._wire = self._make_wire()
+
+    # Start
+
+    def _read_saved(self) -> dict[str, Any]:
+        """What the last head of this launch left; empty for the first one."""
+        found = atomic.try_read_json(self._work.head_state)
+        return found if found is not None and found["launch_id"] == self._spec.launch_id else {}
+
+    def _save(self) -> None:
+        value = {
+            "launch_id": self._spec.launch_id,
+            "heads": self._saved.get("heads", 0) + 1,
+            "budgets": self._machine.budgets.to_json(),
+            "stop": self._stop,
+        }
+        atomic.write_json(self._work.head_state, value)
+
+    def _read_fired(self) -> Counter[str]:
+        """Faults that were injected already in the life of the run: each fires once."""
+        reader = log.LogReader(self._spec.run, timeouts=self._timeouts, clock=self._clock)
+        return Counter(event.fields["spec"] for event in reader.read_new() if event.kind == "fault_injected")
+
+    def _make_machine(self) -> Machine:
+        attempts = self._catalog.attempts()
+        last = attempts[-1] if attempts else None
+        if last is not None:
+            # Agents still speak of the last epoch: the coordinator must know it to understand them.
+            self._coordinator.adopt_attempt(last.epoch, {})
+            self._coordinator.end_attempt()
+        budgets = Budgets(self._spec.max_restarts)
+        if "budgets" in self._saved:
+            budgets = Budgets.from_json(self._saved["budgets"], max_restarts=self._spec.max_restarts)
+        unended = last.epoch if last is not None and last.end is None else None
+        return Machine(self._spec, self._timeouts, budgets=budgets, unended_epoch=unended)
+
+    def _make_wire(self) -> WireKeeper | None:
+        if self._spec.nodes == 1:
+            return None  # there is no peer
+        number = self._saved.get("heads", 0) + 1
+        return WireKeeper(
+            self._work,
+            set_wire=self._coordinator.set_wire,
+            emit=self._emit_now,
+            timeouts=self._timeouts,
+            head_number=number,
+            clock=self._clock,
+        )
+
+    # The control channel
+
+    def _handlers(self) -> dict[str, Handler]:
+        return {
+            **self._coordinator.handlers(),
+            "supervise": self._supervise,
+            "process_exited": self._process_exited,
+            "stop": self._request_stop,
+            "fault": self._fault,
+            "status": self._status,
+        }
+
+    def _supervise(self, said: dict[str, Any]) -> dict[str, Any]:
+        self._roster.take(said)
+        self._wake.set()
+        with self._lock:
+            return self._machine.desired(said["node"])
+
+    def _process_exited(self, said: dict[str, Any]) -> dict[str, Any]:
+        for item in said["processes"]:
+            self._roster.process_exited(item["node"], item["role"], item["pid"])
+            if item["role"] == "node":
+                self._coordinator.forget_node(item["node"])
+        self._wake.set()
+        return {}
+
+    def _request_stop(self, said: dict[str, Any]) -> dict[str, Any]:
+        with self._lock:
+            if self._stop is None:
+                self._stop = str(said["reason"])
+                self._save()
+        self._coordinator.request_stop(self._stop)
+        self._wake.set()
+        return self._status({})
+
+    def _fault(self, said: dict[str, Any]) -> dict[str, Any]:
+        """Records that a fault is about to be injected; refuses one that this run has had."""
+        spec, wanted = str(said["spec"]), int(said["count"])
+        with self._lock:
+            if self._fired[spec] >= wanted:
+                return {"fire": False}
+            self._fired[spec] += 1
+        self._emit_now(events.make("fault_injected", spec=spec, step=said["step"], clock=self._clock))
+        self._events.flush()  # a head that dies of this very fault must not be asked again by the next one
+        return {"fire": True}
+
+    def _status(self, said: dict[str, Any]) -> dict[str, Any]:
+        del said
+        progress = self._coordinator.progress()
+        with self._lock:
+            machine = self._machine
+            return {
+                "run": self._spec.run,
+                "run_id": self._catalog.run_id,
+                "state": machine.state.value,
+                "epoch": machine.epoch,
+                "step": max((item.step for item in progress.values()), default=0),
+                "ranks": {
+                    str(rank): {
+                        "node": item.node,
+                        "step": item.step,
+                        "phase": item.phase,
+                        "silent_s": round(item.silent_s, 3),
+                    }
+                    for rank, item in sorted(progress.items())
+                },
+                "pids": self._pids(),
+                "committed": {tier: list(pair) for tier, pair in self._coordinator.committed().items()},
+                "fired": dict(self._fired),
+                "stop": self._stop,
+                "spent": dict(machine.budgets.spent),
+            }
+
+    def _pids(self) -> dict[str, int]:
+        """Rank -> process, for a fault plan."""
+        return {
+            str(rank): pid
+            for report in self._roster.supervisors().values()
+            if report.epoch == self._machine.epoch and report.state == "running"
+            for rank, pid in zip(report.ranks, report.pids, strict=True)
+        }
+
+    # The loop
+
+    def run(self) -> int:
+        """Serves until the job has its verdict; returns the exit code."""
+        with self._lock:
+            self._save()
+        me = ProcessId.current()
+        address = {
+            "address": self._server.address,
+            "pid": me.pid,
+            "start_ticks": me.start_ticks,
+            "host": ids.host_name(),
+        }
+        atomic.write_json(self._work.head, address)
+        if not self._saved:
+            self._emit_now(
+                events.make(
+                    "run_started",
+                    clock=self._clock,
+                    nodes=self._spec.nodes,
+                    world_size=self._spec.world_size,
+                    version=ktrain.__version__,
+                    script=self._spec.script,
+                )
+            )
+        if self._stop is not None:
+            self._coordinator.request_stop(self._stop)
+        self._coordinator.start()
+        if self._wire is not None:
+            self._wire.start()
+        verdict: Verdict | None = None
+        while verdict is None:
+            self._clock.wait(self._wake, _TICK_S)
+            self._wake.clear()
+            verdict = self._advance()
+        return self._end(verdict)
+
+    def _advance(self) -> Verdict | None:
+        view = self._view()
+        with self._lock:
+            actions = self._machine.tick(view)
+        for action in actions:
+            if isinstance(action, Finish):
+                return action.verdict
+            refusal = self._carry_out(action)
+            if refusal is not None:
+                return refusal
+        return None
+
+    def _view(self) -> View:
+        progress = self._coordinator.progress()
+        committed = self._coordinator.committed()
+        return View(
+            now_s=self._clock.monotonic(),
+            supervisors=self._roster.supervisors(),
+            agents=self._roster.living_agents(self._coordinator.nodes()),
+            lost=self._roster.lost(),
+            progress=progress,
+            holdings=self._coordinator.holdings(),
+            committed=max((step for step, _ in committed.values()), default=0) if progress else None,
+            stop=self._stop,
+        )
+
+    def _carry_out(self, action: Action) -> Verdict | None:
+        if isinstance(action, Say):
+            self._events.emit(events.make(action.kind, action.attempt, clock=self._clock, **action.fields))
+        elif isinstance(action, Allocate):
+            return self._begin(action.assignment)
+        elif isinstance(action, Adopt):
+            self._coordinator.adopt_attempt(action.epoch, action.assignment)
+        elif isinstance(action, Close):
+            self._close_attempt(action)
+        return None
+
+    def _begin(self, assignment: Mapping[str, Sequence[int]]) -> Verdict | None:
+        """Allocates an epoch; a store that cannot be asked is tried again until the patience is over."""
+        start = {
+            "host": ids.host_name(),
+            "pid": os.getpid(),
+            "launch": self._spec.launch_id,
+            "world_size": self._spec.world_size,
+            "nodes": {node: list(ranks) for node, ranks in assignment.items()},
+        }
+        self._allocation = self._allocation or Deadline.after(self._timeouts.start_s, self._clock)
+        try:
+            epoch = self._catalog.next_epoch(start)
+        except KtrainError as error:
+            if not self._allocation.expired():
+                _LOG.warning("epoch not allocated, trying again: %s", error)
+                return None
+            said = f"no epoch could be allocated within {self._allocation.total_s:g} s: {error}"
+            return Verdict("failed", contract.EXIT_UNAVAILABLE, said)
+        self._allocation = None
+        self._coordinator.begin_attempt(epoch, assignment)
+        with self._lock:
+            self._machine.begin(epoch, assignment, self._clock.monotonic())
+        nodes = {node: list(ranks) for node, ranks in assignment.items()}
+        self._events.emit(
+            events.make("attempt_started", epoch, clock=self._clock, world_size=self._spec.world_size, nodes=nodes)
+        )
+        return None
+
+    def _close_attempt(self, action: Close) -> None:
+        self._coordinator.end_attempt()
+        with self._lock:
+            self._save()  # the failure is on the books before the next attempt begins
+        fields: dict[str, Any] = {
+            "outcome": action.outcome,
+            "cause": action.cause,
+            "step": action.step,
+            "reason": action.reason,
+        }
+        self._events.emit(events.make("attempt_ended", action.epoch, clock=self._clock, **fields))
+        try:
+            self._catalog.record(action.epoch, "end", fields)
+        except KtrainError as error:
+            self._emit_now(
+                events.make("notice", clock=self._clock, message=f"the attempt's end is not recorded: {error}")
+            )
+
+    def _emit_now(self, event: Event) -> None:
+        """Emits an event of the present attempt, also before the machine exists."""
+        machine = getattr(self, "_machine", None)
+        epoch = machine.epoch if machine is not None else 0
+        self._events.emit(Event(event.kind, event.fields, event.time, event.attempt or epoch))
+
+    # End
+
+    def _end(self, verdict: Verdict) -> int:
+        with self._lock:
+            self._machine.state = State.ENDED  # supervisors are told to leave from here on
+        if verdict.outcome == "finished":
+            self._free_volumes()
+        step = max((pair[0] for pair in self._coordinator.committed().values()), default=None)
+        fields: dict[str, Any] = {
+            "outcome": verdict.outcome,
+            "exit_code": verdict.exit_code,
+            "reason": verdict.reason,
+            "step": step,
+        }
+        self._emit_now(events.make("run_ended", clock=self._clock, **fields))
+        if self._wire is not None:
+            self._wire.close()
+        self._coordinator.close()
+        self._events.close()
+        self._holder.close()
+        atomic.write_json(self._work.verdict, {"launch_id": self._spec.launch_id, **fields})
+        self._server.close()
+        return verdict.exit_code
+
+    def _free_volumes(self) -> None:
+        """After success nothing in memory is needed any more; a node that does not answer is left to its launcher."""
+        deadline = Deadline.after(self._timeouts.lease_s, self._clock)
+        self._coordinator.free_volumes()
+        while not self._coordinator.volumes_freed():
+            if deadline.expired():
+                said = f"not every node freed its volume within {deadline.total_s:g} s; see `ktrain ckpt ls --volume`"
+                self._emit_now(events.make("notice", clock=self._clock, message=said))
+                return
+            self._clock.sleep(_TICK_S / 2)
+
+
+def main(argv: list[str]) -> int:
+    work = WorkDir(Path(argv[0]))
+    worker.die_with_parent(int(argv[1]))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    spec = work.read_spec()
+    try:
+        head = Head(spec, work)
+    except KtrainError as error:
+        verdict = {"outcome": "failed", "exit_code": worker.exit_code(error), "reason": str(error), "step": None}
+        atomic.write_json(work.verdict, {"launch_id": spec.launch_id, **verdict})
+        return worker.exit_code(error)
+    return head.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

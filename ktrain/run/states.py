@@ -1,0 +1,464 @@
+"""The head's state machine: what is known goes in with `tick`, what is to be done comes out as actions.
+
+    JOINING -> STARTING -> RUNNING -> STOPPING -> JOINING ... -> ENDED
+       |          ^
+       +- adopt --+   (a new head finds the attempt of a dead one running)
+
+Level-triggered: supervisors ask for the desired state again and again, so that nothing can be lost. No input, no
+output, no clock of its own: time comes with the view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+from ktrain.base import contract
+from ktrain.base.job import JobSpec
+from ktrain.base.settings import Timeouts
+from ktrain.checkpoint.roster import RankProgress
+from ktrain.run import failure as failures
+from ktrain.run.failure import Budgets, Exit, Failure, Verdict
+from ktrain.run.rendezvous import assign_ranks
+
+
+class State(StrEnum):
+    JOINING = "joining"  # waiting for every node's agent and supervisor
+    STARTING = "starting"  # an epoch is allocated, supervisors start its workers
+    RUNNING = "running"
+    STOPPING = "stopping"  # every supervisor ends its workers of the epoch
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class SupervisorReport:
+    """What a node's supervisor said last."""
+
+    node: str
+    host: str
+    pid: int
+    epoch: int
+    state: str  # idle, running, succeeded, failed, stopped
+    ranks: tuple[int, ...] = ()
+    pids: tuple[int, ...] = ()  # of its workers, in the order of `ranks`
+    exits: tuple[Exit, ...] = ()
+    store: str | None = None
+    silent_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Everything the machine decides from, at one moment."""
+
+    now_s: float
+    supervisors: Mapping[str, SupervisorReport]  # a supervisor known to be dead is not in it
+    agents: Mapping[str, float]  # node -> seconds since its agent was heard of; known dead: not in it
+    lost: frozenset[str] = frozenset()  # nodes that somebody saw die, until they are heard of again
+    progress: Mapping[int, RankProgress] = field(default_factory=dict)  # ranks that use a Checkpointer
+    holdings: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    committed: int | None = None  # newest committed step; None where nothing commits
+    stop: str | None = None  # reason of a request to stop
+
+
+@dataclass(frozen=True, slots=True)
+class Allocate:
+    """Allocate an epoch for this assignment, then call `begin`."""
+
+    assignment: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Adopt:
+    """Take over the attempt that is running already."""
+
+    epoch: int
+    assignment: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """The attempt is over: record it."""
+
+    epoch: int
+    outcome: str
+    cause: str | None
+    step: int | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    """Emit an event."""
+
+    kind: str
+    attempt: int
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The job is over."""
+
+    verdict: Verdict
+
+
+Action = Allocate | Adopt | Close | Say | Finish
+
+
+class Machine:
+    """One job's states. Use from one thread."""
+
+    def __init__(
+        self, spec: JobSpec, timeouts: Timeouts, *, budgets: Budgets, unended_epoch: int | None = None
+    ) -> None:
+        """`unended_epoch` is the run's last attempt, where no end of it is recorded: it may still be running."""
+        self.state = State.JOINING
+        self.epoch = unended_epoch or 0
+        self.budgets = budgets
+        self.assignment: dict[str, tuple[int, ...]] = {}
+        self._spec = spec
+        self._timeouts = timeouts
+        self._unended = unended_epoch
+        self._since_s: float | None = None  # when the present state began
+        self._failure: Failure | None = None  # why the attempt is being stopped
+        self._stop_said_s: float | None = None
+        self._pids: dict[str, int] = {}  # supervisors of the running attempt
+        self._agents_gone: set[str] = set()
+        self._store: str | None = None
+        self._adopted = False
+
+    # What supervisors are told
+
+    def desired(self, node: str) -> dict[str, Any]:
+        """The state that a node's supervisor should bring about."""
+        if self.state is State.ENDED:
+            return {"epoch": self.epoch, "action": "exit"}
+        if self.state in (State.STARTING, State.RUNNING) and node in self.assignment:
+            ranks = self.assignment[node]
+            first = next(name for name, block in self.assignment.items() if 0 in block)
+            return {
+                "epoch": self.epoch,
+                "action": "run",
+                "ranks": list(ranks),
+                "group_rank": ranks[0] // self._spec.workers_per_node,
+                "world_size": self._spec.world_size,
+                "hosts_store": node == first,
+                "store": self._store,
+            }
+        if self.state is State.JOINING and self._unended is not None:
+            return {"epoch": self.epoch, "action": "wait"}  # nobody is stopped before it is known what runs
+        hang = self._failure is not None and self._failure.cause == contract.CAUSE_HANG
+        return {"epoch": self.epoch, "action": "stop", "dump_stacks": hang}
+
+    # What happens
+
+    def tick(self, view: View) -> list[Action]:
+        """Moves on as far as the view allows; call again with a newer view."""
+        if self._since_s is None:
+            self._since_s = view.now_s
+        self._store = self._find_store(view)
+        if self.state is State.ENDED:
+            return []
+        steps = {
+            State.JOINING: self._join,
+            State.STARTING: self._start,
+            State.RUNNING: self._watch,
+            State.STOPPING: self._settle,
+        }
+        return steps[self.state](view)
+
+    def begin(self, epoch: int, assignment: Mapping[str, Sequence[int]], now_s: float) -> None:
+        """An epoch was allocated for the assignment."""
+        self.epoch = epoch
+        self.assignment = {node: tuple(ranks) for node, ranks in assignment.items()}
+        self._failure = None
+        self._pids = {}
+        self._unended = None
+        self._adopted = False
+        self._go(State.STARTING, now_s)
+
+    def _go(self, state: State, now_s: float) -> None:
+        self.state = state
+        self._since_s = now_s
+
+    def _in_state_s(self, view: View) -> float:
+        assert self._since_s is not None
+        return view.now_s - self._since_s
+
+    def _find_store(self, view: View) -> str | None:
+        for node, ranks in self.assignment.items():
+            report = view.supervisors.get(node)
+            if 0 in ranks and report is not None and report.epoch == self.epoch:
+                return report.store
+        return None
+
+    # JOINING
+
+    def _join(self, view: View) -> list[Action]:
+        if view.stop is not None:
+            return self._finish(view, Verdict("stopped", contract.EXIT_STOPPED, view.stop))
+        if self._unended is not None and len(view.supervisors) == self._spec.nodes:
+            adopted = self._try_adopt(view)
+            if adopted is not None:
+                return adopted
+        missing = self._missing(view)
+        if missing:
+            if self._in_state_s(view) > self._timeouts.start_s:
+                said = f"not joined within {self._timeouts.start_s:g} s: {', '.join(missing)}"
+                return self._finish(view, Verdict("failed", contract.EXIT_FAILED, said))
+            return []
+        actions: list[Action] = []
+        if self._unended is not None:
+            actions.append(self._close_unended())
+        if any(report.state == "running" for report in view.supervisors.values()):
+            return actions  # they are told to stop; the start waits for it
+        assignment = assign_ranks(self._spec.node_names, self._spec.workers_per_node, view.holdings)
+        return [*actions, Allocate(assignment)]
+
+    def _missing(self, view: View) -> list[str]:
+        lease_s = self._timeouts.lease_s
+        late = []
+        for node in self._spec.node_names:
+            report = view.supervisors.get(node)
+            if report is None or report.silent_s > lease_s:
+                late.append(f"supervisor of {node}")
+            if view.agents.get(node, lease_s + 1) > lease_s:
+                late.append(f"agent of {node}")
+        return late
+
+    def _try_adopt(self, view: View) -> list[Action] | None:
+        reports = view.supervisors.values()
+        if any(report.epoch != self._unended or report.state == "idle" for report in reports):
+            return None
+        self.assignment = {report.node: report.ranks for report in reports}
+        self._pids = {report.node: report.pid for report in reports}
+        self._unended = None
+        self._adopted = True
+        self._go(State.RUNNING, view.now_s)
+        self._store = self._find_store(view)
+        return [
+            Adopt(self.epoch, dict(self.assignment)),
+            Say("head_adopted", self.epoch, {"nodes": len(self.assignment)}),
+        ]
+
+    def _close_unended(self) -> Close:
+        assert self._unended is not None
+        epoch, self._unended = self._unended, None
+        return Close(epoch, "failed", contract.CAUSE_ALL_LOST, None, "the launch that ran it ended without a word")
+
+    # STARTING and RUNNING
+
+    def _start(self, view: View) -> list[Action]:
+        for node, report in view.supervisors.items():
+            if report.epoch == self.epoch:
+                self._pids.setdefault(node, report.pid)
+        broken = self._broken(view)
+        if broken is not None:
+            return self._stop_attempt(view, broken)
+        if view.stop is not None:
+            return self._stop_attempt(view, None)
+        waiting = [
+            node
+            for node in self.assignment
+            if node not in view.supervisors
+            or view.supervisors[node].epoch != self.epoch
+            or view.supervisors[node].state == "idle"
+        ]
+        if not waiting:
+            self._go(State.RUNNING, view.now_s)
+            return self._watch(view)
+        if self._in_state_s(view) > self._timeouts.start_s:
+            said = f"workers not started within {self._timeouts.start_s:g} s"
+            return self._stop_attempt(view, Failure(contract.CAUSE_CRASH, said, node=waiting[0], phase="starting"))
+        return []
+
+    def _watch(self, view: View) -> list[Action]:
+        actions = self._watch_agents(view)
+        broken = self._broken(view)
+        if broken is not None:
+            return actions + self._stop_attempt(view, broken)
+        states = {view.supervisors[node].state for node in self.assignment if node in view.supervisors}
+        if states == {"succeeded"}:
+            return [
+                *actions,
+                self._closing(view, "finished", None),
+                *self._finish(view, Verdict("finished", contract.EXIT_OK, "done")),
+            ]
+        if states <= {"succeeded", "stopped"}:
+            return actions + self._stopped(view)
+        if view.stop is not None:
+            return actions + self._await_stop(view)
+        return actions + self._watch_steps(view)
+
+    def _watch_agents(self, view: View) -> list[Action]:
+        actions: list[Action] = []
+        for node in self.assignment:
+            silent_s = view.agents.get(node)
+            if silent_s is None or silent_s > self._timeouts.lease_s:
+                if node not in self._agents_gone:
+                    self._agents_gone.add(node)
+                    actions.append(Say("agent_lost", self.epoch, {"node": node, "silent_s": silent_s}))
+            elif node in self._agents_gone:
+                self._agents_gone.discard(node)
+                actions.append(Say("node_joined", self.epoch, {"node": node, "what": "agent"}))
+        return actions
+
+    def _broken(self, view: View) -> Failure | None:
+        """The first sign that the attempt cannot go on; its cause is settled once every worker has ended."""
+        lost = [node for node in self.assignment if self._is_lost(node, view)]
+        if lost:
+            every = len(lost) == len(self.assignment) and (len(lost) > 1 or lost[0] in view.lost)
+            cause = contract.CAUSE_ALL_LOST if every else contract.CAUSE_NODE_LOST
+            return Failure(cause, f"{', '.join(lost)}: its processes are gone", node=lost[0], step=self._step(view))
+        for node in self.assignment:
+            report = view.supervisors.get(node)
+            pid = self._pids.get(node)
+            if pid is not None and (report is None or report.pid != pid):
+                return Failure(contract.CAUSE_CRASH, f"the supervisor of {node} died", node=node, step=self._step(view))
+            if report is not None and report.epoch == self.epoch and report.state == "failed":
+                return Failure(
+                    contract.CAUSE_CRASH, "a worker failed", node=node, host=report.host, step=self._step(view)
+                )
+        return None
+
+    def _is_lost(self, node: str, view: View) -> bool:
+        if node in view.lost:
+            return True
+        report = view.supervisors.get(node)
+        if report is None:
+            return False  # seen to die alone: the launcher starts it again
+        lease_s = self._timeouts.lease_s
+        agent_silent_s = view.agents.get(node, report.silent_s)
+        return report.silent_s > lease_s and (agent_silent_s > lease_s or report.silent_s > 3 * lease_s)
+
+    def _watch_steps(self, view: View) -> list[Action]:
+        if not view.progress:
+            return []  # a script without a Checkpointer: nothing is known of its steps
+        expected = set(range(self._spec.world_size))
+        unheard = sorted(expected - set(view.progress))
+        if unheard and self._in_state_s(view) > self._timeouts.start_s:
+            said = f"not heard of within {self._timeouts.start_s:g} s of the start"
+            silent_s = self._in_state_s(view)
+            late = RankProgress(self._node_of(unheard[0]), "", 0, "start", silent_s, silent_s, closed=False)
+            return self._hang(view, unheard[0], late, said)
+        found = failures.find_hang(view.progress, self._timeouts)
+        if found is None:
+            return []
+        rank, item = found
+        how = (
+            "its process is silent, stopped or stuck"
+            if item.silent_s > self._timeouts.lease_s
+            else "its process is alive"
+        )
+        return self._hang(view, rank, item, f"no step for {item.step_silent_s:.1f} s; {how}")
+
+    def _hang(self, view: View, rank: int, item: RankProgress, said: str) -> list[Action]:
+        node = self._node_of(rank)
+        report = view.supervisors.get(node)
+        failure = Failure(
+            contract.CAUSE_HANG,
+            said,
+            rank=rank,
+            node=node,
+            host=report.host if report else None,
+            phase=item.phase,
+            step=item.step,
+        )
+        fields = {**failure.fields(), "silent_s": round(item.silent_s, 3)}
+        return [Say("hang", self.epoch, fields), *self._stop_attempt(view, failure)]
+
+    def _node_of(self, rank: int) -> str:
+        return next(node for node, ranks in self.assignment.items() if rank in ranks)
+
+    def _step(self, view: View) -> int | None:
+        return max((item.step for item in view.progress.values()), default=None)
+
+    # Stopping on request
+
+    def _await_stop(self, view: View) -> list[Action]:
+        if self._stop_said_s is None:
+            self._stop_said_s = view.now_s
+        if not view.progress and not (self._adopted and self._in_state_s(view) < self._timeouts.lease_s):
+            return self._stop_attempt(view, None)  # nobody there who could save
+        if view.now_s - self._stop_said_s <= self._timeouts.stop_s or not view.progress:
+            return []
+        rank, item = min(view.progress.items(), key=lambda pair: (pair[1].closed, pair[1].step, pair[0]))
+        said = f"asked to stop, not stopped within {self._timeouts.stop_s:g} s"
+        failure = Failure(
+            contract.CAUSE_HANG, said, rank=rank, node=self._node_of(rank), phase=item.phase, step=item.step
+        )
+        return self._stop_attempt(view, failure)
+
+    def _stopped(self, view: View) -> list[Action]:
+        reason = view.stop or "the script asked for it"
+        verdict = Verdict("stopped", contract.EXIT_STOPPED, reason)
+        return [self._closing(view, "stopped", contract.CAUSE_STOPPED, reason), *self._finish(view, verdict)]
+
+    # STOPPING
+
+    def _stop_attempt(self, view: View, failure: Failure | None) -> list[Action]:
+        self._failure = failure
+        self._go(State.STOPPING, view.now_s)
+        if failure is not None and failure.cause in (contract.CAUSE_NODE_LOST, contract.CAUSE_ALL_LOST):
+            return [
+                Say("node_lost", self.epoch, {"node": node}) for node in self.assignment if self._is_lost(node, view)
+            ]
+        return []
+
+    def _settle(self, view: View) -> list[Action]:
+        running = [
+            report.node
+            for report in view.supervisors.values()
+            if report.epoch == self.epoch and report.state == "running" and not self._is_lost(report.node, view)
+        ]
+        if running and self._in_state_s(view) <= self._timeouts.stop_s:
+            return []
+        exits = [item for report in view.supervisors.values() if report.epoch == self.epoch for item in report.exits]
+        said: list[Action] = [Say("worker_exit", self.epoch, _exit_fields(item)) for item in exits if item.failed]
+        if self._failure is None:
+            return said + self._stopped(view)
+        failure = self._settled_failure(view, exits)
+        self._failure = failure
+        said.append(Say("failure", self.epoch, failure.fields()))
+        said.append(self._closing(view, "failed", failure.cause, failure.describe()))
+        if view.stop is not None:
+            verdict = Verdict("failed", contract.EXIT_FAILED, f"failed while stopping: {failure.describe()}")
+            return said + self._finish(view, verdict)
+        decision = failures.decide(self.budgets, failure, committed=view.committed)
+        self.budgets = decision.budgets
+        if decision.verdict is not None:
+            tail = f"\n{failure.log_tail}" if failure.log_tail else ""
+            verdict = replace(decision.verdict, reason=decision.verdict.reason + tail)
+            return said + self._finish(view, verdict)
+        self._go(State.JOINING, view.now_s)
+        return said
+
+    def _settled_failure(self, view: View, exits: Sequence[Exit]) -> Failure:
+        """The cause, now that all exits are known: a crash is what the root exit says."""
+        assert self._failure is not None
+        found = failures.crash(exits, view.progress)
+        if self._failure.cause != contract.CAUSE_CRASH or found is None:
+            return self._failure
+        return found if found.step is not None else replace(found, step=self._failure.step)
+
+    # ENDED
+
+    def _closing(self, view: View, outcome: str, cause: str | None, reason: str = "") -> Close:
+        return Close(self.epoch, outcome, cause, self._step(view), reason)
+
+    def _finish(self, view: View, verdict: Verdict) -> list[Action]:
+        actions: list[Action] = [self._close_unended()] if self._unended is not None else []
+        self._go(State.ENDED, view.now_s)
+        return [*actions, Finish(verdict)]
+
+
+def _exit_fields(item: Exit) -> dict[str, Any]:
+    return {
+        "rank": item.rank,
+        "node": item.node,
+        "exitcode": item.exitcode,
+        "signal": item.signal_name,
+        "reason": item.reason,
+    }

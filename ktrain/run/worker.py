@@ -1,0 +1,100 @@
+"""Runs a user's script as one worker: `python -u -m ktrain.run.worker --parent PID SCRIPT ARGS`.
+
+The script sees what `python SCRIPT ARGS` would show it. Around it: the worker dies with its supervisor, dumps its
+stacks on a crash, maps ktrain's errors to the exit codes of the contract, and leaves an error file in torch's form.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import runpy
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import TracebackType
+
+from ktrain import native
+from ktrain.base import contract, settings
+from ktrain.base.clock import SYSTEM_CLOCK
+from ktrain.errors import (
+    ConfigError,
+    ConflictError,
+    CorruptionError,
+    KtrainError,
+    UnavailableError,
+)
+
+_EXIT_CODES: tuple[tuple[type[KtrainError], int], ...] = (
+    (ConfigError, contract.EXIT_USAGE),
+    (CorruptionError, contract.EXIT_CORRUPT),
+    (ConflictError, contract.EXIT_CONFLICT),
+    (UnavailableError, contract.EXIT_UNAVAILABLE),
+)
+
+
+def exit_code(error: BaseException) -> int:
+    """The contract's exit code for an error that ends a process."""
+    return next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), contract.EXIT_FAILED)
+
+
+def die_with_parent(expected_pid: int) -> None:
+    """Ends this process when its parent dies, or now if that has happened already."""
+    native.set_parent_death_signal(signal.SIGKILL)
+    if os.getppid() != expected_pid:
+        os._exit(contract.EXIT_FAILED)
+
+
+def error_report(error: BaseException) -> dict[str, object]:
+    """The error in the form of torch's error files, with ktrain's kind beside it."""
+    kind = error.kind if isinstance(error, KtrainError) else "exception"
+    text = "".join(traceback.format_exception(error))
+    message = f"{type(error).__name__}: {error}"
+    extra = {"py_callstack": text, "timestamp": str(int(SYSTEM_CLOCK.wall()))}
+    return {"message": {"message": message, "extraInfo": extra}, "kind": kind}
+
+
+def _write_error_file(error: BaseException) -> None:
+    path = settings.env("TORCHELASTIC_ERROR_FILE")
+    if path is not None:
+        Path(path).write_text(json.dumps(error_report(error)))
+
+
+def _frames_of_script(error: BaseException) -> TracebackType | None:
+    """The traceback without the frames of this module and of runpy, which say nothing to the user."""
+    own = {__file__, runpy.__file__, "<frozen runpy>"}
+    tb = error.__traceback__
+    while tb is not None and tb.tb_frame.f_code.co_filename in own:
+        tb = tb.tb_next
+    return tb
+
+
+def run_script(script: str, args: list[str]) -> int:
+    """Runs the script as `__main__`; returns the exit code unless the script leaves by SystemExit."""
+    sys.argv = [script, *args]
+    sys.path[0] = str(Path(script).resolve().parent)
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit:
+        raise
+    except BaseException as error:  # noqa: BLE001 -- top of the process: every end leaves an error file
+        _write_error_file(error)
+        traceback.print_exception(type(error), error, _frames_of_script(error) or error.__traceback__)
+        sys.stderr.flush()
+        return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else exit_code(error)
+    return contract.EXIT_OK
+
+
+def main(argv: list[str]) -> int:
+    option, parent, script, *args = argv
+    assert option == "--parent", option
+    die_with_parent(int(parent))
+    os.dup2(1, 2)  # one log for both streams: torch's redirection would open the file twice and overwrite itself
+    faulthandler.enable()
+    return run_script(script, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
