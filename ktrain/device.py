@@ -41,8 +41,7 @@ def for_rank(local_rank: int) -> torch.device:
         return torch.device(kind, 0)
     if local_rank >= num_devices:
         raise ConfigError(
-            f"local rank {local_rank} has no {kind} device: {num_devices} are visible; "
-            f"start {num_devices} ranks a node"
+            f"local rank {local_rank} has no {kind} device: {num_devices} are visible; start {num_devices} ranks a node"
         )
     return torch.device(kind, local_rank)
 

@@ -49,7 +49,7 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 def _start_copy(item: Item, entry: Entry, memory: memoryview) -> None:
     """Copies from a device without waiting, where the slot is pinned; `stage` waits for the device."""
     shape = item.shard.box.lengths
-    view = torch.frombuffer(
-        memory, dtype=item.tensor.dtype, count=item.tensor.numel(), offset=entry.begin
-    ).reshape(shape)
+    view = torch.frombuffer(memory, dtype=item.tensor.dtype, count=item.tensor.numel(), offset=entry.begin).reshape(
+        shape
+    )
     view.copy_(item.tensor, non_blocking=True)

@@ -116,9 +116,7 @@ class ModulePart:
         Raises:
             ConfigError: two keys have one clean name.
         """
-        prefixes = [
-            f"{path}." if path else "" for path, child in self._module.named_modules() if _is_ddp(child)
-        ]
+        prefixes = [f"{path}." if path else "" for path, child in self._module.named_modules() if _is_ddp(child)]
         names: dict[str, str] = {}
         for raw in state:
             name = raw
@@ -146,9 +144,7 @@ class ModulePart:
                     replicated.add(prefix + key)
         return replicated
 
-    def _learn_parameters(
-        self, context: Context, names: Mapping[str, str], replicated: set[str]
-    ) -> dict[str, str]:
+    def _learn_parameters(self, context: Context, names: Mapping[str, str], replicated: set[str]) -> dict[str, str]:
         """Tells the context this module's parameters; returns raw keys that repeat another key's tensor."""
         seen: dict[int, str] = {}
         repeats: dict[str, str] = {}

@@ -29,8 +29,7 @@ class OptimizerPart:
     def __init__(self, name: str, optimizer: torch.optim.Optimizer) -> None:
         if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
             raise ConfigError(
-                f"part {name!r}: ZeroRedundancyOptimizer gives its state only to one rank; "
-                "use fully_shard instead"
+                f"part {name!r}: ZeroRedundancyOptimizer gives its state only to one rank; use fully_shard instead"
             )
         self.name = name
         self._optimizer = optimizer
@@ -48,9 +47,7 @@ class OptimizerPart:
         other: dict[str, Any] = {}
         for index, entry in state["state"].items():
             if not isinstance(index, int) or index >= len(live) or not isinstance(entry, dict):
-                other[self._text(index)] = collector.encode(
-                    entry, objects.child_path(f"{self.name}/other", index)
-                )
+                other[self._text(index)] = collector.encode(entry, objects.child_path(f"{self.name}/other", index))
                 continue
             param, names = live[index], owned[index]
             path = objects.child_path(self.name, names.name)
@@ -125,9 +122,7 @@ class OptimizerPart:
         named = [{**group, "params": [owned[index].name for index in group["params"]]} for group in groups]
         return [collector.encode(group, f"{self.name}/param_groups/{at}") for at, group in enumerate(named)]
 
-    def _decode_groups(
-        self, groups: list[Any], indices: Mapping[str, int], reader: Reader
-    ) -> list[dict[str, Any]]:
+    def _decode_groups(self, groups: list[Any], indices: Mapping[str, int], reader: Reader) -> list[dict[str, Any]]:
         """The stored groups, with this optimizer's parameters in its own order."""
         decoded = []
         for live, encoded in zip(self._optimizer.state_dict()["param_groups"], groups, strict=True):

@@ -11,7 +11,7 @@ import torch
 from ktrain.format import objects
 from ktrain.format.shard import Role
 from ktrain.state.saved import Reader, Wishes
-from ktrain.state.tensors import Leaf, holders_of, is_dtensor, require_storable
+from ktrain.state.tensors import Leaf, holders_of, is_dtensor, require_shape
 from ktrain.state.topology import Topology
 
 
@@ -65,7 +65,7 @@ class Collector:
 
     def add(self, name: str, tensor: torch.Tensor, role: Role = Role.RANK, anchor: str | None = None) -> None:
         """A tensor under its name; DTensors are sharded, whatever the role given."""
-        require_storable(name, tensor)
+        require_shape(name, tensor)
         topology = self._context.topology
         holders: tuple[int, ...] = (topology.rank,)
         if is_dtensor(tensor):

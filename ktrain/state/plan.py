@@ -14,7 +14,7 @@ from ktrain.format.digest import digest_text
 from ktrain.format.payload import Layout, lay_out
 from ktrain.format.shard import Shard
 from ktrain.state.parts import Context
-from ktrain.state.tensors import Leaf, box_of, dtype_name, is_dtensor, local_of
+from ktrain.state.tensors import Leaf, box_of, dtype_name, is_dtensor, local_of, require_storable
 from ktrain.state.topology import Topology
 from ktrain.state.train_state import TrainState
 
@@ -79,18 +79,20 @@ def plan_save(state: TrainState, topology: Topology) -> SavePlan:
 def _signature(leaf: Leaf) -> tuple[Any, ...]:
     tensor = leaf.tensor
     spread = (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else None
-    return leaf.name, leaf.role, leaf.holders, leaf.anchor, tensor.dtype, tuple(tensor.shape), spread
+    form = type(tensor), tensor.dtype, tensor.layout, tensor.device, tensor.shape
+    return leaf.name, leaf.role, leaf.holders, leaf.anchor, form, spread
 
 
 def _make_memo(key: tuple[Any, ...], leaves: Sequence[Leaf], topology: Topology) -> _Memo:
+    for leaf in leaves:
+        require_storable(leaf.name, leaf.tensor)
     shards = [_shard(leaf) for leaf in leaves]
     _require_distinct(shards)
     owners = _choose_owners(leaves, topology)
     mine = {
         shard.name: index
         for index, (leaf, shard) in enumerate(zip(leaves, shards, strict=True))
-        if owners.get((_here(leaf, topology), leaf.anchor), topology.rank) == topology.rank
-        and _has_bytes_here(shard)
+        if owners.get((_here(leaf, topology), leaf.anchor), topology.rank) == topology.rank and _has_bytes_here(shard)
     }
     layout = lay_out([shards[index] for index in mine.values()])
     stored = tuple(mine[entry.shard.name] for entry in layout.entries)
@@ -147,7 +149,5 @@ def _require_distinct(shards: Iterable[Shard]) -> None:
     seen: set[str] = set()
     for shard in shards:
         if shard.name in seen:
-            raise ConfigError(
-                f"tensor {shard.name!r}: two tensors of the state have this name; rename a part or a key"
-            )
+            raise ConfigError(f"tensor {shard.name!r}: two tensors of the state have this name; rename a part or a key")
         seen.add(shard.name)

@@ -186,9 +186,7 @@ class Reader:
             return self._targets[name]
         except KeyError:
             # The JSON names a tensor that the plan did not find.
-            raise CorruptionError(
-                f"tensor {name!r}: named by its part but not stored; take another copy"
-            ) from None
+            raise CorruptionError(f"tensor {name!r}: named by its part but not stored; take another copy") from None
 
     def _view(self, piece: Piece) -> torch.Tensor:
         """The piece's items where the source keeps them: read-only, valid while the source is open."""

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
 @dataclass(frozen=True, slots=True)
 class Leaf:
     """A tensor of a part, live, under the name it is stored by.
@@ -51,6 +54,8 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def is_dtensor(tensor: torch.Tensor) -> TypeGuard[DTensor]:
+    if type(tensor) in _PLAIN:  # nearly all are; this runs several times for every tensor of every save
+        return False
     # Whoever made a DTensor has imported its module; importing it here would cost every program its time.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -58,8 +63,10 @@ def is_dtensor(tensor: torch.Tensor) -> TypeGuard[DTensor]:
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """The rank's own part of a tensor, detached, on the live storage."""
+    if not is_dtensor(tensor):
+        return tensor.detach() if tensor.requires_grad else tensor
     with torch.no_grad():
-        return (tensor.to_local() if is_dtensor(tensor) else tensor).detach()
+        return tensor.to_local().detach()
 
 
 def box_of(tensor: torch.Tensor) -> Box:
@@ -108,11 +115,23 @@ def like(template: DTensor, local: torch.Tensor) -> DTensor:
     )
 
 
+def require_shape(name: str, tensor: torch.Tensor) -> None:
+    """Refuses the parameters of lazy modules.
+
+    Raises:
+        ConfigError: the tensor has no shape yet.
+    """
+    if torch.nn.parameter.is_lazy(tensor):
+        raise ConfigError(
+            f"tensor {name!r} cannot be stored: it has no shape yet; run its module once before the first save"
+        )
+
+
 def require_storable(name: str, tensor: torch.Tensor) -> None:
     """Refuses tensors whose bytes are not plainly there.
 
     Raises:
-        ConfigError: the tensor is sparse, lazy, without data, a pending sum, or a wrapper around others.
+        ConfigError: the tensor is sparse, without data, a pending sum, or a wrapper around others.
     """
     reason = _unstorable(tensor)
     if reason is not None:
@@ -124,8 +143,6 @@ def _unstorable(tensor: torch.Tensor) -> str | None:
         if any(placement.is_partial() for placement in tensor.placements):
             return f"placements {tensor.placements} hold a pending sum; redistribute it first"
         return _unstorable(tensor.to_local())
-    if torch.nn.parameter.is_lazy(tensor):
-        return "it has no shape yet; run the module once before the Checkpointer is made"
     if hasattr(tensor, "__tensor_flatten__") or type(tensor).__name__ == "ShardedTensor":
         return f"it is a {type(tensor).__name__} around other tensors; give plain tensors or DTensors"
     if tensor.layout != torch.strided:

@@ -39,11 +39,7 @@ class Topology:
         if dist.is_available() and dist.is_initialized():
             rank, world_size = dist.get_rank(), dist.get_world_size()
         first = rank - found.local_rank
-        if (
-            first < 0
-            or first + found.local_world_size > world_size
-            or found.local_rank >= found.local_world_size
-        ):
+        if first < 0 or first + found.local_world_size > world_size or found.local_rank >= found.local_world_size:
             return cls(rank, world_size)
         return cls(rank, world_size, found.local_rank, found.local_world_size)
 

@@ -40,9 +40,7 @@ class TrainState:
 
     def __init__(self, parts: Mapping[str, Any]) -> None:
         if not parts:
-            raise ConfigError(
-                "state: expected at least one part, found none; give state={'model': model, ...}"
-            )
+            raise ConfigError("state: expected at least one part, found none; give state={'model': model, ...}")
         made = [_make_part(name, value) for name, value in parts.items()]
         # Modules name the parameters of optimizers; generators come last, after all that may draw from them.
         self.parts: tuple[Part, ...] = tuple(sorted(made, key=_order))
@@ -56,8 +54,7 @@ class TrainState:
 def _make_part(name: Any, value: Any) -> Part:
     if not isinstance(name, str) or _NAME.fullmatch(name) is None:
         raise ConfigError(
-            f"state: part {name!r}: expected a name of letters, digits, _ and - that begins with a letter; "
-            "rename it"
+            f"state: part {name!r}: expected a name of letters, digits, _ and - that begins with a letter; rename it"
         )
     inner = value.value if isinstance(value, PerRank) else value
     for method in ("state_dict", "load_state_dict"):

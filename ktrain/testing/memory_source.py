@@ -31,9 +31,7 @@ class MemorySource:
 
     def view(self, rank: int, begin: int, end: int) -> memoryview:
         if self.is_closed or not any(a <= begin and end <= b for a, b in self._fetched.get(rank, [])):
-            raise InternalError(
-                f"view of bytes {begin} to {end} of rank {rank}, which were not fetched or are closed"
-            )
+            raise InternalError(f"view of bytes {begin} to {end} of rank {rank}, which were not fetched or are closed")
         return memoryview(self._snapshots[rank][1])[begin:end].toreadonly()
 
     def close(self) -> None:

@@ -9,9 +9,7 @@ from ktrain import device
 from ktrain.errors import ConfigError
 from ktrain.state.topology import Topology
 
-without_accelerator = pytest.mark.skipif(
-    device.is_available(), reason="describes a machine without accelerator"
-)
+without_accelerator = pytest.mark.skipif(device.is_available(), reason="describes a machine without accelerator")
 
 
 @without_accelerator

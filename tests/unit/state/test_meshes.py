@@ -36,9 +36,7 @@ def fake_rank(rank: int, size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def distribute(
-    full: torch.Tensor, mesh: Any, placements: Sequence[Placement], value: float | None = None
-) -> Any:
+def distribute(full: torch.Tensor, mesh: Any, placements: Sequence[Placement], value: float | None = None) -> Any:
     """This rank's part of a full tensor, without collectives."""
     empty = DTensor.from_local(
         torch.empty(0), mesh, placements, run_check=False, shape=full.shape, stride=full.stride()
@@ -47,9 +45,7 @@ def distribute(
     local = full[tuple(slice(at, at + n) for at, n in zip(box.offsets, box.lengths, strict=True))].clone()
     if value is not None:
         local.fill_(value)
-    return DTensor.from_local(
-        local, mesh, placements, run_check=False, shape=full.shape, stride=full.stride()
-    )
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=full.shape, stride=full.stride())
 
 
 def mesh_of(shape: tuple[int, ...]) -> Any:
@@ -112,9 +108,7 @@ def test_save_on_one_node_spreads_the_bytes_evenly() -> None:
     for rank in range(2):
         with fake_rank(rank, 2):
             mesh = mesh_of((2,))
-            value = {
-                str(n): distribute(torch.zeros(n), mesh, [Replicate()]) for n in (100, 90, 80, 70, 60, 40)
-            }
+            value = {str(n): distribute(torch.zeros(n), mesh, [Replicate()]) for n in (100, 90, 80, 70, 60, 40)}
             plan = plan_save(TrainState({"part": Holder(value)}), Topology(rank, 2, rank, 2))
             sizes.append(sum(item.tensor.numel() for item in plan.items))
     assert sum(sizes) == 440

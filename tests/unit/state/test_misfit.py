@@ -49,9 +49,7 @@ def test_misfit_of_parts_lists_both_sides() -> None:
 
 
 def test_misfit_of_many_tensors_lists_ten_and_counts_the_rest() -> None:
-    message = refuse(
-        {"m": nn.ParameterList([torch.zeros(1)] * 13)}, {"m": nn.ParameterList([torch.zeros(2)] * 13)}
-    )
+    message = refuse({"m": nn.ParameterList([torch.zeros(1)] * 13)}, {"m": nn.ParameterList([torch.zeros(2)] * 13)})
     assert message.count("expected float32") == 10
     assert "and 3 more" in message
 

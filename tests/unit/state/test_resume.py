@@ -20,9 +20,7 @@ class Loop:
 
     def __init__(self, make_optimizer: Callable[[Any], torch.optim.Optimizer], seed: int) -> None:
         torch.manual_seed(seed)
-        self.model = nn.Sequential(
-            nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.3), nn.ReLU(), nn.Linear(16, 3)
-        )
+        self.model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.3), nn.ReLU(), nn.Linear(16, 3))
         self.optimizer = make_optimizer(self.model.parameters())
         self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [3, 6], gamma=0.5)
         self.state = TrainState(

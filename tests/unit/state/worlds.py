@@ -69,6 +69,4 @@ class Holder:
 
 def world(make: Callable[[int], TrainState], size: int, per_node: int) -> dict[int, tuple[Manifest, bytes]]:
     """The snapshots of a world without process group, by rank."""
-    return {
-        rank: snapshot(make(rank), Topology(rank, size, rank % per_node, per_node)) for rank in range(size)
-    }
+    return {rank: snapshot(make(rank), Topology(rank, size, rank % per_node, per_node)) for rank in range(size)}
