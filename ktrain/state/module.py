@@ -95,7 +95,7 @@ class ModulePart:
         # The live tensors have their values already; this runs the module's load hooks and its extra state.
         self._module.load_state_dict(filled)
 
-    def derive(self, seed: int) -> str:
+    def derive(self, seed: int) -> None:
         raise InternalError(f"part {self.name!r} is a module and belongs to no rank alone")
 
     def _wish(self, source: str, name: str, value: torch.Tensor, wishes: Wishes) -> None:

@@ -95,7 +95,7 @@ class OptimizerPart:
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
         self._keep_dtypes(state, live)
 
-    def derive(self, seed: int) -> str:
+    def derive(self, seed: int) -> None:
         raise InternalError(f"part {self.name!r} is an optimizer and belongs to no rank alone")
 
     def _owned(self, context: Context) -> list[OwnedParameter]:

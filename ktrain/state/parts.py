@@ -52,8 +52,8 @@ class Part(Protocol):
     def load(self, saved_objects: Mapping[str, Any], reader: Reader, context: Context) -> None:
         """Takes the values that `plan` asked for."""
 
-    def derive(self, seed: int) -> str:
-        """Makes a per-rank part's value anew for another world size; returns what was done, in words."""
+    def derive(self, seed: int) -> None:
+        """Makes a per-rank part's value anew for another world size."""
 
 
 class Collector:

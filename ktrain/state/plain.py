@@ -53,12 +53,11 @@ class PlainPart:
 
         self._value.load_state_dict(objects.decode(saved_objects["value"], tensor=read))
 
-    def derive(self, seed: int) -> str:
+    def derive(self, seed: int) -> None:
+        """Seeds generators anew; any other value stays as the program made it."""
         reseed = getattr(self._value, "reseed", None)
-        if reseed is None:
-            return "it starts as the program made it"
-        reseed(seed)
-        return "its generators are seeded anew from the run, the step and the rank"
+        if reseed is not None:
+            reseed(seed)
 
     def _live_dtensors(self, context: Context) -> dict[str, torch.Tensor]:
         return {leaf.name: leaf.tensor for leaf in self.describe(context)[0] if is_dtensor(leaf.tensor)}
