@@ -30,8 +30,7 @@ def to_json(entries: Sequence[Entry]) -> dict[str, Any]:
         "shape": [shape_rows.index(shard.global_shape) for shard in shards],
         "role": [role_rows.index(shard.role.value) for shard in shards],
         "box": [
-            _WHOLE if shard.is_whole() else box_rows.index((shard.box.offsets, shard.box.lengths))
-            for shard in shards
+            _WHOLE if shard.is_whole() else box_rows.index((shard.box.offsets, shard.box.lengths)) for shard in shards
         ],
         "dtypes": dtype_rows.rows(),
         "shapes": shape_rows.rows(),
@@ -118,14 +117,10 @@ def _front_decode(members: Members) -> list[str]:
     key = ""
     for num, text in zip(shared, rest, strict=True):
         if num > len(key):
-            raise members.corrupt(
-                f"key_shared: expected at most {len(key)} characters of {key[:80]!r}, found {num}"
-            )
+            raise members.corrupt(f"key_shared: expected at most {len(key)} characters of {key[:80]!r}, found {num}")
         key = key[:num] + text
         if not 0 < len(key) <= MAX_KEY_CHARS:
-            raise members.corrupt(
-                f"key_rest: expected a key of 1 to {MAX_KEY_CHARS} characters, found {len(key)}"
-            )
+            raise members.corrupt(f"key_rest: expected a key of 1 to {MAX_KEY_CHARS} characters, found {len(key)}")
         keys.append(key)
     if len(set(keys)) != len(keys):
         raise members.corrupt("key_rest: expected every key once, found one twice")
@@ -134,17 +129,13 @@ def _front_decode(members: Members) -> list[str]:
 
 def _further(entries: Sequence[Entry]) -> list[tuple[int, int]]:
     first = {entry.key: row for row, entry in enumerate(entries) if entry.key == entry.shard.name}
-    return [
-        (row, first[entry.shard.name]) for row, entry in enumerate(entries) if entry.key != entry.shard.name
-    ]
+    return [(row, first[entry.shard.name]) for row, entry in enumerate(entries) if entry.key != entry.shard.name]
 
 
 def _names(members: Members, keys: list[str]) -> list[str]:
     names = list(keys)
     for pair in members.array("further"):
-        row, first = (
-            _sizes(members, "further", pair) if isinstance(pair, list) and len(pair) == 2 else (-1, -1)
-        )
+        row, first = _sizes(members, "further", pair) if isinstance(pair, list) and len(pair) == 2 else (-1, -1)
         if not (0 <= row < len(keys) and 0 <= first < len(keys)):
             raise members.corrupt(f"further: expected two rows below {len(keys)}, found {str(pair)[:40]}")
         names[row] = keys[first]

@@ -30,9 +30,7 @@ def seal(kind: str, members: Mapping[str, Any]) -> bytes:
     try:
         text = json.dumps({"format": FORMAT, "kind": kind, **members}, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{kind}: a member cannot be written as JSON: {error}; give plain JSON values"
-        ) from error
+        raise ConfigError(f"{kind}: a member cannot be written as JSON: {error}; give plain JSON values") from error
     body = text[:-1].encode("ascii")
     return body + _TAIL_HEAD + digest_text(body).encode("ascii") + b'"}\n'
 
@@ -80,9 +78,7 @@ def parse_object(what: str, data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise CorruptionError(
-            f"{what}: expected JSON, found {data[:40]!r}: {error}; take another copy"
-        ) from error
+        raise CorruptionError(f"{what}: expected JSON, found {data[:40]!r}: {error}; take another copy") from error
     if not isinstance(value, dict):
         raise CorruptionError(f"{what}: expected a JSON object, found {data[:40]!r}; take another copy")
     return value
@@ -125,9 +121,7 @@ class Members:
     def integers(self, name: str, *, below: int = _MAX_INTEGER + 1) -> list[int]:
         """An array of integers in `[0, below)`."""
         values = self._take(name, list)
-        if any(type(value) is not int for value in values) or (
-            values and not 0 <= min(values) <= max(values) < below
-        ):
+        if any(type(value) is not int for value in values) or (values and not 0 <= min(values) <= max(values) < below):
             raise self.corrupt(f"{name}: expected integers from 0 to {below - 1}")
         return values
 

@@ -51,9 +51,7 @@ class Identity:
         run = members.text("run")
         if _RUN.fullmatch(run) is None:
             raise members.corrupt(f"run: expected a run's id, found {run[:40]!r}")
-        identity = cls(
-            run, members.integer("step"), members.integer("epoch"), members.integer("world_size", least=1)
-        )
+        identity = cls(run, members.integer("step"), members.integer("epoch"), members.integer("world_size", least=1))
         members.finish()
         return identity
 
@@ -162,8 +160,7 @@ def verify_payload(
     view = memoryview(payload).cast("B")
     if view.nbytes != manifest.nbytes:
         raise CorruptionError(
-            f"{_whose(manifest)}: expected a payload of {manifest.nbytes} bytes, found {view.nbytes}; "
-            "take another copy"
+            f"{_whose(manifest)}: expected a payload of {manifest.nbytes} bytes, found {view.nbytes}; take another copy"
         )
     first, last = manifest.cover(begin, manifest.nbytes if end is None else end)
     verify_chunks(manifest, view[first:last], first, num_threads=num_threads)
@@ -193,9 +190,7 @@ def bad_ranges(manifest: Manifest, payload: Buffer, num_threads: int = 1) -> lis
     return _merge(manifest, [*_bad_chunks(manifest, view[:at_hand], 0, num_threads), *lacking])
 
 
-def bad_ranges_in(
-    manifest: Manifest, piece: Buffer, begin: int, num_threads: int = 1
-) -> list[tuple[int, int]]:
+def bad_ranges_in(manifest: Manifest, piece: Buffer, begin: int, num_threads: int = 1) -> list[tuple[int, int]]:
     """Like `bad_ranges` for a piece of whole chunks (see `Manifest.cover`), the first one at byte `begin`."""
     return _merge(manifest, _bad_chunks(manifest, piece, begin, num_threads))
 
@@ -227,9 +222,7 @@ def _require_consistent(manifest: Manifest, members: document.Members, begin: in
             f"chunks: expected {num_chunks} digests for {manifest.nbytes} bytes, found {len(manifest.chunks)}"
         )
     if manifest.rank >= manifest.identity.world_size:
-        raise members.corrupt(
-            f"rank: expected one of {manifest.identity.world_size} ranks, found rank {manifest.rank}"
-        )
+        raise members.corrupt(f"rank: expected one of {manifest.identity.world_size} ranks, found rank {manifest.rank}")
     end = manifest.entries[-1].end if manifest.entries else begin
     if end != manifest.nbytes:
         raise members.corrupt(f"nbytes: expected {end}, where the last tensor ends, found {manifest.nbytes}")

@@ -68,7 +68,6 @@ def _no_tensor(value: Any, path: str) -> None:
 class _Encoder:
     def __init__(self, tensor: TensorKey) -> None:
         self._tensor = tensor
-        self._open: set[int] = set()  # containers being written: one that holds itself has no end
 
     def encode(self, value: Any, path: str, depth: int) -> Any:
         kind = type(value)
@@ -94,24 +93,19 @@ class _Encoder:
         return _tag("tensor", key)
 
     def _container(self, write: _Writer, value: Any, path: str, depth: int) -> Any:
-        if depth >= _MAX_DEPTH or id(value) in self._open:
+        if depth >= _MAX_DEPTH:
             raise ConfigError(
                 f"{path[:200]}: expected containers nested at most {_MAX_DEPTH} deep, found more or a "
                 "container that holds itself; flatten it in state_dict()"
             )
-        self._open.add(id(value))
-        try:
-            return write(self, value, path, depth + 1)
-        finally:
-            self._open.discard(id(value))
+        return write(self, value, path, depth + 1)
 
     def items(self, values: Any, path: str, depth: int) -> list[Any]:
         return [self.encode(value, f"{path}/{index}", depth) for index, value in enumerate(values)]
 
     def pairs(self, value: dict[Any, Any], path: str, depth: int) -> list[Any]:
         return [
-            [_key(key, path, depth), self.encode(member, child_path(path, key), depth)]
-            for key, member in value.items()
+            [_key(key, path, depth), self.encode(member, child_path(path, key), depth)] for key, member in value.items()
         ]
 
     def mapping(self, value: dict[Any, Any], path: str, depth: int) -> Any:

@@ -17,9 +17,7 @@ from ktrain.format import dtype as dtypes
 from ktrain.format.document import parse_object
 from ktrain.format.shard import Shard
 
-CHUNK_NBYTES = (
-    1 << 20
-)  # digests cover [k * CHUNK_NBYTES, (k + 1) * CHUNK_NBYTES) of the file, header included
+CHUNK_NBYTES = 1 << 20  # digests cover [k * CHUNK_NBYTES, (k + 1) * CHUNK_NBYTES) of the file, header included
 BORDER_NBYTES = 4096
 MAX_KEY_CHARS = 4096
 
@@ -146,9 +144,7 @@ def read_header(prefix: bytes | bytearray | memoryview) -> Header:
     place = nbytes
     for entry in entries:
         if entry.begin != place:
-            raise _corrupt(
-                f"tensor {entry.key!r}: expected its data at byte {place}, found it at {entry.begin}"
-            )
+            raise _corrupt(f"tensor {entry.key!r}: expected its data at byte {place}, found it at {entry.begin}")
         place = entry.end
     return Header(nbytes, tuple(entries), metadata)
 
@@ -196,9 +192,7 @@ def _require_storable(shard: Shard) -> None:
             f"{_METADATA!r}; rename it"
         )
     if not dtypes.is_dtype(shard.dtype):
-        raise ConfigError(
-            f"tensor {name!r}: dtype {shard.dtype!r} cannot be stored; convert the tensor first"
-        )
+        raise ConfigError(f"tensor {name!r}: dtype {shard.dtype!r} cannot be stored; convert the tensor first")
     if not shard.box.is_inside(shard.global_shape):
         raise ConfigError(
             f"tensor {name!r}: expected a box inside of shape {shard.global_shape}, found {box_text(shard)}"
@@ -238,9 +232,7 @@ def _header_entry(key: str, value: Any, base: int) -> HeaderEntry:
     if item is None:
         raise _corrupt(f"tensor {key!r}: unknown dtype {str(dtype)[:40]!r}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise _corrupt(
-            f"tensor {key!r}: expected sizes, found shape {shape!r:.60} and data_offsets {offsets!r:.60}"
-        )
+        raise _corrupt(f"tensor {key!r}: expected sizes, found shape {shape!r:.60} and data_offsets {offsets!r:.60}")
     if offsets[1] - offsets[0] != math.prod(shape) * item:
         raise _corrupt(
             f"tensor {key!r}: expected {math.prod(shape) * item} bytes for {dtype} {shape}, "

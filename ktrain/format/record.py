@@ -63,9 +63,7 @@ class CommitRecord:
                 "identity": self.identity.to_json(),
                 "write_id": self.write_id,
                 "plan_digest": self.plan_digest,
-                "ranks": [
-                    {name: getattr(files, name) for name in RankFiles.__slots__} for files in self.ranks
-                ],
+                "ranks": [{name: getattr(files, name) for name in RankFiles.__slots__} for files in self.ranks],
                 "time": self.time,
                 "origin": self.origin,
             },
@@ -90,9 +88,7 @@ class CommitRecord:
         )
         members.finish()
         if _WRITE_ID.fullmatch(record.write_id) is None:
-            raise members.corrupt(
-                f"write_id: expected lower-case letters and digits, found {record.write_id[:80]!r}"
-            )
+            raise members.corrupt(f"write_id: expected lower-case letters and digits, found {record.write_id[:80]!r}")
         ranks, world_size = [files.rank for files in record.ranks], record.identity.world_size
         if ranks != list(range(world_size)):
             raise members.corrupt(f"ranks: expected ranks 0 to {world_size - 1} in order, found {ranks[:20]}")
@@ -135,9 +131,7 @@ def check_coverage(manifests: Sequence[Manifest]) -> None:
         CorruptionError: something is missing or does not fit; says what.
     """
     if not manifests:
-        raise CorruptionError(
-            "checkpoint: expected the manifests of all ranks, found none; take another step"
-        )
+        raise CorruptionError("checkpoint: expected the manifests of all ranks, found none; take another step")
     identity = manifests[0].identity
     for manifest in manifests:
         if manifest.identity != identity:
@@ -229,12 +223,6 @@ def _name(members: document.Members, field: str) -> str:
     """A name below RUN's checkpoints: a record must not lead a reader anywhere else."""
     name = members.text(field)
     parts = name.split("/")
-    if (
-        parts[0] != contract.CHECKPOINTS_DIR
-        or len(name) > 1024
-        or not all(_SEGMENT.fullmatch(part) for part in parts)
-    ):
-        raise members.corrupt(
-            f"{field}: expected a name below {contract.CHECKPOINTS_DIR}/, found {name[:80]!r}"
-        )
+    if parts[0] != contract.CHECKPOINTS_DIR or len(name) > 1024 or not all(_SEGMENT.fullmatch(part) for part in parts):
+        raise members.corrupt(f"{field}: expected a name below {contract.CHECKPOINTS_DIR}/, found {name[:80]!r}")
     return name

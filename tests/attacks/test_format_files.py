@@ -208,6 +208,22 @@ def test_verify_payload_any_flipped_bit_is_corruption(data: st.DataObject) -> No
         verify_payload(made.manifest, bad)
 
 
+def test_from_bytes_one_key_twice_is_corruption() -> None:
+    value = members()
+    value["tensors"] |= {"key_shared": [0, 7, 6], "key_rest": ["model/a", "", "b"]}
+    with pytest.raises(CorruptionError, match="every key once"):
+        Manifest.from_bytes(seal(value))
+
+
+def test_from_bytes_whole_tensor_written_as_a_box_is_corruption() -> None:
+    # Two ways to write one thing would give one manifest two digests.
+    value = members()
+    value["tensors"]["box"][2] = 2
+    value["tensors"]["boxes"].append([[0], [3]])
+    with pytest.raises(CorruptionError, match="'model/b'.*a part of shape"):
+        Manifest.from_bytes(seal(value))
+
+
 def test_from_bytes_keys_that_grow_without_end_are_corruption() -> None:
     value = members()
     num = 20_000

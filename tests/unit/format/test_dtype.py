@@ -16,9 +16,7 @@ def test_item_nbytes_every_dtype_is_what_torch_says(name: str) -> None:
 
 def test_dtypes_cover_every_type_that_tensors_are_computed_with() -> None:
     quantized = {"quint8", "qint8", "qint32", "quint4x2", "quint2x4"}
-    known = {
-        str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)
-    }
+    known = {str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)}
     # Types of single bits and odd widths are shells without operations, in torch 2.13 too.
     shells = {name for name in known if name.startswith("bits") or name.strip("uint") in set("1234567")}
     assert known - quantized - shells == set(dtypes._DTYPES)

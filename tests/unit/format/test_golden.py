@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
 from safetensors.torch import load
 
+from ktrain.format import dtype as dtypes
 from ktrain.format.manifest import Manifest, verify_payload
 from ktrain.format.objects import decode
 from ktrain.format.payload import check_header
-from ktrain.format.record import CommitRecord, check_coverage, parse_commit_name
+from ktrain.format.record import (
+    CommitRecord,
+    check_coverage,
+    commit_name,
+    manifest_name,
+    parse_commit_name,
+    payload_name,
+)
 from ktrain.format.shard import Box, Role
 from tests.unit.format.builders import checkpoint, oracle_crc64
 
@@ -19,9 +29,7 @@ GOLDEN = Path(__file__).parents[2] / "golden" / "format-1"
 
 
 def golden() -> dict[str, bytes]:
-    return {
-        path.relative_to(GOLDEN).as_posix(): path.read_bytes() for path in GOLDEN.rglob("*") if path.is_file()
-    }
+    return {path.relative_to(GOLDEN).as_posix(): path.read_bytes() for path in GOLDEN.rglob("*") if path.is_file()}
 
 
 def test_format_1_todays_code_writes_the_same_bytes() -> None:
@@ -61,3 +69,32 @@ def test_format_1_payload_is_opened_by_safetensors_for_torch() -> None:
     assert tensors["model/bias"].dtype == torch.bfloat16
     assert tensors["model/phase"].view(torch.complex64).flatten().shape == (2,)
     assert len(safetensors.deserialize(payload)) == 4
+
+
+def test_format_page_reader_reads_what_our_reader_reads() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "format.md").read_text("ascii")
+    program = page.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(compile(program, "docs/format.md", "exec"), names)
+    found = list(names["read_checkpoint"](GOLDEN, commit_name(10, 2, "0a1b2c")))
+    expected = []
+    for rank in range(2):
+        payload = golden()[payload_name(10, 2, "0a1b2c", rank)]
+        for entry in Manifest.from_bytes(golden()[manifest_name(10, 2, "0a1b2c", rank)]).entries:
+            shard, data = entry.shard, payload[entry.begin : entry.end]
+            sizes = [list(row) for row in (shard.global_shape, shard.box.offsets, shard.box.lengths)]
+            expected.append((rank, shard.name, shard.dtype, *sizes, data))
+    assert found == expected
+    assert len(found) == 8
+
+
+def test_format_page_names_every_dtype_that_headers_have() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "format.md").read_text("ascii")
+    listed = page.split("the header names `")[1].split("`")[0].split()
+    assert set(listed) == {dtypes.safetensors_dtype(name) for name in dtypes._DTYPES}
+
+
+def test_format_page_item_sizes_are_ours() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "format.md").read_text("ascii")
+    table = page.split("ITEM = ")[1].split("}")[0] + "}"
+    assert json.loads(table) == {name: size for name, (size, _) in dtypes._DTYPES.items() if size > 1}

@@ -17,9 +17,7 @@ print(*sorted(name for name in sys.modules if name.startswith("ktrain.format."))
 
 
 def test_format_imported_alone_loads_neither_torch_nor_ray_nor_fsspec() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60, check=True)
     heavy, modules = done.stdout.splitlines()
     assert heavy == ""
     assert "ktrain.format.record" in modules.split()

@@ -62,9 +62,7 @@ def test_manifest_of_20000_tensors_costs_under_250_bytes_and_half_a_second_each(
     ]
     kinds = ["param", "exp_avg", "exp_avg_sq", "master"]
     shards = [
-        shard(
-            f"optimizer/state.layers.{k}.{name}.weight/{kind}", (4096, 64 + k), box=Box((512, 0), (8, 64 + k))
-        )
+        shard(f"optimizer/state.layers.{k}.{name}.weight/{kind}", (4096, 64 + k), box=Box((512, 0), (8, 64 + k)))
         for k in range(834)
         for name in names
         for kind in kinds
@@ -99,12 +97,8 @@ def test_verify_payload_changed_byte_names_rank_step_and_range() -> None:
         verify_payload(made.manifest, bad)
 
 
-@pytest.mark.parametrize(
-    ("begin", "end", "is_bad"), [(0, 8192, False), (8191, 8193, True), (12288, None, False)]
-)
-def test_verify_payload_of_a_range_reads_the_chunks_it_touches(
-    begin: int, end: int | None, is_bad: bool
-) -> None:
+@pytest.mark.parametrize(("begin", "end", "is_bad"), [(0, 8192, False), (8191, 8193, True), (12288, None, False)])
+def test_verify_payload_of_a_range_reads_the_chunks_it_touches(begin: int, end: int | None, is_bad: bool) -> None:
     made = snapshot([shard("w", (5000,))], chunk_nbytes=4096)
     bad = bytearray(made.payload)
     bad[9000] ^= 1

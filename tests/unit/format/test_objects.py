@@ -125,6 +125,11 @@ def test_encode_tagged_values_is_the_documented_json() -> None:
     }
 
 
+@pytest.mark.parametrize("value", [{"$": "tuple", "v": [1]}, {"$": 1}, {"v": {"$": None}}, {"$": {"$": "$"}}])
+def test_decode_dictionary_that_looks_like_a_tag_comes_back(value: Any) -> None:
+    assert same(trip(value), value)
+
+
 def test_encode_tensor_leaf_is_written_by_its_key_and_comes_back() -> None:
     one, two = Tensor(), Tensor()
     found: dict[str, Any] = {}

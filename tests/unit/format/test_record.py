@@ -86,13 +86,9 @@ def test_from_bytes_record_with_a_name_outside_the_checkpoints_is_corruption(nam
 def test_names_are_those_of_the_format() -> None:
     assert commit_name(10, 2, "0a1b2c") == "checkpoints/step-00000010/commit-000002-0a1b2c.json"
     assert (
-        record.payload_name(10, 2, "0a1b2c", 3)
-        == "checkpoints/step-00000010/data-000002-0a1b2c/rank-00003.safetensors"
+        record.payload_name(10, 2, "0a1b2c", 3) == "checkpoints/step-00000010/data-000002-0a1b2c/rank-00003.safetensors"
     )
-    assert (
-        record.manifest_name(10, 2, "0a1b2c", 3)
-        == "checkpoints/step-00000010/data-000002-0a1b2c/rank-00003.json"
-    )
+    assert record.manifest_name(10, 2, "0a1b2c", 3) == "checkpoints/step-00000010/data-000002-0a1b2c/rank-00003.json"
 
 
 @given(st.integers(0, 10**10), st.integers(0, 10**7), st.from_regex("[0-9a-z]{1,64}", fullmatch=True))
@@ -137,9 +133,7 @@ def test_check_coverage_tensor_cut_anyhow_passes_until_a_piece_is_lost(data: st.
     extra = shard("w", (8, 2), box=Box((1, 0), (3, 2)))
 
     def held(kept: Sequence[Shard]) -> list[Manifest]:
-        return manifests(
-            *([p for p, o in zip(kept, owners, strict=True) if o == rank] for rank in range(world_size))
-        )
+        return manifests(*([p for p, o in zip(kept, owners, strict=True) if o == rank] for rank in range(world_size)))
 
     check_coverage(held(pieces))
     lost = data.draw(st.integers(0, len(pieces) - 1))

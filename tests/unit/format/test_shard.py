@@ -47,6 +47,14 @@ def test_subtract_any_boxes_is_the_other_items_each_once(case: tuple[tuple[int, 
     assert all(box.numel for box in rest)
 
 
+def test_subtract_every_pair_of_boxes_in_a_square_leaves_each_other_item_once() -> None:
+    sides = [(offset, length) for offset in range(3) for length in range(1, 4 - offset)]
+    boxes = [Box((a, b), (m, n)) for (a, m), (b, n) in itertools.product(sides, sides)]
+    for a, b in itertools.product(boxes, boxes):
+        rest = [item for box in a.subtract(b) for item in items(box)]
+        assert sorted(rest) == sorted(items(a) - items(b))
+
+
 @given(SHAPES.flatmap(lambda shape: st.tuples(st.just(shape), st.lists(boxes_of(shape), max_size=6))))
 def test_missing_boxes_any_cover_is_what_no_box_has(case: tuple[tuple[int, ...], list[Box]]) -> None:
     shape, boxes = case
