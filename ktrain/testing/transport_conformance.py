@@ -1,0 +1,177 @@
+"""What every Transport has to do, as a pytest class to inherit from.
+
+Subclass it in a test file and give it a `wires` fixture: a `WirePair` whose receiver can reach its source.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+
+from ktrain import native
+from ktrain.abc.transport import Receipt, Transport
+from ktrain.base import ids
+from ktrain.base.clock import Deadline
+from ktrain.errors import CapacityError, CorruptionError, DeadlineError, KtrainError, NotFoundError
+from ktrain.format.manifest import Identity, Manifest
+from ktrain.format.payload import CHUNK_NBYTES, lay_out
+from ktrain.format.shard import Box, Role, Shard
+from ktrain.snapshot.arena import Held, NodeVolume
+
+_RANKS = 1 << 16
+
+
+@dataclass(slots=True)
+class WirePair:
+    """Two nodes: `receiver` pulls into `kept` what `source_volume` holds. `run` is the id of their run."""
+
+    receiver: Transport
+    kept: NodeVolume
+    source: Transport
+    source_volume: NodeVolume
+    run: str
+    slots: int  # that the receiver may use per rank
+    wait_s: float = field(default=30.0)
+
+    def pull(self, rank: int, identity: Identity, protect: tuple[tuple[int, int], ...] = ()) -> Receipt:
+        address = self.source.address()
+        assert address is not None
+        deadline = Deadline.after(self.wait_s)
+        return self.receiver.pull(address, rank, identity, protect=protect, deadline=deadline)
+
+
+def seal_snapshot(volume: NodeVolume, rank: int, identity: Identity, nbytes: int) -> Held:
+    """Seals a snapshot of one tensor with about `nbytes` of random bytes, the same for the same arguments."""
+    shape = (max(0, nbytes - 4096),)
+    layout = lay_out([Shard("blob", "uint8", shape, Box.whole(shape), Role.RANK)])
+    source = random.Random(f"{rank} {identity}")
+    sizes = [min(1 << 20, shape[0] - at) for at in range(0, shape[0], 1 << 20)]
+    payload = b"".join([layout.header, *map(source.randbytes, sizes)])
+    writer = volume.acquire(rank, layout.nbytes, protect=(), limit=64)
+    assert writer is not None
+    chunks = native.copy_digest(writer.memory, payload, chunk_nbytes=CHUNK_NBYTES)
+    return writer.seal(
+        Manifest(
+            identity=identity,
+            rank=rank,
+            plan_digest="0" * 16,
+            nbytes=layout.nbytes,
+            chunk_nbytes=CHUNK_NBYTES,
+            chunks=tuple(chunks),
+            entries=layout.entries,
+            objects={},
+            origin={},
+        )
+    )
+
+
+def flip_byte(volume: NodeVolume, held: Held, offset: int) -> None:
+    """Changes one byte of a sealed payload behind everyone's back, as a bad memory cell would."""
+    path = next(volume.path.rglob(f"*{held.rank:05d}/{held.slot.rpartition('/')[2]}*.safetensors"))
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 0x10]))
+
+
+def _identity(wires: WirePair, step: int, epoch: int = 1) -> Identity:
+    return Identity(wires.run, step, epoch, world_size=_RANKS)
+
+
+class TransportConformance:
+    """Inherit and provide the fixture `wires`; every test uses a rank of its own, so these may be shared."""
+
+    LARGE_NBYTES = 70_000_001  # more than two pieces, and a short last chunk
+
+    @pytest.fixture
+    def rank(self) -> int:
+        return int(ids.random_id(2), 16)  # below _RANKS
+
+    def test_pull_sealed_snapshot_lands_bit_for_bit(self, wires: WirePair, rank: int) -> None:
+        identity = _identity(wires, 10)
+        held = seal_snapshot(wires.source_volume, rank, identity, self.LARGE_NBYTES)
+        receipt = wires.pull(rank, identity)
+        assert (receipt.rank, receipt.identity, receipt.nbytes) == (rank, identity, held.nbytes)
+        assert receipt.manifest_digest == held.manifest_digest
+        assert receipt.wire_nbytes >= held.nbytes
+        with wires.source_volume.open(rank, identity) as sent, wires.kept.open(rank, identity) as landed:
+            assert landed.manifest == sent.manifest
+            assert landed.memory == sent.memory
+
+    def test_pull_tiny_snapshot_lands_bit_for_bit(self, wires: WirePair, rank: int) -> None:
+        identity = _identity(wires, 10)
+        seal_snapshot(wires.source_volume, rank, identity, 1)
+        wires.pull(rank, identity)
+        with wires.source_volume.open(rank, identity) as sent, wires.kept.open(rank, identity) as landed:
+            assert landed.memory == sent.memory
+
+    def test_pull_again_moves_nothing(self, wires: WirePair, rank: int) -> None:
+        identity = _identity(wires, 10)
+        seal_snapshot(wires.source_volume, rank, identity, 5000)
+        first = wires.pull(rank, identity)
+        second = wires.pull(rank, identity)
+        assert second.wire_nbytes == 0
+        assert second.manifest_digest == first.manifest_digest
+
+    def test_pull_absent_snapshot_is_not_found(self, wires: WirePair, rank: int) -> None:
+        with pytest.raises(NotFoundError):
+            wires.pull(rank, _identity(wires, 10))
+
+    def test_pull_other_epoch_is_not_found(self, wires: WirePair, rank: int) -> None:
+        seal_snapshot(wires.source_volume, rank, _identity(wires, 10), 5000)
+        with pytest.raises(NotFoundError):
+            wires.pull(rank, _identity(wires, 10, 2))
+
+    def test_pull_flipped_byte_is_corruption_and_seals_nothing(self, wires: WirePair, rank: int) -> None:
+        identity = _identity(wires, 10)
+        held = seal_snapshot(wires.source_volume, rank, identity, 3 << 20)
+        flip_byte(wires.source_volume, held, (2 << 20) + 77)
+        with pytest.raises(CorruptionError, match=f"{2 << 20} to {3 << 20}"):
+            wires.pull(rank, identity)
+        assert [held for held in wires.kept.scan() if held.rank == rank] == []
+
+    def test_pull_without_time_is_deadline_and_seals_nothing(self, wires: WirePair, rank: int) -> None:
+        identity = _identity(wires, 10)
+        seal_snapshot(wires.source_volume, rank, identity, 5000)
+        address = wires.source.address()
+        assert address is not None
+        with pytest.raises(DeadlineError):
+            wires.receiver.pull(address, rank, identity, protect=(), deadline=Deadline.after(0.0))
+        assert [held for held in wires.kept.scan() if held.rank == rank] == []
+
+    def test_pull_newer_steps_keeps_the_protected_one(self, wires: WirePair, rank: int) -> None:
+        identities = [_identity(wires, step) for step in range(10, 20 + wires.slots)]
+        for identity in identities:
+            seal_snapshot(wires.source_volume, rank, identity, 5000)
+            try:
+                wires.pull(rank, identity, protect=((10, 1),))
+            except CapacityError:
+                break
+        steps = {held.identity.step for held in wires.kept.scan() if held.rank == rank}
+        assert 10 in steps
+        assert len(steps) <= wires.slots
+
+    def test_pull_all_slots_protected_is_capacity(self, wires: WirePair, rank: int) -> None:
+        identities = [_identity(wires, step) for step in range(10, 11 + wires.slots)]
+        protect = tuple((identity.step, identity.epoch) for identity in identities)
+        for identity in identities[:-1]:
+            seal_snapshot(wires.source_volume, rank, identity, 5000)
+            wires.pull(rank, identity, protect=protect)
+        seal_snapshot(wires.source_volume, rank, identities[-1], 5000)
+        with pytest.raises(CapacityError):
+            wires.pull(rank, identities[-1], protect=protect)
+
+    def test_pull_unknown_source_is_a_ktrain_error(self, wires: WirePair, rank: int) -> None:
+        address = wires.source.address()
+        assert address is not None
+        with pytest.raises(KtrainError):
+            wires.receiver.pull(
+                address + "-gone",
+                rank,
+                _identity(wires, 10),
+                protect=(),
+                deadline=Deadline.after(wires.wait_s),
+            )
