@@ -61,7 +61,9 @@ class RestoreAgreement:
             self._settle()
 
     def _all(self, *statuses: str) -> bool:
-        return len(self.reports) == self.world_size and all(said["status"] in statuses for said in self.reports.values())
+        return len(self.reports) == self.world_size and all(
+            said["status"] in statuses for said in self.reports.values()
+        )
 
     def _all_of_round(self, *statuses: str) -> bool:
         return self._all(*statuses) and all(said["round"] == self.round for said in self.reports.values())
@@ -70,7 +72,7 @@ class RestoreAgreement:
         failed = [said for said in self.reports.values() if said["status"] == "failed"]
         for said in failed:
             for entry in said["copies"]:
-                key: CopyKey = tuple(entry["key"])  # type: ignore[assignment]
+                key: CopyKey = tuple(entry["key"])
                 self.excluded.add(key)
                 if entry["corrupt"]:
                     self.corrupt.add(key)

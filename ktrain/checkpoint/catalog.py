@@ -78,10 +78,14 @@ class RunCatalog:
             found = _parse_run(tier, tier.read(contract.RUN_FILE, deadline=deadline))
         except NotFoundError:
             if not create:
-                raise NotFoundError(f"run {tier.url}: there is no run here; check the name or start one with `ktrain launch`") from None
+                raise NotFoundError(
+                    f"run {tier.url}: there is no run here; check the name or start one with `ktrain launch`"
+                ) from None
             fresh = {"format": RUN_FORMAT, "id": ids.random_id(16), "created": clock.wall()}
             try:
-                tier.create(contract.RUN_FILE, json.dumps(fresh).encode(), deadline=Deadline.after(timeouts.storage_s, clock))
+                tier.create(
+                    contract.RUN_FILE, json.dumps(fresh).encode(), deadline=Deadline.after(timeouts.storage_s, clock)
+                )
             except ConflictError:
                 pass  # somebody else made it first; theirs counts
             found = _parse_run(tier, tier.read(contract.RUN_FILE, deadline=Deadline.after(timeouts.storage_s, clock)))
@@ -163,7 +167,9 @@ class RunCatalog:
         commit = CommitRecord.from_bytes(self.tier.read(stored.name, deadline=self._deadline()))
         named = records.parse_commit_name(stored.name)
         if named != (commit.identity.step, commit.identity.epoch, commit.write_id):
-            raise CorruptionError(f"{stored.name}: the record inside is of step {commit.identity.step} epoch {commit.identity.epoch}")
+            raise CorruptionError(
+                f"{stored.name}: the record inside is of step {commit.identity.step} epoch {commit.identity.epoch}"
+            )
         if commit.identity.run != self.run_id:
             raise CorruptionError(f"{stored.name}: it belongs to run {commit.identity.run}, this is run {self.run_id}")
         return commit
@@ -201,7 +207,9 @@ class RunCatalog:
         except KtrainError as error:
             raise (failure or error) from None
         if found != data:
-            raise failure or CorruptionError(f"{name}: read back {len(found)} bytes that differ from the {len(data)} written")
+            raise failure or CorruptionError(
+                f"{name}: read back {len(found)} bytes that differ from the {len(data)} written"
+            )
 
     def delete(self, commit: CommitRecord) -> None:
         """Removes a checkpoint: first the record, so that it is uncommitted before it is incomplete, then its data."""
@@ -217,9 +225,13 @@ def _parse_run(tier: Tier, data: bytes) -> str:
         value = json.loads(data)
         version, run_id = int(value["format"]), str(value["id"])
     except (ValueError, KeyError, TypeError) as error:
-        raise CorruptionError(f"run {tier.url}: {contract.RUN_FILE} is damaged ({error}); restore it from a copy") from error
+        raise CorruptionError(
+            f"run {tier.url}: {contract.RUN_FILE} is damaged ({error}); restore it from a copy"
+        ) from error
     if version > RUN_FORMAT:
-        raise ConfigError(f"run {tier.url}: written in run format {version}, this ktrain reads up to {RUN_FORMAT}; upgrade ktrain")
+        raise ConfigError(
+            f"run {tier.url}: written in run format {version}, this ktrain reads up to {RUN_FORMAT}; upgrade ktrain"
+        )
     return run_id
 
 
@@ -244,7 +256,7 @@ def verify_commit(catalog: RunCatalog, commit: CommitRecord) -> Iterator[Finding
     identity = commit.identity
     manifests: list[Manifest] = []
     for files in commit.ranks:
-        where = {"step": identity.step, "epoch": identity.epoch, "rank": files.rank}
+        where: dict[str, Any] = {"step": identity.step, "epoch": identity.epoch, "rank": files.rank}
         try:
             manifest = catalog.read_manifest(commit, files)
         except (CorruptionError, ConfigError, NotFoundError) as error:
@@ -274,8 +286,11 @@ def _bad_payload(catalog: RunCatalog, files: RankFiles, manifest: Manifest) -> I
             yield {"reason": str(error)}
             return
         if len(data) != end - begin:
-            yield {"reason": f"expected {manifest.nbytes} bytes, the object ends at {begin + len(data)}", "begin": begin + len(data), "end": manifest.nbytes}
+            yield {
+                "reason": f"expected {manifest.nbytes} bytes, the object ends at {begin + len(data)}",
+                "begin": begin + len(data),
+                "end": manifest.nbytes,
+            }
             return
         for low, high in bad_ranges_in(manifest, data, begin):
             yield {"reason": "bytes differ from the digest made at the snapshot", "begin": low, "end": high}
-

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-import ktrain
 from ktrain.base import contract, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.base.faults import FaultPoints
@@ -30,17 +29,11 @@ from ktrain.checkpoint.line import connect
 from ktrain.checkpoint.policy import Every, Keep, Policies, as_every, as_keep
 from ktrain.checkpoint.pulse import Pulse
 from ktrain.checkpoint.restore import Restorer
-from ktrain.errors import CapacityError, ConfigError, DeadlineError, KtrainError
-from ktrain.format.manifest import Identity, Manifest
-from ktrain.format.payload import CHUNK_NBYTES
-from ktrain.snapshot.arena import NodeVolume, required_nbytes
-from ktrain.snapshot.staging import stage
-from ktrain.state.plan import SavePlan, plan_save
+from ktrain.checkpoint.save import Saver
+from ktrain.errors import ConfigError, DeadlineError
 from ktrain.state.rng import RNG_PART, rng_part
 from ktrain.state.topology import Topology
 from ktrain.state.train_state import TrainState
-
-_DRAIN_SLOTS = 1  # read by the drain while the next snapshots are taken
 
 
 class Checkpointer:
@@ -84,12 +77,8 @@ class Checkpointer:
             clock=self._clock,
         )
         self._pulse.start()
-        self._volume: NodeVolume | None = None
-        self._run_id = ""
+        self._saver: Saver | None = None  # made by restore()
         self._step: int | None = None  # None until restore()
-        self._saved: int | None = None
-        self._prepared = False
-        self._memory_failed = False
         self._closed = False
         self._signals: dict[int, Any] = {} if self._line.has_launcher else self._catch_signals()
 
@@ -119,26 +108,29 @@ class Checkpointer:
         if self._step is not None:
             raise ConfigError("Checkpointer.restore: it was called before; call it once, before the first step")
         self._pulse.note_phase("restore")
-        self._open_volume()
-        restorer = Restorer(self._state, self._topology, self._volume, self._pulse, self._line.caller, self.run)
-        step = restorer.restore(self._faults)
-        self._step = self._saved = step
+        saver = self._saver = Saver(
+            self._state, self._topology, self._policies.keep, line=self._line, pulse=self._pulse, faults=self._faults
+        )
+        saver.open_volume(self.run, self._join())
+        step = Restorer(self._state, self._topology, saver.volume, self._pulse, self._line.caller, self.run).restore(
+            self._faults
+        )
+        self._step = saver.saved_step = step
         self._pulse.note_step(step)
         self._pulse.note_phase("train")
         return step
 
-    def _open_volume(self) -> None:
+    def _join(self) -> str:
+        """Waits, bounded, until the head knows this rank; returns the run's id."""
         deadline = Deadline.after(self._timeouts.start_s, self._clock)
         answer = self._pulse.wait_answer(deadline, "join the head")
         while not answer["ready"]:
             answer = self._pulse.wait_answer(deadline, "join the head")
         if answer["world_size"] != self._topology.world_size:
-            raise ConfigError(f"Checkpointer: this process sees {self._topology.world_size} ranks, the head {answer['world_size']}")
-        self._run_id = str(answer["run"])
-        try:
-            self._volume = NodeVolume(self._line.volume_root, node=self._line.node, run=self._run_id, uri=self.run)
-        except (OSError, KtrainError) as error:
-            self._fail_memory(f"{type(error).__name__}: {error}")
+            raise ConfigError(
+                f"Checkpointer: this process sees {self._topology.world_size} ranks, the head {answer['world_size']}"
+            )
+        return str(answer["run"])
 
     # Step
 
@@ -154,7 +146,7 @@ class Checkpointer:
             SystemExit: the run was asked to stop; this step is saved (exit code 130).
             ConflictError: a newer attempt of the run has begun; this process must end.
         """
-        if self._step is None:
+        if self._step is None or self._saver is None:
             raise ConfigError("Checkpointer.step: call restore() first, so that the run continues where it was")
         if step <= self._step:
             raise ConfigError(f"Checkpointer.step: expected a step over {self._step}, found {step}")
@@ -167,9 +159,9 @@ class Checkpointer:
         stop = self._pulse.note_step(step)
         stopping = stop is not None and self._await_stop(step)
         if stopping or self._policies.every.due(step):
-            self._save(step)
-        elif not self._prepared:
-            self._prepare(plan_save(self._state, self._topology))
+            self._saver.save(step)
+        else:
+            self._saver.prepare()
         if stopping:
             self._leave(step)
 
@@ -177,94 +169,6 @@ class Checkpointer:
         """Puts values of this step into the run's events (rank 0's alone)."""
         if self._topology.rank == 0:
             self._pulse.emit("log", step=self._step, **{name: _plain(value) for name, value in values.items()})
-
-    def _save(self, step: int) -> bool:
-        """Takes a snapshot; false where it had to be skipped. A tier that fails does not stop training."""
-        started = self._clock.monotonic()
-        rank = self._topology.rank
-        if self._volume is None:
-            return False
-        self._faults.reached("save.begin", step=step, rank=rank)
-        plan = plan_save(self._state, self._topology)
-        if not self._prepared:
-            self._prepare(plan)
-        protect = [(int(at), int(epoch)) for at, epoch in self._pulse.answer.get("protect", [])]
-        try:
-            writer = self._volume.acquire(rank, plan.layout.nbytes, protect=protect, limit=self._num_slots)
-            if writer is None:
-                self._pulse.emit("save_skipped", rank=rank, step=step, tier=contract.TIER_MEMORY, reason="no slot is free")
-                return False
-            with writer:
-                chunks = stage(plan, writer.memory, num_threads=_copy_threads(self._topology))
-                self._faults.reached("save.staged", step=step, rank=rank)
-                writer.seal(self._manifest(step, plan, chunks))
-        except (CapacityError, OSError) as error:
-            self._fail_memory(f"{type(error).__name__}: {error}")
-            return False
-        self._faults.reached("save.sealed", step=step, rank=rank)
-        self._saved = step
-        self._memory_failed = False
-        self._pulse.note_sealed()
-        self._pulse.emit(
-            "snapshot",
-            rank=rank,
-            step=step,
-            tier=contract.TIER_MEMORY,
-            nbytes=plan.layout.nbytes,
-            stall_s=self._clock.monotonic() - started,
-        )
-        return True
-
-    def _manifest(self, step: int, plan: SavePlan, chunks: tuple[int, ...]) -> Manifest:
-        return Manifest(
-            identity=Identity(run=self._run_id, step=step, epoch=self._line.epoch, world_size=self._topology.world_size),
-            rank=self._topology.rank,
-            plan_digest=plan.digest,
-            nbytes=plan.layout.nbytes,
-            chunk_nbytes=CHUNK_NBYTES,
-            chunks=chunks,
-            entries=plan.layout.entries,
-            objects=plan.objects,
-            origin={
-                "ktrain": ktrain.__version__,
-                "torch": torch.__version__,
-                "node": self._line.node,
-                "local_world_size": self._topology.local_world_size,
-            },
-        )
-
-    @property
-    def _num_slots(self) -> int:
-        return self._policies.keep.memory + _DRAIN_SLOTS
-
-    def _prepare(self, plan: SavePlan) -> None:
-        """Makes and pre-faults the slots, once the optimizer has its state, so that the first save is as fast as all.
-
-        What does not fit is refused here, with the numbers, before anything was written.
-        """
-        self._prepared = True
-        if self._volume is None:
-            return
-        local = self._topology.local_world_size
-        kept = local if self._topology.world_size > local and self._line.has_launcher else 0
-        try:
-            required_nbytes(
-                plan.layout.nbytes,
-                ranks_per_node=local,
-                slots=self._num_slots,
-                kept_ranks=kept,
-                free_nbytes=self._volume.free_nbytes(),
-                held_nbytes=self._volume.held_nbytes(),
-            )
-            self._volume.prepare(self._topology.rank, plan.layout.nbytes, self._num_slots)
-        except (CapacityError, OSError) as error:
-            self._fail_memory(f"{type(error).__name__}: {error}")
-
-    def _fail_memory(self, reason: str) -> None:
-        """Says once that the memory tier fails; training goes on."""
-        if not self._memory_failed:
-            self._pulse.emit("tier_failed", tier=contract.TIER_MEMORY, rank=self._topology.rank, reason=reason)
-        self._memory_failed = True
 
     # Stop and close
 
@@ -281,7 +185,9 @@ class Checkpointer:
             try:
                 answer = self._pulse.wait_answer(deadline, f"agree to stop at step {step}")
             except DeadlineError:
-                self._pulse.emit("notice", message=f"rank {self._topology.rank}: no agreement to stop at step {step}; going on")
+                self._pulse.emit(
+                    "notice", message=f"rank {self._topology.rank}: no agreement to stop at step {step}; going on"
+                )
                 return False
 
     def _leave(self, step: int) -> None:
@@ -306,10 +212,10 @@ class Checkpointer:
         if self._closed:
             return
         try:
-            if success and self._step:
+            if success and self._step and self._saver is not None:
                 self._pulse.note_phase("close")
                 deadline = Deadline.after(self._timeouts.drain_s, self._clock)
-                while self._saved != self._step and not self._save(self._step):
+                while self._saver.saved_step != self._step and not self._saver.save(self._step):
                     self._pulse.wait_answer(deadline, f"find a slot for the last step {self._step}")
                 self._wait_drained(self._step, self._timeouts.drain_s)
         except BaseException:
@@ -326,8 +232,8 @@ class Checkpointer:
         self._closed = True
         for signum, handler in self._signals.items():
             signal.signal(signum, handler)
-        if self._volume is not None:
-            self._volume.close()
+        if self._saver is not None:
+            self._saver.close()
         if success:
             self._pulse.note_closed()
         self._pulse.flush(Deadline.after(self._timeouts.call_s, self._clock))
@@ -337,14 +243,16 @@ class Checkpointer:
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close(success=error is None)
 
     def _catch_signals(self) -> dict[int, Any]:
         """Without a launcher the first SIGINT or SIGTERM means: finish the step, save, leave; a second one ends at once."""
         if threading.current_thread() is not threading.main_thread():
             return {}
-        caught = {}
+        caught: dict[int, Any] = {}
         for signum in (signal.SIGINT, signal.SIGTERM):
             caught[signum] = signal.signal(signum, self._on_signal)
         return caught
@@ -357,8 +265,3 @@ class Checkpointer:
 
 def _plain(value: Any) -> Any:
     return float(value) if isinstance(value, torch.Tensor) else value
-
-
-def _copy_threads(topology: Topology) -> int:
-    """Threads for one rank's copy: its share of the node's processors, at most 8 (memory bandwidth ends there)."""
-    return max(1, min(8, len(os.sched_getaffinity(0)) // topology.local_world_size))

@@ -7,51 +7,19 @@ torn (it does not parse, another try has another name).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
-from ktrain.base import ids
 from ktrain.base.clock import Clock
+from ktrain.base.faults import FaultPoints
 from ktrain.checkpoint.catalog import RunCatalog
+from ktrain.checkpoint.drain import Drain
 from ktrain.checkpoint.lineage import on_line
 from ktrain.checkpoint.policy import superseded
 from ktrain.errors import CorruptionError, KtrainError
 from ktrain.format import record as records
 from ktrain.format.digest import join_digests
-from ktrain.format.manifest import Identity
-from ktrain.format.record import CommitRecord, RankFiles
+from ktrain.format.record import CommitRecord
 
 
-@dataclass(slots=True)
-class Drain:
-    """One step on its way into the bucket."""
-
-    identity: Identity
-    started_s: float  # on the head's monotonic clock
-    write_id: str = field(default_factory=ids.random_id)
-    files: dict[int, RankFiles] = field(default_factory=dict)
-    plan_digests: dict[int, str] = field(default_factory=dict)
-    failure: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {"identity": self.identity.to_json(), "write_id": self.write_id}
-
-    def complete(self) -> bool:
-        return len(self.files) == self.identity.world_size
-
-    def take(self, report: dict[str, Any]) -> None:
-        """Adds one rank's report, if it is about this drain."""
-        if report["write_id"] != self.write_id:
-            return
-        if report.get("failure"):
-            self.failure = str(report["failure"])
-            return
-        files = RankFiles(**report["files"])
-        self.files[files.rank] = files
-        self.plan_digests[files.rank] = str(report["plan_digest"])
-
-
-def commit_drain(catalog: RunCatalog, drain: Drain, *, clock: Clock) -> CommitRecord:
+def commit_drain(catalog: RunCatalog, drain: Drain, *, clock: Clock, faults: FaultPoints) -> CommitRecord:
     """Proves that what the ranks reported is in the store, complete, and writes the commit record.
 
     Every manifest is read back and compared with the digest that its rank reported; every payload must be listed
@@ -80,7 +48,9 @@ def commit_drain(catalog: RunCatalog, drain: Drain, *, clock: Clock) -> CommitRe
                 f"found {sizes.get(files.payload, 'no such object')}"
             )
     records.check_coverage([catalog.read_manifest(commit, files) for files in ranks])
+    faults.reached("commit.begin", step=identity.step)
     catalog.write_commit(commit)
+    faults.reached("commit.record", step=identity.step)
     return commit
 
 

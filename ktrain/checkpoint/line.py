@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
@@ -70,13 +71,23 @@ def connect(run: str | None, topology: Topology, timeouts: Timeouts) -> tuple[st
     if found.agent is not None:
         return _connect_agent(run, found)
     if run is None:
-        raise ConfigError("Checkpointer: no run is named; pass run='runs/NAME' (or start the script by `ktrain launch --run ...`)")
+        raise ConfigError(
+            "Checkpointer: no run is named; pass run='runs/NAME' (or start the script by `ktrain launch --run ...`)"
+        )
     return run, PlainLine(run, topology, timeouts)
 
 
 def _connect_agent(run: str | None, found: WorkerSettings) -> tuple[str, Line]:
-    if found.run is None or found.epoch is None or found.node is None or found.token_file is None or found.agent is None:
-        raise ConfigError(f"{contract.ENV_AGENT} is set, but not all of the launcher's variables are; start the script by `ktrain launch`")
+    if (
+        found.run is None
+        or found.epoch is None
+        or found.node is None
+        or found.token_file is None
+        or found.agent is None
+    ):
+        raise ConfigError(
+            f"{contract.ENV_AGENT} is set, but not all of the launcher's variables are; start the script by `ktrain launch`"
+        )
     if run is not None and not same_run(run, found.run):
         raise ConfigError(
             f"Checkpointer: the script names run {run!r}, it was launched as run {found.run!r}; "
@@ -101,9 +112,12 @@ class _Head:
         self._timeouts = timeouts
         self._catalog = RunCatalog.open(run, timeouts=timeouts)
         self._holder = Holder(self._catalog.tier, local_path=local_path(run), timeouts=timeouts)
+        self._world_size = topology.world_size
         self.token = ids.random_id(16)
         self.nonce = ids.random_id()
-        self.epoch = self._catalog.next_epoch({"by": ids.process_name(), "world_size": topology.world_size, "nonce": self.nonce})
+        self.epoch = self._catalog.next_epoch(
+            {"by": ids.process_name(), "world_size": topology.world_size, "nonce": self.nonce}
+        )
         self._log = open_log(run, self._catalog.tier, timeouts=timeouts)
         self._coordinator = Coordinator(self._catalog, timeouts=timeouts, emit=self._log.emit)
         self.handlers = self._coordinator.handlers()
@@ -111,17 +125,19 @@ class _Head:
         nodes = range(topology.world_size // local)
         assignment = {contract.node_name(index): range(index * local, (index + 1) * local) for index in nodes}
         self._emit("attempt_started", world_size=topology.world_size, nodes=len(assignment), launcher="none")
-        self._emit("notice", message="no agent runs here: snapshots are not kept by peers; start by `ktrain launch` for that")
+        self._emit(
+            "notice", message="no agent runs here: snapshots are not kept by peers; start by `ktrain launch` for that"
+        )
         self._coordinator.begin_attempt(self.epoch, assignment)
         self._coordinator.start()
 
-    def _emit(self, kind: str, **fields: object) -> None:
+    def _emit(self, kind: str, **fields: Any) -> None:
         self._log.emit(make(kind, self.epoch, **fields))
 
     def finish(self, success: bool, reason: str) -> None:
         """Waits, bounded, for the other ranks' last word, frees the volumes after success, and records the end."""
         if success:
-            self._wait(self._coordinator.all_closed)
+            self._wait(self._all_closed)
             self._coordinator.free_volumes()
             self._wait(self._coordinator.volumes_freed)
         outcome = "succeeded" if success else reason
@@ -133,9 +149,12 @@ class _Head:
         self._log.close()
         self._holder.close()
 
-    def _wait(self, done: object) -> None:
+    def _all_closed(self) -> bool:
+        progress = self._coordinator.progress()
+        return len(progress) == self._world_size and all(rank.closed for rank in progress.values())
+
+    def _wait(self, done: Callable[[], bool]) -> None:
         deadline = Deadline.after(self._timeouts.call_s)
-        assert callable(done)
         while not done() and not deadline.expired():
             SYSTEM_CLOCK.sleep(0.02)
 
@@ -168,7 +187,12 @@ class PlainLine:
         assert self._head is not None
         host = "127.0.0.1" if topology.local_world_size == topology.world_size else _own_address()
         self._server = Server(self._head.handlers, address=f"tcp:{host}:0", token=self._head.token)
-        word = {"address": self._server.address, "token": self._head.token, "epoch": self._head.epoch, "nonce": self._head.nonce}
+        word = {
+            "address": self._server.address,
+            "token": self._head.token,
+            "epoch": self._head.epoch,
+            "nonce": self._head.nonce,
+        }
         _store().set(_key(run), json.dumps(word))
 
     def _find_head(self, run: str, topology: Topology) -> tuple[Caller, int]:
@@ -201,9 +225,11 @@ class PlainLine:
             self._server.close()
 
 
-def _store() -> dist.Store:
+def _store() -> Any:
     if not dist.is_initialized():
-        raise ConfigError("Checkpointer: WORLD_SIZE is over 1; call torch.distributed.init_process_group before the Checkpointer is made")
+        raise ConfigError(
+            "Checkpointer: WORLD_SIZE is over 1; call torch.distributed.init_process_group before the Checkpointer is made"
+        )
     return dist.distributed_c10d._get_default_store()
 
 

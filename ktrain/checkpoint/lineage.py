@@ -53,7 +53,9 @@ class Candidate:
 
     def without(self, excluded: Collection[tuple[str, str, int, int, int]]) -> Candidate | None:
         """The candidate that is left when some copies are not to be used; None when a rank has none left."""
-        left = {rank: tuple(copy for copy in copies if copy.key() not in excluded) for rank, copies in self.copies.items()}
+        left = {
+            rank: tuple(copy for copy in copies if copy.key() not in excluded) for rank, copies in self.copies.items()
+        }
         return Candidate(self.identity, left) if all(left.values()) else None
 
 

@@ -154,8 +154,12 @@ class LogReader:
             from ktrain.tier.bucket import open_tier
 
             self._tier = open_tier(self._run, timeouts=self._timeouts, clock=self._clock)
-        found = self._tier.list(f"{contract.EVENTS_DIR}/", deadline=Deadline.after(self._timeouts.storage_s, self._clock))
-        fresh = sorted((stored.name for stored in found if stored.name not in self._seen), key=lambda name: (_sequence(name), name))
+        found = self._tier.list(
+            f"{contract.EVENTS_DIR}/", deadline=Deadline.after(self._timeouts.storage_s, self._clock)
+        )
+        fresh = sorted(
+            (stored.name for stored in found if stored.name not in self._seen), key=lambda name: (_sequence(name), name)
+        )
         taken = []
         for name in fresh:
             deadline = Deadline.after(self._timeouts.storage_s, self._clock)

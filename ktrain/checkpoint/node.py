@@ -14,20 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ktrain.abc.tier import Tier
 from ktrain.abc.transport import Transport
 from ktrain.base import contract, ids
 from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
 from ktrain.base.control import Caller, Handler
 from ktrain.base.events import Event, ListSink, make
 from ktrain.base.settings import Timeouts
+from ktrain.checkpoint.carry import Carrier, Wanted
 from ktrain.checkpoint.lineage import Copy
-from ktrain.errors import CapacityError, ConflictError, CorruptionError, KtrainError, NotFoundError, UnavailableError
-from ktrain.format import record as records
-from ktrain.format.manifest import Identity, bad_ranges
-from ktrain.format.record import RankFiles
+from ktrain.errors import ConflictError, KtrainError, NotFoundError
+from ktrain.format.manifest import Identity
 from ktrain.snapshot.arena import NodeVolume
-from ktrain.tier.bucket import open_tier
 
 _LOG = logging.getLogger(__name__)
 _EVENTS_PER_BEAT = 500
@@ -85,25 +82,30 @@ class NodeKeeper:
         self._restore: dict[str, Any] | None = None  # the newest round, with its long part
         self._freed = False
         self._volume: NodeVolume | None = None
-        self._tier: Tier | None = None
         self._head_away = False
         self._announced: dict[str, Any] = {}
         self._wake = threading.Event()
-        self._work_drain = threading.Event()
-        self._work_pull = threading.Event()
         self._closed = threading.Event()
         self._beat_lock = threading.Lock()  # one beat at a time
-        self._pull_lock = threading.Lock()  # one pull at a time: bounded chunks in flight
-        self._threads: list[threading.Thread] = []
+        self._thread: threading.Thread | None = None
+        self._carrier = Carrier(
+            run_url,
+            node=place.node,
+            volume=lambda: self._volume,
+            transport=transport,
+            emit=self.emit,
+            drained=self._note_drained,
+            timeouts=timeouts,
+            clock=clock,
+        )
 
     # Life
 
     def start(self) -> None:
         """Starts the threads that beat and that carry bytes."""
-        for name, target in (("beat", self._beat_loop), ("drain", self._drain_loop), ("pull", self._pull_loop)):
-            thread = threading.Thread(target=target, name=f"ktrain-{name}", daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        self._thread = threading.Thread(target=self._beat_loop, name="ktrain-beat", daemon=True)
+        self._thread.start()
+        self._carrier.start()
 
     def close(self) -> None:
         """Says the last word to the head, ends the threads and lets go of the volume. Idempotent."""
@@ -112,10 +114,9 @@ class NodeKeeper:
         self.flush()
         self._closed.set()
         self._wake.set()
-        self._work_drain.set()
-        self._work_pull.set()
-        for thread in self._threads:
-            thread.join(self._timeouts.call_s)
+        if self._thread is not None:
+            self._thread.join(self._timeouts.call_s)
+        self._carrier.close()
         if self._transport is not None:
             self._transport.close()
         if self._volume is not None:
@@ -132,6 +133,11 @@ class NodeKeeper:
         """An event of this node, on its way to the head."""
         epoch = int(self._view.get("epoch", 0))
         self.events.emit(make(kind, epoch, clock=self._clock, **fields))
+        self._wake.set()
+
+    def _note_drained(self, report: dict[str, Any]) -> None:
+        with self._lock:
+            self._drained = [*self._drained[-64:], report]
         self._wake.set()
 
     # For the ranks
@@ -182,7 +188,7 @@ class NodeKeeper:
         """Brings a peer's copy into this node's volume for a rank that restores."""
         copy = Copy.from_json(said["copy"])
         deadline = Deadline.after(float(said["timeout_s"]), self._clock)
-        return {"wire_nbytes": self._pull(copy.rank, copy.identity, copy.place, deadline)}
+        return {"wire_nbytes": self._carrier.pull(copy.rank, copy.identity, copy.place, deadline)}
 
     # Beats
 
@@ -255,14 +261,20 @@ class NodeKeeper:
 
     def _take(self, answer: dict[str, Any]) -> None:
         if self._volume is None and not self._freed:
-            self._volume = NodeVolume(self._place.volume_root, node=self._place.node, run=str(answer["run"]), uri=self._run_url)
+            self._volume = NodeVolume(
+                self._place.volume_root, node=self._place.node, run=str(answer["run"]), uri=self._run_url
+            )
         with self._lock:
             if answer["epoch"] != self._view.get("epoch"):
                 self._ranks, self._drained, self._restore, self._restore_round = {}, [], None, -1
             fresh_manifests = answer["want_manifests"] != self._wanted_manifests
             self._wanted_manifests = answer["want_manifests"]
+            moved = [rank for rank in answer["ranks"] if rank not in self._view.get("ranks", [])]
             self._view = answer
             self._take_restore(answer["restore"])
+        if self._volume is not None:
+            for rank in moved:
+                self._volume.release(rank)  # kept for another node so far: now its own process writes these slots
         if self.on_wire is not None and answer["wire"] is not None:
             self.on_wire(answer["wire"])
         if answer["committed"] != self._announced and self._volume is not None and answer["committed"]:
@@ -271,8 +283,16 @@ class NodeKeeper:
             self._volume.write_committed(memory_tiers)
         if fresh_manifests and self._wanted_manifests:
             self._wake.set()
-        self._work_drain.set()
-        self._work_pull.set()
+        self._carrier.want(
+            Wanted(
+                drain=answer["drain"],
+                ranks=[rank for rank in answer["ranks"] if rank in self._ranks],
+                pull=answer["pull"],
+                peers=answer["peers"],
+                protect=[(int(step), int(epoch)) for step, epoch in answer["protect"]],
+                epoch=int(answer["epoch"]),
+            )
+        )
         if answer["free"] and not self._freed:
             self._free()
 
@@ -300,136 +320,3 @@ class NodeKeeper:
         self._volume = None
         self._freed = True
         self._wake.set()
-
-    # Bytes: drain to the bucket
-
-    def _drain_loop(self) -> None:
-        done: str | None = None
-        while not self._closed.is_set():
-            self._clock.wait(self._work_drain, self._timeouts.beat_s)
-            self._work_drain.clear()
-            with self._lock:
-                wanted = self._view.get("drain")
-                ranks = [rank for rank in self._view.get("ranks", []) if rank in self._ranks]
-            if wanted is None or wanted["write_id"] == done or not ranks:
-                continue
-            done = wanted["write_id"]
-            for rank in ranks:
-                report = self._drain_rank(rank, Identity.from_json(wanted["identity"]), done)
-                with self._lock:
-                    self._drained = [*self._drained[-64:], report]
-                self._wake.set()
-
-    def _drain_rank(self, rank: int, identity: Identity, write_id: str) -> dict[str, Any]:
-        started = self._clock.monotonic()
-        try:
-            files, plan_digest = self._upload(rank, identity, write_id)
-        except KtrainError as error:
-            return {"write_id": write_id, "failure": f"rank {rank} on {self._place.node}: {error.kind}: {error}"}
-        except Exception as error:  # noqa: BLE001 -- a thread's work item: the head is told, the thread goes on
-            _LOG.exception("drain of rank %d: unexpected failure", rank)
-            return {"write_id": write_id, "failure": f"rank {rank} on {self._place.node}: {type(error).__name__}: {error}"}
-        seconds = self._clock.monotonic() - started
-        self.emit("drained", rank=rank, step=identity.step, tier=contract.TIER_BUCKET, nbytes=files.nbytes, seconds=seconds)
-        return {
-            "write_id": write_id,
-            "plan_digest": plan_digest,
-            "files": {name: getattr(files, name) for name in RankFiles.__slots__},
-        }
-
-    def _upload(self, rank: int, identity: Identity, write_id: str) -> tuple[RankFiles, str]:
-        """Payload, then manifest, straight from the slot, which stays under lease meanwhile."""
-        if self._volume is None:
-            raise UnavailableError(f"rank {rank}, {identity}: this node has no volume now")
-        if self._tier is None:
-            self._tier = open_tier(self._run_url, timeouts=self._timeouts, clock=self._clock)
-        payload = records.payload_name(identity.step, identity.epoch, write_id, rank)
-        name = records.manifest_name(identity.step, identity.epoch, write_id, rank)
-        with self._volume.open(rank, identity) as slot:
-            manifest = slot.manifest
-            bad = bad_ranges(manifest, slot.memory)
-            if bad:
-                self._bad_slot(rank, identity, bad[0])
-            self._tier.write(payload, slot.memory, deadline=self._transfer_deadline(manifest.nbytes))
-        data = manifest.to_bytes()
-        self._tier.write(name, data, deadline=self._transfer_deadline(len(data)))
-        files = RankFiles(rank, payload, manifest.nbytes, manifest.payload_digest(), name, len(data), manifest.digest())
-        return files, manifest.plan_digest
-
-    def _transfer_deadline(self, nbytes: int) -> Deadline:
-        return Deadline.after(self._timeouts.storage_s + nbytes / 1e6, self._clock)
-
-    def _bad_slot(self, rank: int, identity: Identity, bad: tuple[int, int]) -> None:
-        assert self._volume is not None
-        reason = f"bytes {bad[0]} to {bad[1]} differ from the digest made at the snapshot"
-        self._volume.discard(rank, identity, reason)
-        self.emit(
-            "bad_copy",
-            step=identity.step,
-            rank=rank,
-            tier=contract.TIER_MEMORY,
-            where=self._place.node,
-            reason=reason,
-            begin=bad[0],
-            end=bad[1],
-        )
-        raise CorruptionError(f"rank {rank}, {identity} in the memory of {self._place.node}: {reason}")
-
-    # Bytes: replicas and restores from peers
-
-    def _pull_loop(self) -> None:
-        failed: set[tuple[int, Identity]] = set()
-        while not self._closed.is_set():
-            self._clock.wait(self._work_pull, self._timeouts.beat_s)
-            self._work_pull.clear()
-            with self._lock:
-                wanted = list(self._view.get("pull", []))
-            for want in wanted:
-                rank, identity = int(want["rank"]), Identity.from_json(want["identity"])
-                if (rank, identity) in failed or self._closed.is_set():
-                    continue
-                if not self._keep_replica(rank, identity, want["owner"]):
-                    failed.add((rank, identity))
-
-    def _keep_replica(self, rank: int, identity: Identity, owner: str) -> bool:
-        started = self._clock.monotonic()
-        try:
-            wire_nbytes = self._pull(rank, identity, owner, Deadline.after(self._timeouts.restore_s, self._clock))
-        except (NotFoundError, CapacityError, ConflictError) as error:
-            _LOG.info("replica of rank %d step %d from %s: %s", rank, identity.step, owner, error)  # superseded meanwhile
-            return False
-        except CorruptionError as error:
-            self.emit("bad_copy", step=identity.step, rank=rank, tier=contract.TIER_PEER, where=owner, reason=str(error))
-            return False
-        except KtrainError as error:
-            _LOG.warning("replica of rank %d step %d from %s: %s", rank, identity.step, owner, error)
-            return False
-        seconds = self._clock.monotonic() - started
-        self.emit(
-            "replicated", rank=rank, step=identity.step, source=owner, target=self._place.node, nbytes=wire_nbytes, seconds=seconds
-        )
-        return True
-
-    def _pull(self, rank: int, identity: Identity, owner: str, deadline: Deadline) -> int:
-        """Brings a snapshot of another node into the own volume; returns the bytes that crossed the wire."""
-        if self._transport is None:
-            raise UnavailableError(f"rank {rank}, {identity}: this node has no wire to its peers")
-        source = self._source_of(owner, deadline)
-        with self._pull_lock:
-            with self._lock:
-                protect = [(int(step), int(epoch)) for step, epoch in self._view.get("protect", [])]
-            receipt = self._transport.pull(source, rank, identity, protect=protect, deadline=deadline)
-        return receipt.wire_nbytes
-
-    def _source_of(self, owner: str, deadline: Deadline) -> str:
-        """Waits, bounded, until both ends of the wire are up (a replaced node joins the wire while ranks start)."""
-        bound = deadline.sooner(self._timeouts.start_s / 2)
-        while True:
-            with self._lock:
-                source = self._view.get("peers", {}).get(owner)
-            ready = self._transport is not None and self._transport.address() is not None
-            if source is not None and ready:
-                return str(source)
-            if bound.expired():
-                raise UnavailableError(f"peer {owner}: no wire to it within {bound.total_s:g} s")
-            self._clock.sleep(min(0.1, bound.remaining_s()))

@@ -51,7 +51,10 @@ class Recall:
         """The next thing to try, or None while manifests are awaited from the nodes."""
         self._list_bucket()
         listing = self._listing or Listing(())
-        own = {node: [entry for entry in held if entry[1].run == self._catalog.run_id] for node, held in inventories.items()}
+        own = {
+            node: [entry for entry in held if entry[1].run == self._catalog.run_id]
+            for node, held in inventories.items()
+        }
         found = lineage.candidates(own, listing.commits, self._attempts)
         excluded = set(agreement.excluded)
         bad: list[dict[str, Any]] = []
@@ -106,7 +109,15 @@ class Recall:
                 _check(Manifest.from_bytes(text.encode()), copy)
                 return text
             except (CorruptionError, ConfigError, NotFoundError) as error:
-                bad.append({"step": copy.identity.step, "rank": copy.rank, "tier": copy.tier, "where": copy.place, "reason": str(error)})
+                bad.append(
+                    {
+                        "step": copy.identity.step,
+                        "rank": copy.rank,
+                        "tier": copy.tier,
+                        "where": copy.place,
+                        "reason": str(error),
+                    }
+                )
                 excluded.add(copy.key())
             except KtrainError:
                 excluded.add(copy.key())  # unreachable now: not bad, only not usable in this search
@@ -127,7 +138,9 @@ class Recall:
             text = f"{where}: no good copy is left of any step (tried {steps}); nothing was deleted; see the bad_copy events and `ktrain ckpt verify`"
             return Outcome(error=(kind, text), bad_copies=tuple(bad))
         if listing.broken or durable:
-            names = [name for name, _ in listing.broken] or [f"attempt {durable[-1].epoch} committed step {durable[-1].durable}"]
+            names = [name for name, _ in listing.broken] or [
+                f"attempt {durable[-1].epoch} committed step {durable[-1].durable}"
+            ]
             text = f"{where}: it had durable checkpoints, but no commit record can be read ({', '.join(names[:5])}); nothing was deleted; see `ktrain ckpt verify`"
             if durable:
                 return Outcome(error=("corruption", text), bad_copies=tuple(bad))

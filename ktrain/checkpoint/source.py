@@ -110,7 +110,11 @@ class TierReader:
                 deadline.check(f"read {self._name}")
                 data = self._tier.read_range(self._name, low, high, deadline=self._deadline_of(high - low))
                 if len(data) != high - low:
-                    raise BadCopy(f"{self._name}: expected {self._manifest.nbytes} bytes, it ends at {low + len(data)}", low + len(data), end)
+                    raise BadCopy(
+                        f"{self._name}: expected {self._manifest.nbytes} bytes, it ends at {low + len(data)}",
+                        low + len(data),
+                        end,
+                    )
                 _prove(self._manifest, data, low, self._name)
                 piece[low - begin : high - begin] = data
                 total += high - low

@@ -1,0 +1,218 @@
+"""A node's carrying of bytes: sealed snapshots up to the bucket, replicas in from peers. Threads of its own.
+
+What to carry is a wanted state that `want` replaces; what was carried is told through the callbacks.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ktrain.abc.tier import Tier
+from ktrain.abc.transport import Transport
+from ktrain.base import contract
+from ktrain.base.clock import Clock, Deadline
+from ktrain.base.faults import FaultPoints
+from ktrain.base.settings import Timeouts
+from ktrain.errors import CapacityError, ConflictError, CorruptionError, KtrainError, NotFoundError, UnavailableError
+from ktrain.format import record as records
+from ktrain.format.manifest import Identity, bad_ranges
+from ktrain.format.record import RankFiles
+from ktrain.snapshot.arena import NodeVolume
+from ktrain.tier.bucket import open_tier
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the head wants carried by this node."""
+
+    drain: Mapping[str, Any] | None = None
+    ranks: Sequence[int] = ()  # whose snapshots this node drains
+    pull: Sequence[Mapping[str, Any]] = ()
+    peers: Mapping[str, str] = field(default_factory=dict)
+    protect: Sequence[tuple[int, int]] = ()
+    epoch: int = 0
+
+
+class Carrier:
+    """Drains and pulls for one node. Safe from any thread.
+
+    Args:
+        volume: gives the node's volume, or None while there is none.
+        emit: takes an event's kind and fields.
+        drained: takes the report on one rank's upload.
+    """
+
+    def __init__(
+        self,
+        run_url: str,
+        *,
+        node: str,
+        volume: Callable[[], NodeVolume | None],
+        transport: Transport | None,
+        emit: Callable[..., None],
+        drained: Callable[[dict[str, Any]], None],
+        timeouts: Timeouts,
+        clock: Clock,
+    ) -> None:
+        self._run_url = run_url
+        self._node = node
+        self._volume = volume
+        self._transport = transport
+        self._emit = emit
+        self._drained = drained
+        self._timeouts = timeouts
+        self._clock = clock
+        self._tier: Tier | None = None
+        self._wanted = Wanted()  # replaced whole
+        self._faults = FaultPoints([], epoch=0)
+        self._closed = threading.Event()
+        self._wakes = {"drain": threading.Event(), "pull": threading.Event()}
+        self._pull_lock = threading.Lock()  # one pull at a time: bounded chunks in flight
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Starts the threads."""
+        for name, work in (("drain", self._drain_once), ("pull", self._pull_once)):
+            thread = threading.Thread(target=self._loop, args=(name, work), name=f"ktrain-{name}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def close(self) -> None:
+        """Ends the threads; a transfer in progress is left to its deadline. Idempotent."""
+        self._closed.set()
+        for wake in self._wakes.values():
+            wake.set()
+        for thread in self._threads:
+            thread.join(self._timeouts.call_s)
+        self._threads = []
+
+    def want(self, wanted: Wanted) -> None:
+        """Replaces what is to be carried."""
+        if wanted.epoch != self._wanted.epoch:
+            self._faults = FaultPoints.from_environment(wanted.epoch)
+        self._wanted = wanted
+        for wake in self._wakes.values():
+            wake.set()
+
+    def _loop(self, name: str, work: Callable[[dict[Any, Any]], None]) -> None:
+        memory: dict[Any, Any] = {}  # what this loop has done or given up, so that a wanted state is not carried twice
+        while not self._closed.is_set():
+            self._clock.wait(self._wakes[name], self._timeouts.beat_s)
+            self._wakes[name].clear()
+            try:
+                work(memory)
+            except Exception:  # noqa: BLE001 -- top of the thread: recorded, the next wanted state tries again
+                _LOG.exception("%s: unexpected failure", name)
+
+    # Drain
+
+    def _drain_once(self, memory: dict[Any, Any]) -> None:
+        wanted = self._wanted
+        if wanted.drain is None or wanted.drain["write_id"] == memory.get("done") or not wanted.ranks:
+            return
+        memory["done"] = write_id = str(wanted.drain["write_id"])
+        for rank in wanted.ranks:
+            self._drained(self._drain_rank(rank, Identity.from_json(wanted.drain["identity"]), write_id))
+
+    def _drain_rank(self, rank: int, identity: Identity, write_id: str) -> dict[str, Any]:
+        started = self._clock.monotonic()
+        try:
+            files, plan_digest = self._upload(rank, identity, write_id)
+        except (KtrainError, OSError) as error:
+            return {"write_id": write_id, "failure": f"rank {rank} on {self._node}: {type(error).__name__}: {error}"}
+        seconds = self._clock.monotonic() - started
+        self._emit(
+            "drained", rank=rank, step=identity.step, tier=contract.TIER_BUCKET, nbytes=files.nbytes, seconds=seconds
+        )
+        fields = {name: getattr(files, name) for name in RankFiles.__slots__}
+        return {"write_id": write_id, "plan_digest": plan_digest, "files": fields}
+
+    def _upload(self, rank: int, identity: Identity, write_id: str) -> tuple[RankFiles, str]:
+        """Payload, then manifest, straight from the slot, which stays under lease meanwhile."""
+        volume = self._volume()
+        if volume is None:
+            raise UnavailableError(f"rank {rank}, {identity}: this node has no volume now")
+        if self._tier is None:
+            self._tier = open_tier(self._run_url, timeouts=self._timeouts, clock=self._clock)
+        payload = records.payload_name(identity.step, identity.epoch, write_id, rank)
+        name = records.manifest_name(identity.step, identity.epoch, write_id, rank)
+        with volume.open(rank, identity) as slot:
+            manifest = slot.manifest
+            bad = bad_ranges(manifest, slot.memory)
+            if bad:
+                self._refuse_slot(volume, rank, identity, bad[0])
+            self._faults.reached("drain.payload", step=identity.step, rank=rank)
+            self._tier.write(payload, slot.memory, deadline=self._transfer_deadline(manifest.nbytes))
+        data = manifest.to_bytes()
+        self._faults.reached("drain.manifest", step=identity.step, rank=rank)
+        self._tier.write(name, data, deadline=self._transfer_deadline(len(data)))
+        files = RankFiles(rank, payload, manifest.nbytes, manifest.payload_digest(), name, len(data), manifest.digest())
+        return files, manifest.plan_digest
+
+    def _transfer_deadline(self, nbytes: int) -> Deadline:
+        return Deadline.after(self._timeouts.storage_s + nbytes / 1e6, self._clock)
+
+    def _refuse_slot(self, volume: NodeVolume, rank: int, identity: Identity, bad: tuple[int, int]) -> None:
+        reason = f"bytes {bad[0]} to {bad[1]} differ from the digest made at the snapshot"
+        volume.discard(rank, identity, reason)
+        where = {"step": identity.step, "rank": rank, "tier": contract.TIER_MEMORY, "where": self._node}
+        self._emit("bad_copy", reason=reason, begin=bad[0], end=bad[1], **where)
+        raise CorruptionError(f"rank {rank}, {identity} in the memory of {self._node}: {reason}")
+
+    # Pull
+
+    def _pull_once(self, memory: dict[Any, Any]) -> None:
+        for want in self._wanted.pull:
+            key = (int(want["rank"]), Identity.from_json(want["identity"]))
+            if self._closed.is_set() or self._clock.monotonic() < memory.get(key, 0.0):
+                continue
+            if not self._keep_replica(*key, owner=str(want["owner"])):
+                memory[key] = self._clock.monotonic() + self._timeouts.call_s  # not again at once
+
+    def _keep_replica(self, rank: int, identity: Identity, *, owner: str) -> bool:
+        started = self._clock.monotonic()
+        deadline = Deadline.after(self._timeouts.restore_s, self._clock)
+        try:
+            wire_nbytes = self.pull(rank, identity, owner, deadline)
+        except (NotFoundError, CapacityError, ConflictError) as error:
+            _LOG.info(
+                "replica of rank %d step %d from %s: %s", rank, identity.step, owner, error
+            )  # superseded meanwhile
+            return False
+        except CorruptionError as error:
+            where = {"step": identity.step, "rank": rank, "tier": contract.TIER_PEER, "where": owner}
+            self._emit("bad_copy", reason=str(error), **where)
+            return False
+        except KtrainError as error:
+            _LOG.warning("replica of rank %d step %d from %s: %s", rank, identity.step, owner, error)
+            return False
+        seconds = self._clock.monotonic() - started
+        fields = {"rank": rank, "step": identity.step, "source": owner, "target": self._node}
+        self._emit("replicated", nbytes=wire_nbytes, seconds=seconds, **fields)
+        return True
+
+    def pull(self, rank: int, identity: Identity, owner: str, deadline: Deadline) -> int:
+        """Brings a snapshot of another node into the own volume; returns the bytes that crossed the wire."""
+        if self._transport is None:
+            raise UnavailableError(f"rank {rank}, {identity}: this node has no wire to its peers")
+        source = self._source_of(owner, deadline)
+        with self._pull_lock:
+            protect = self._wanted.protect
+            return self._transport.pull(source, rank, identity, protect=protect, deadline=deadline).wire_nbytes
+
+    def _source_of(self, owner: str, deadline: Deadline) -> str:
+        """Waits, bounded, until both ends of the wire are up (a replaced node joins the wire while ranks start)."""
+        bound = deadline.sooner(self._timeouts.start_s / 2)
+        while True:
+            source = self._wanted.peers.get(owner)
+            if source is not None and self._transport is not None and self._transport.address() is not None:
+                return source
+            if bound.expired():
+                raise UnavailableError(f"peer {owner}: no wire to it within {bound.total_s:g} s")
+            self._clock.sleep(min(0.1, bound.remaining_s()))

@@ -1,0 +1,130 @@
+"""What the head knows of the node keepers, from their last beats. Not thread-safe; the coordinator holds the lock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ktrain.base.events import Event
+from ktrain.format.manifest import Identity
+
+Inventories = Mapping[str, list[tuple[int, Identity]]]
+
+
+@dataclass(frozen=True, slots=True)
+class RankProgress:
+    """What the head knows of a rank. Durations are measured where the silence is, never by comparing two clocks."""
+
+    node: str
+    host: str
+    step: int
+    phase: str  # "start", "restore", "train", "close"
+    silent_s: float  # since the rank's process was last heard of
+    step_silent_s: float  # since its step or phase last moved
+    closed: bool
+
+
+@dataclass(slots=True)
+class Member:
+    """A node keeper: an agent, or in plain python the keeper inside a rank's process."""
+
+    node: str
+    host: str
+    instance: str
+    heard_s: float
+    wire: str | None = None
+    held: tuple[tuple[int, Identity], ...] = ()
+    ranks: dict[int, dict[str, Any]] = field(default_factory=dict)
+    manifests: dict[tuple[int, Identity], str] = field(default_factory=dict)
+    events_taken: int = 0
+    freed: bool = False
+
+
+class Roster:
+    """All keepers that were heard of."""
+
+    def __init__(self) -> None:
+        self._members: dict[str, Member] = {}
+
+    def take(self, said: Mapping[str, Any], now_s: float) -> tuple[Member, list[Event]]:
+        """Takes a beat; returns the member and the events that are new (a beat whose answer was lost comes again)."""
+        member = self._members.get(said["member"])
+        if member is None or member.instance != said["instance"]:
+            member = Member(node=said["node"], host=said["host"], instance=said["instance"], heard_s=now_s)
+            self._members[said["member"]] = member
+        member.heard_s = now_s
+        member.wire = said["wire"]
+        member.freed = said["freed"]
+        member.held = tuple((int(rank), Identity.from_json(identity)) for rank, identity in said["held"])
+        for entry in said["manifests"]:
+            member.manifests[(int(entry["rank"]), Identity.from_json(entry["identity"]))] = entry["text"]
+        fresh = []
+        for index, value in enumerate(said["events"], start=int(said["events_from"])):
+            if index >= member.events_taken:
+                member.events_taken = index + 1
+                fresh.append(Event.from_json(value))
+        return member, fresh
+
+    def forget(self, node: str) -> None:
+        """A node is gone with its volume."""
+        self._members = {name: member for name, member in self._members.items() if member.node != node}
+
+    def forget_ranks(self) -> None:
+        """A new attempt begins: what ranks of the old one said does not count."""
+        for member in self._members.values():
+            member.ranks = {}
+            member.manifests = {}
+
+    def inventories(self) -> dict[str, list[tuple[int, Identity]]]:
+        """Node -> what its volume holds, sealed."""
+        found: dict[str, list[tuple[int, Identity]]] = {}
+        for member in self._members.values():
+            found.setdefault(member.node, []).extend(member.held)
+        return found
+
+    def manifests(self) -> dict[tuple[str, int, Identity], str]:
+        """Texts of manifests that nodes were asked for."""
+        return {
+            (member.node, *key): text for member in self._members.values() for key, text in member.manifests.items()
+        }
+
+    def views(self) -> dict[int, dict[str, Any]]:
+        """Rank -> what it last said."""
+        return {rank: view for member in self._members.values() for rank, view in member.ranks.items()}
+
+    def wires(self) -> dict[str, str]:
+        """Node -> address for peers, of the nodes that have one."""
+        return {member.node: member.wire for member in self._members.values() if member.wire is not None}
+
+    def holdings(self) -> dict[str, dict[int, int]]:
+        """Node -> rank -> newest step held."""
+        found: dict[str, dict[int, int]] = {}
+        for node, held in self.inventories().items():
+            ranks = found.setdefault(node, {})
+            for rank, identity in held:
+                ranks[rank] = max(ranks.get(rank, 0), identity.step)
+        return found
+
+    def silences(self, now_s: float) -> dict[str, float]:
+        """Node -> seconds since it was last heard of."""
+        return {member.node: now_s - member.heard_s for member in self._members.values()}
+
+    def all_freed(self) -> bool:
+        return all(member.freed for member in self._members.values())
+
+    def progress(self, now_s: float) -> dict[int, RankProgress]:
+        """Rank -> progress; ranks that never reported are absent."""
+        return {
+            rank: RankProgress(
+                node=member.node,
+                host=member.host,
+                step=said["step"],
+                phase=said["phase"],
+                silent_s=said["silent_s"] + now_s - member.heard_s,
+                step_silent_s=said["moved_s"] + now_s - member.heard_s,
+                closed=said["closed"],
+            )
+            for member in self._members.values()
+            for rank, said in member.ranks.items()
+        }

@@ -1,0 +1,158 @@
+"""Taking snapshots into this node's volume: plan, stage, seal. What fails here is said once and never stops training."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+import ktrain
+from ktrain.base import contract
+from ktrain.base.clock import SYSTEM_CLOCK
+from ktrain.base.faults import FaultPoints
+from ktrain.checkpoint.line import Line
+from ktrain.checkpoint.policy import Keep
+from ktrain.checkpoint.pulse import Pulse
+from ktrain.errors import CapacityError, KtrainError
+from ktrain.format.manifest import Identity, Manifest
+from ktrain.format.payload import CHUNK_NBYTES
+from ktrain.snapshot.arena import NodeVolume, required_nbytes
+from ktrain.snapshot.staging import stage
+from ktrain.state.plan import SavePlan, plan_save
+from ktrain.state.topology import Topology
+from ktrain.state.train_state import TrainState
+
+_DRAIN_SLOTS = 1  # read by the drain while the next snapshots are taken
+
+
+class Saver:
+    """One rank's writer of the memory tier. Use from the training thread."""
+
+    def __init__(
+        self, state: TrainState, topology: Topology, keep: Keep, *, line: Line, pulse: Pulse, faults: FaultPoints
+    ) -> None:
+        self._state = state
+        self._topology = topology
+        self._num_slots = keep.memory + _DRAIN_SLOTS
+        self._line = line
+        self._pulse = pulse
+        self._faults = faults
+        self._clock = SYSTEM_CLOCK
+        self._run_id = ""
+        self._prepared = False
+        self._failed = False
+        self.volume: NodeVolume | None = None
+        self.saved_step: int | None = None
+
+    def open_volume(self, run: str, run_id: str) -> None:
+        """Opens this node's folder; without one there is no memory tier, which is said."""
+        self._run_id = run_id
+        try:
+            self.volume = NodeVolume(self._line.volume_root, node=self._line.node, run=run_id, uri=run)
+        except (OSError, KtrainError) as error:
+            self._fail(error)
+
+    def close(self) -> None:
+        """Lets go of the volume; what is sealed stays."""
+        if self.volume is not None:
+            self.volume.close()
+
+    def prepare(self) -> None:
+        """Makes and pre-faults the slots, once the optimizer has its state, so that the first save is as fast as all.
+
+        What does not fit is refused here, with the numbers, before anything was written.
+        """
+        if not self._prepared and self.volume is not None:
+            self._prepare(self.volume, plan_save(self._state, self._topology))
+
+    def _prepare(self, volume: NodeVolume, plan: SavePlan) -> None:
+        self._prepared = True
+        local = self._topology.local_world_size
+        kept = local if self._topology.world_size > local and self._line.has_launcher else 0
+        try:
+            required_nbytes(
+                plan.layout.nbytes,
+                ranks_per_node=local,
+                slots=self._num_slots,
+                kept_ranks=kept,
+                free_nbytes=volume.free_nbytes(),
+                held_nbytes=volume.held_nbytes(),
+            )
+            volume.prepare(self._topology.rank, plan.layout.nbytes, self._num_slots)
+        except (CapacityError, OSError) as error:
+            self._fail(error)
+
+    def save(self, step: int) -> bool:
+        """Takes a snapshot of `step`; false where it had to be skipped, which is counted in the events."""
+        started = self._clock.monotonic()
+        if self.volume is None:
+            return False
+        rank = self._topology.rank
+        self._faults.reached("save.begin", step=step, rank=rank)
+        plan = plan_save(self._state, self._topology)
+        if not self._prepared:
+            self._prepare(self.volume, plan)
+        try:
+            sealed = self._write(self.volume, step, plan)
+        except (CapacityError, OSError) as error:
+            self._fail(error)
+            return False
+        if not sealed:
+            reason = "no slot is free: all are newest, committed, or being read"
+            self._pulse.emit("save_skipped", rank=rank, step=step, tier=contract.TIER_MEMORY, reason=reason)
+            return False
+        self._faults.reached("save.sealed", step=step, rank=rank)
+        self.saved_step = step
+        self._recovered()
+        self._pulse.note_sealed()
+        fields = {"rank": rank, "step": step, "tier": contract.TIER_MEMORY, "nbytes": plan.layout.nbytes}
+        self._pulse.emit("snapshot", stall_s=self._clock.monotonic() - started, **fields)
+        return True
+
+    def _write(self, volume: NodeVolume, step: int, plan: SavePlan) -> bool:
+        rank = self._topology.rank
+        protect = [(int(at), int(epoch)) for at, epoch in self._pulse.answer.get("protect", [])]
+        writer = volume.acquire(rank, plan.layout.nbytes, protect=protect, limit=self._num_slots)
+        if writer is None:
+            return False
+        with writer:
+            chunks = stage(plan, writer.memory, num_threads=_copy_threads(self._topology))
+            self._faults.reached("save.staged", step=step, rank=rank)
+            writer.seal(self._manifest(step, plan, chunks))
+        return True
+
+    def _manifest(self, step: int, plan: SavePlan, chunks: tuple[int, ...]) -> Manifest:
+        world_size = self._topology.world_size
+        return Manifest(
+            identity=Identity(run=self._run_id, step=step, epoch=self._line.epoch, world_size=world_size),
+            rank=self._topology.rank,
+            plan_digest=plan.digest,
+            nbytes=plan.layout.nbytes,
+            chunk_nbytes=CHUNK_NBYTES,
+            chunks=chunks,
+            entries=plan.layout.entries,
+            objects=plan.objects,
+            origin={
+                "ktrain": ktrain.__version__,
+                "torch": torch.__version__,
+                "node": self._line.node,
+                "local_world_size": self._topology.local_world_size,
+            },
+        )
+
+    def _fail(self, error: Exception) -> None:
+        """Says once that the memory tier fails; training goes on."""
+        if not self._failed:
+            reason = f"{type(error).__name__}: {error}"
+            self._pulse.emit("tier_failed", tier=contract.TIER_MEMORY, rank=self._topology.rank, reason=reason)
+        self._failed = True
+
+    def _recovered(self) -> None:
+        if self._failed:
+            self._pulse.emit("tier_recovered", tier=contract.TIER_MEMORY)
+        self._failed = False
+
+
+def _copy_threads(topology: Topology) -> int:
+    """Threads for one rank's copy: its share of the node's processors, at most 8 (memory bandwidth ends there)."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) // topology.local_world_size))
