@@ -50,9 +50,7 @@ class SampleOrder:
         if self.length < 1:
             raise ConfigError(f"samples: expected a data set with at least 1 sample, found {self.length}")
         if self.global_batch < 1:
-            raise ConfigError(
-                f"samples: expected a global batch of at least 1 sample, found {self.global_batch}"
-            )
+            raise ConfigError(f"samples: expected a global batch of at least 1 sample, found {self.global_batch}")
 
     @property
     def shuffle(self) -> Shuffle:
@@ -101,9 +99,7 @@ class SampleOrder:
         if set(state) != set(mine):
             raise ConfigError(f"data position: expected the fields {sorted(mine)}, found {sorted(state)}")
         changed = [
-            f"{name}: {state[name]} -> {mine[name]}"
-            for name in mine
-            if name != "step" and state[name] != mine[name]
+            f"{name}: {state[name]} -> {mine[name]}" for name in mine if name != "step" and state[name] != mine[name]
         ]
         if changed:
             raise ConfigError(

@@ -26,16 +26,12 @@ class Loss:
     def __post_init__(self) -> None:
         if not isinstance(self.sum, torch.Tensor) or self.sum.numel() != 1:
             found = list(self.sum.shape) if isinstance(self.sum, torch.Tensor) else type(self.sum).__name__
-            raise ConfigError(
-                f"Loss: expected one summed value as a tensor, found {found}; reduce it with .sum()"
-            )
+            raise ConfigError(f"Loss: expected one summed value as a tensor, found {found}; reduce it with .sum()")
 
     def totals(self) -> torch.Tensor:
         """Sum and count, shape [2], float64, detached, on the loss's device."""
         total = self.sum.detach().reshape(()).double()
-        return torch.stack(
-            [total, torch.as_tensor(self.count, dtype=torch.float64, device=total.device).reshape(())]
-        )
+        return torch.stack([total, torch.as_tensor(self.count, dtype=torch.float64, device=total.device).reshape(())])
 
 
 def as_loss(mean: torch.Tensor, batch: object) -> Loss:

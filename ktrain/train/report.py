@@ -17,6 +17,8 @@ from typing import Any
 from ktrain.base.events import Event
 
 _FAULT_KINDS = frozenset({"fault_injected", "failure", "worker_exit", "hang", "node_lost"})
+_RUN_KINDS = frozenset({"run_started", "run_ended"})
+_ORDERLY = ("succeeded", "stopped")
 _COLUMNS = (
     "attempt",
     "restored from",
@@ -41,7 +43,7 @@ class AttemptRow:
     last_step: int | None
     num_steps: int
     useful_share: float  # of its own wall time
-    ended: str  # "finished", "stopped", "running", or what failed
+    ended: str  # "succeeded", "stopped", "running", or what failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class Report:
     """A run in numbers; prints as a table, and shows itself in a notebook."""
 
     attempts: tuple[AttemptRow, ...]
-    outcome: str  # "finished", "stopped", "failed", "running"
+    outcome: str  # "succeeded", "stopped", "failed", "running"
     step: int  # the newest step on the line
     loss: float | None  # of that step
     wall_s: float
@@ -63,11 +65,11 @@ class Report:
         """The report of an event log; its order does not matter."""
         ordered = sorted(events, key=lambda event: event.time)
         stories = _stories(ordered)
-        finished_at = [event.time for event in ordered if event.kind == "run_ended"]
+        outcome = _outcome(ordered)
         rows = []
         for index, story in enumerate(stories):
             before, after = stories[:index], stories[index + 1 :]
-            still_open = not after and not (finished_at and finished_at[-1] >= story.end)
+            still_open = not after and outcome == "running"
             rows.append(_row(story, before, after, still_open=still_open))
         kept = [pair for index, story in enumerate(stories) for pair in _kept(story, stories[index + 1 :])]
         wall_s = _wall_s(ordered)
@@ -75,13 +77,13 @@ class Report:
         loss = None if newest is None else newest.fields.get("loss")
         return cls(
             attempts=tuple(rows),
-            outcome=_outcome(ordered),
+            outcome=outcome,
             step=0 if newest is None else _step(newest),
             loss=None if loss is None else float(loss),
             wall_s=wall_s,
             useful_share=_share(sum(seconds for _, seconds in kept), wall_s),
             steps_lost=sum(row.steps_lost for row in rows),
-            num_failures=sum(1 for row in rows if row.ended not in ("finished", "stopped", "running")),
+            num_failures=sum(1 for row in rows if row.ended not in (*_ORDERLY, "running")),
             wire_nbytes=sum(_wire_nbytes(event) for event in ordered),
         )
 
@@ -93,8 +95,7 @@ class Report:
         table = [_COLUMNS, *(_cells(row) for row in self.attempts)]
         widths = [max(len(cells[column]) for cells in table) for column in range(len(_COLUMNS))]
         lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
-            for cells in table
+            "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in table
         ]
         lines.insert(1, "  ".join("-" * width for width in widths))
         return "\n".join([*lines, "", self._summary()])
@@ -102,12 +103,10 @@ class Report:
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{html.escape(name)}</th>" for name in _COLUMNS)
         body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row)) + "</tr>"
-            for row in self.attempts
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row)) + "</tr>" for row in self.attempts
         )
         return (
-            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-            f"<p>{html.escape(self._summary())}</p>"
+            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{html.escape(self._summary())}</p>"
         )
 
     def __str__(self) -> str:
@@ -148,9 +147,7 @@ class _Story:
     @property
     def restored(self) -> Event | None:
         """Where it began: the last restore of the attempt."""
-        return next(
-            (event for event in reversed(self.events) if event.kind in ("restored", "fresh_start")), None
-        )
+        return next((event for event in reversed(self.events) if event.kind in ("restored", "fresh_start")), None)
 
     @property
     def start_step(self) -> int | None:
@@ -166,18 +163,15 @@ class _Story:
         steps = self.steps
         last_step_at = steps[-1].time if steps else self.begin
         faults = [
-            event.time - float(event.fields.get("silent_s", 0.0))
-            for event in self.events
-            if event.kind in _FAULT_KINDS
+            event.time - float(event.fields.get("silent_s", 0.0)) for event in self.events if event.kind in _FAULT_KINDS
         ]
         since = [time for time in faults if time >= last_step_at]
         return min(since) if since else max([last_step_at, *faults])
 
 
 def _stories(ordered: Sequence[Event]) -> list[_Story]:
-    own = sorted(
-        (event for event in ordered if event.attempt > 0), key=lambda event: (event.attempt, event.time)
-    )
+    own = [event for event in ordered if event.attempt > 0 and event.kind not in _RUN_KINDS]
+    own.sort(key=lambda event: event.attempt)  # stable: within an attempt the order of time stays
     return [_Story(number, tuple(events)) for number, events in groupby(own, key=lambda event: event.attempt)]
 
 
@@ -186,14 +180,12 @@ def _row(story: _Story, before: Sequence[_Story], after: Sequence[_Story], *, st
     line = [event for index, earlier in enumerate(before) for event, _ in _kept(earlier, before[index + 1 :])]
     reached = max(map(_step, line), default=0)
     recovery_s = None
-    if before and steps and _ending(before[-1], still_open=False) not in ("finished", "stopped"):
+    if before and steps and _ending(before[-1], still_open=False) not in _ORDERLY:
         recovery_s = max(0.0, steps[0].time - before[-1].failed_at())
     restored = story.restored
     return AttemptRow(
         number=story.number,
-        restored_tier=restored.fields.get("tier")
-        if restored is not None and restored.kind == "restored"
-        else None,
+        restored_tier=restored.fields.get("tier") if restored is not None and restored.kind == "restored" else None,
         restored_step=start,
         steps_lost=max(0, reached - start) if start is not None else 0,
         recovery_s=recovery_s,
@@ -220,7 +212,7 @@ def _kept(story: _Story, after: Sequence[_Story]) -> list[tuple[Event, float]]:
 def _ending(story: _Story, *, still_open: bool) -> str:
     ended = next((event for event in reversed(story.events) if event.kind == "attempt_ended"), None)
     outcome = None if ended is None else str(ended.fields.get("outcome"))
-    if outcome in ("finished", "stopped"):
+    if outcome in _ORDERLY:
         return outcome
     failures = [event for event in story.events if event.kind == "failure"]
     if failures and (ended is not None or not still_open):
@@ -239,19 +231,14 @@ def _describe(failure: Event) -> str:
 
 
 def _outcome(ordered: Sequence[Event]) -> str:
-    last = next(
-        (
-            event
-            for event in reversed(ordered)
-            if event.kind in ("run_started", "run_ended", "attempt_started")
-        ),
-        None,
-    )
-    return (
-        str(last.fields.get("outcome", "failed"))
-        if last is not None and last.kind == "run_ended"
-        else "running"
-    )
+    """How the run stands: the end of the run, or of its newest attempt where no launcher starts another."""
+    starts = [event for event in ordered if event.kind == "attempt_started"]
+    alone = bool(starts) and starts[-1].fields.get("launcher") == "none"
+    telling = ("run_started", "run_ended", "attempt_started", *(("attempt_ended",) if alone else ()))
+    last = next((event for event in reversed(ordered) if event.kind in telling), None)
+    if last is None or last.kind in ("run_started", "attempt_started"):
+        return "running"
+    return str(last.fields.get("outcome", "failed"))
 
 
 def _wall_s(ordered: Sequence[Event]) -> float:

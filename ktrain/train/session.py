@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -29,13 +30,13 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ktrain.base import settings
+from ktrain.checkpoint.log import LogReader
 from ktrain.checkpoint.policy import Every, Keep
 from ktrain.data.batch import lay_out_batch
 from ktrain.data.order import SampleOrder
 from ktrain.data.samples import Dataset, Samples, evaluation_batches
 from ktrain.errors import ConfigError, KtrainError
 from ktrain.train import gradients, sharding, world
-from ktrain.train.history import read_events
 from ktrain.train.loss import Loss, as_loss, mean_over_ranks
 from ktrain.train.report import Report
 from ktrain.train.sharding import Mesh, Precision
@@ -83,7 +84,7 @@ class SessionConfig:
 
 
 def session(  # noqa: PLR0913 -- a front door
-    run: str,
+    run: str | os.PathLike[str] | None = None,
     *,
     mesh: str = "fsdp",
     seed: int = 0,
@@ -91,10 +92,10 @@ def session(  # noqa: PLR0913 -- a front door
     keep: int | Keep = 3,
     precision: str = "fp32",
 ) -> Session:
-    """A session on the run at `run` (a path or URL); the same run again means: continue.
+    """A session on a run; the same run again means: continue.
 
     Args:
-        run: where checkpoints and events lie.
+        run: path or URL of the run, where checkpoints and events lie; None takes the one of `ktrain launch`.
         mesh: "fsdp" or "ddp" over all ranks, or "none" for one rank.
         seed: of initial values, sample order and generators.
         every: steps between two snapshots.
@@ -102,10 +103,13 @@ def session(  # noqa: PLR0913 -- a front door
         precision: "fp32" or "bf16" in forward and backward; parameters stay float32.
 
     Raises:
-        ConfigError: an argument is not one of these.
+        ConfigError: no run is named, or an argument is not one of these.
     """
+    name = settings.worker_settings().run if run is None else os.fspath(run)
+    if name is None:
+        raise ConfigError("session: no run is named; pass run='runs/NAME', or start the script by `ktrain launch`")
     config = SessionConfig(
-        run, _one_of(Mesh, "mesh", mesh), _one_of(Precision, "precision", precision), seed, every, keep
+        name, _one_of(Mesh, "mesh", mesh), _one_of(Precision, "precision", precision), seed, every, keep
     )
     return Session(config, open_checkpointer=_open_checkpointer)
 
@@ -137,9 +141,7 @@ class Session:
     ) -> None:
         if self._checkpointer is not None:
             self._checkpointer.close(success=kind is None)
-        if (
-            kind is None
-        ):  # after an error other ranks may be gone or stuck: the process's end says it to all of them
+        if kind is None:  # after an error other ranks may be gone or stuck: the process's end says it to all of them
             world.leave(self._place())
 
     # What the ranks are
@@ -171,7 +173,7 @@ class Session:
 
     def report(self) -> Report:
         """What has happened to the run so far, over all its attempts, from its event log."""
-        return Report.from_events(read_events(self.config.run, timeouts=settings.timeouts()))
+        return Report.from_events(LogReader(self.config.run, timeouts=settings.timeouts()).read_new())
 
     # What is trained
 
@@ -231,9 +233,7 @@ class Session:
             raise ConfigError(f"evaluate: expected every >= 1 steps, found {every}")
         self._evaluate = (fn, every)
 
-    def mean_loss(
-        self, fn: Callable[[Any], Loss | torch.Tensor], dataset: Dataset, *, micro_batch: int
-    ) -> float:
+    def mean_loss(self, fn: Callable[[Any], Loss | torch.Tensor], dataset: Dataset, *, micro_batch: int) -> float:
         """The mean of `fn(batch)` over a data set, each sample counted once, on any number of ranks."""
         place = self._place().topology
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -260,13 +260,9 @@ class Session:
         if self._checkpointer is None:
             self._restore(data)
         elif self._parts[_POSITION] is not data:
-            raise ConfigError(
-                "steps: the run goes on with other samples than it began with; pass the same ones"
-            )
+            raise ConfigError("steps: the run goes on with other samples than it began with; pass the same ones")
         if self._done > total:
-            _LOG.warning(
-                "run %s: %d steps were asked for, %d are done already", self.config.run, total, self._done
-            )
+            _LOG.warning("run %s: %d steps were asked for, %d are done already", self.config.run, total, self._done)
         while self._done < total:
             step = Step(self, self._done + 1, data)
             yield step
@@ -280,7 +276,7 @@ class Session:
         assert self._checkpointer is not None
         self._checkpointer.log(**values)
 
-    def notify_once(self, message: str) -> None:
+    def _notify_once(self, message: str) -> None:
         """Says something to the user, once per session and only from rank 0."""
         if self.rank == 0 and message not in self._told:
             self._told.add(message)
@@ -288,9 +284,7 @@ class Session:
 
     def _restore(self, data: Samples) -> None:
         for name, part in self._parts.items():
-            unshared = (
-                self.world_size > 1 and isinstance(part, nn.Module) and not sharding.is_distributed(part)
-            )
+            unshared = self.world_size > 1 and isinstance(part, nn.Module) and not sharding.is_distributed(part)
             if unshared and any(value.requires_grad for value in part.parameters()):
                 raise ConfigError(
                     f"part {name!r}: each of {self.world_size} ranks has the module for itself, gradients "
@@ -341,7 +335,7 @@ class Session:
     def _counted(self, found: Loss | torch.Tensor, batch: Any) -> Loss:
         if isinstance(found, Loss):
             return found
-        self.notify_once(
+        self._notify_once(
             "the loss is a bare tensor: it counts as the mean over the leading dimension of a micro-batch, "
             "return ktrain.Loss(sum, count) to weigh it otherwise"
         )
@@ -434,13 +428,9 @@ class Step:
 
     def _check_ready(self, optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
         if self.loss is not None:
-            raise ConfigError(
-                f"step {self.number}: update() was called twice; pass all optimizers in one call"
-            )
+            raise ConfigError(f"step {self.number}: update() was called twice; pass all optimizers in one call")
         if not optimizers:
-            raise ConfigError(
-                f"step {self.number}: update() needs the optimizer; call step.update(optimizer)"
-            )
+            raise ConfigError(f"step {self.number}: update() needs the optimizer; call step.update(optimizer)")
         if self._num_backward != self.num_micro_batches:
             raise ConfigError(
                 f"step {self.number}: expected {self.num_micro_batches} calls of backward(), one a micro-"
@@ -448,9 +438,7 @@ class Step:
             )
 
 
-def _open_checkpointer(
-    run: str, *, state: Mapping[str, Any], every: int | Every, keep: int | Keep
-) -> Checkpointing:
+def _open_checkpointer(run: str, *, state: Mapping[str, Any], every: int | Every, keep: int | Keep) -> Checkpointing:
     from ktrain.checkpoint.checkpointer import Checkpointer
 
     return Checkpointer(run, state=state, every=every, keep=keep)

@@ -49,16 +49,12 @@ def build(model: nn.Module | Callable[[], nn.Module], *, seed: int, world: World
                 dist.broadcast(tensor.detach(), src=0)
         return module
     if not callable(model):
-        raise ConfigError(
-            f"shard: expected a module or a function that makes one, found {type(model).__name__}"
-        )
+        raise ConfigError(f"shard: expected a module or a function that makes one, found {type(model).__name__}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         module = model()
     if not isinstance(module, nn.Module):
-        raise ConfigError(
-            f"shard: the factory was to return a torch module, it returned {type(module).__name__}"
-        )
+        raise ConfigError(f"shard: the factory was to return a torch module, it returned {type(module).__name__}")
     return module.to(world.device)
 
 
@@ -76,9 +72,7 @@ def distribute(module: nn.Module, *, mesh: Mesh, precision: Precision, world: Wo
     if precision is Precision.BF16:
         _compute_in_bf16(module, world.device)
     if mesh is Mesh.DDP and world.topology.world_size > 1:
-        return DistributedDataParallel(
-            module, device_ids=None if world.device.type == "cpu" else [world.device]
-        )
+        return DistributedDataParallel(module, device_ids=None if world.device.type == "cpu" else [world.device])
     return module
 
 
@@ -125,8 +119,6 @@ def _compute_in_bf16(module: nn.Module, device: torch.device) -> None:
     def autocast_forward(*args: object, **kwargs: object) -> object:
         with torch.autocast(device.type, torch.bfloat16):
             outputs = forward(*args, **kwargs)
-        return map_tensors(
-            outputs, lambda tensor: tensor.float() if tensor.dtype is torch.bfloat16 else tensor
-        )
+        return map_tensors(outputs, lambda tensor: tensor.float() if tensor.dtype is torch.bfloat16 else tensor)
 
     module.forward = autocast_forward  # a wrapper module would change every name

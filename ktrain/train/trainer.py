@@ -154,9 +154,7 @@ class Trainer:
         assert eval_data is not None
 
         def evaluate() -> float:
-            found = s.mean_loss(
-                lambda batch: self._loss(model, batch, None), eval_data, micro_batch=micro_batch
-            )
+            found = s.mean_loss(lambda batch: self._loss(model, batch, None), eval_data, micro_batch=micro_batch)
             self._tell(Moment.EVALUATED, s.num_steps + 1, eval_loss=found)
             return found
 

@@ -30,9 +30,7 @@ def test_layout_world_that_does_not_divide_names_the_nearest() -> None:
 
 
 def test_layout_micro_batch_that_does_not_divide_names_the_nearest() -> None:
-    with pytest.raises(
-        ConfigError, match=r"global batches that fit: 10 or 20;.*micro-batches that fit: 3 or 6"
-    ):
+    with pytest.raises(ConfigError, match=r"global batches that fit: 10 or 20;.*micro-batches that fit: 3 or 6"):
         lay_out_batch(12, world_size=2, micro_batch=5)
 
 
@@ -48,9 +46,7 @@ def test_layout_sizes_below_one_are_refused(batch: int, world: int, micro: int |
 
 
 @given(length=st.integers(0, 100), world=st.integers(1, 6), micro=st.integers(1, 7))
-def test_share_out_any_length_gives_each_sample_once_and_equal_passes(
-    length: int, world: int, micro: int
-) -> None:
+def test_share_out_any_length_gives_each_sample_once_and_equal_passes(length: int, world: int, micro: int) -> None:
     shares = [share_out(length, world_size=world, rank=rank, micro_batch=micro) for rank in range(world)]
     assert len({len(share) for share in shares}) == 1
     assert sorted(index for share in shares for part in share for index in part) == list(range(length))

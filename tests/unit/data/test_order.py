@@ -21,9 +21,7 @@ KEY = hashlib.sha256(b"test").digest()
     batch=st.integers(1, 300),
     epochs=st.integers(1, 3),
 )
-def test_order_over_epochs_uses_every_sample_exactly_once_each(
-    seed: int, length: int, batch: int, epochs: int
-) -> None:
+def test_order_over_epochs_uses_every_sample_exactly_once_each(seed: int, length: int, batch: int, epochs: int) -> None:
     order = SampleOrder(seed, length, batch)
     num_steps = -(-length * epochs // batch)
     stream = np.concatenate([order.indices(step) for step in range(num_steps)])

@@ -31,9 +31,7 @@ def test_samples_any_world_and_micro_batch_are_the_same_global_batches() -> None
     dataset = list(range(30))
     alone = used(samples(dataset, batch=12), 5)
     for world, micro in ((2, None), (2, 3), (4, 1), (3, 2)):
-        ranks = [
-            used(samples(dataset, batch=12, world=world, micro=micro, rank=rank), 5) for rank in range(world)
-        ]
+        ranks = [used(samples(dataset, batch=12, world=world, micro=micro, rank=rank), 5) for rank in range(world)]
         for step in range(5):
             assert sorted(value for rank in ranks for value in rank[step]) == sorted(alone[step])
 
@@ -43,9 +41,7 @@ def test_samples_loaded_state_go_on_where_the_other_stopped() -> None:
     first, second = samples(dataset, batch=6), samples(dataset, batch=6)
     first.position = 7
     second.load_state_dict(first.state_dict())
-    assert [batch.tolist() for batch in second.micro_batches()] == [
-        batch.tolist() for batch in first.micro_batches()
-    ]
+    assert [batch.tolist() for batch in second.micro_batches()] == [batch.tolist() for batch in first.micro_batches()]
 
 
 def test_samples_state_of_other_data_is_refused() -> None:

@@ -36,8 +36,8 @@ def killed_once() -> list[Event]:
         event(15, 2, "attempt_started", world_size=4),
         event(16, 2, "restored", step=8, tier="memory", nbytes=1000, seconds=0.5, wire_bytes=0),
         *steps(2, 9, 20, at=16),  # 17 .. 28 s
-        event(29, 2, "attempt_ended", outcome="finished", step=20),
-        event(30, 0, "run_ended", outcome="finished", exit_code=0, step=20, reason=""),
+        event(29, 2, "attempt_ended", outcome="succeeded", step=20),
+        event(30, 0, "run_ended", outcome="succeeded", exit_code=0, step=20, reason=""),
     ]
 
 
@@ -55,8 +55,8 @@ def test_report_run_killed_once_has_known_numbers() -> None:
     assert first.ended == "crash of rank 2: killed by signal 9"
     assert (second.restored_tier, second.restored_step, second.steps_lost) == ("memory", 8, 2)
     assert second.recovery_s == pytest.approx(17 - 12.5)
-    assert second.ended == "finished"
-    assert (report.outcome, report.step, report.loss) == ("finished", 20, 1 / 20)
+    assert second.ended == "succeeded"
+    assert (report.outcome, report.step, report.loss) == ("succeeded", 20, 1 / 20)
     assert (report.num_failures, report.steps_lost, report.wall_s) == (1, 2, 30)
     assert report.useful_share == pytest.approx((8 + 12) / 30)  # steps 9 and 10 of attempt 1 were lost
 
@@ -138,12 +138,12 @@ def test_report_failure_that_training_survived_is_no_failed_attempt() -> None:
         *steps(1, 1, 2, at=0),
         event(2.5, 1, "failure", cause="agent", node="node-0", reason="agent died"),
         *steps(1, 3, 4, at=3),
-        event(6, 1, "attempt_ended", outcome="finished", step=4),
-        event(7, 0, "run_ended", outcome="finished", step=4),
+        event(6, 1, "attempt_ended", outcome="succeeded", step=4),
+        event(7, 0, "run_ended", outcome="succeeded", step=4),
     ]
     report = Report.from_events(events)
     assert report.num_failures == 0
-    assert report.attempts[0].ended == "finished"
+    assert report.attempts[0].ended == "succeeded"
 
 
 def test_report_launcher_killed_says_that_the_attempt_vanished() -> None:
@@ -170,15 +170,26 @@ def test_report_pause_after_orderly_end_is_no_wall_time() -> None:
         event(1000, 0, "run_started"),
         event(1001, 2, "restored", step=4, tier="bucket"),
         *steps(2, 5, 8, at=1001),
-        event(1005, 2, "attempt_ended", outcome="finished", step=8),
-        event(1005, 0, "run_ended", outcome="finished", step=8),
+        event(1005, 2, "attempt_ended", outcome="succeeded", step=8),
+        event(1005, 0, "run_ended", outcome="succeeded", step=8),
     ]
     report = Report.from_events(events)
     assert report.wall_s == 10
     assert report.useful_share == pytest.approx(0.8)
-    assert [row.ended for row in report.attempts] == ["stopped", "finished"]
+    assert [row.ended for row in report.attempts] == ["stopped", "succeeded"]
     assert report.attempts[1].recovery_s is None  # nothing had failed
-    assert report.outcome == "finished"
+    assert report.outcome == "succeeded"
+
+
+def test_report_plain_run_that_failed_is_not_running() -> None:
+    events = [
+        event(0, 1, "attempt_started", launcher="none"),
+        event(1, 1, "fresh_start", step=0),
+        *steps(1, 1, 4, at=1),
+        event(6, 1, "attempt_ended", outcome="failed"),
+    ]
+    report = Report.from_events(events)
+    assert (report.outcome, report.attempts[0].ended, report.num_failures) == ("failed", "failed", 1)
 
 
 def test_report_bytes_between_nodes_are_replicas_and_restores() -> None:
@@ -192,12 +203,9 @@ def test_report_bytes_between_nodes_are_replicas_and_restores() -> None:
 def test_report_as_text_lines_up_in_columns() -> None:
     head, rule, first, second, empty, summary = Report.from_events(killed_once()).to_text().splitlines()
     assert rule.startswith("-------")
-    assert first.index("crash of rank 2") == second.index("finished") == head.index("ended")
+    assert first.index("crash of rank 2") == second.index("succeeded") == head.index("ended")
     assert empty == ""
-    assert (
-        summary
-        == "finished at step 20, loss 0.0500, 2 attempts, 1 failure, 2 steps lost, 66.7% of 30.0 s useful"
-    )
+    assert summary == "succeeded at step 20, loss 0.0500, 2 attempts, 1 failure, 2 steps lost, 66.7% of 30.0 s useful"
 
 
 def test_report_as_html_escapes_what_others_wrote() -> None:

@@ -228,9 +228,7 @@ def test_session_evaluation_is_logged_and_leaves_training_as_it_was() -> None:
 
     with_evaluation, values = losses(True)
     assert with_evaluation == losses(False)[0]
-    assert len(values) == 3 and all(
-        set(value) == {"eval_loss"} for value in values
-    )  # steps 2, 4 and the last
+    assert len(values) == 3 and all(set(value) == {"eval_loss"} for value in values)  # steps 2, 4 and the last
 
 
 def test_session_mean_loss_of_uneven_data_counts_each_sample_once() -> None:

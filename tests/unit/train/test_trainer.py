@@ -100,9 +100,7 @@ def test_trainer_scheduler_is_stepped_once_per_step(tmp_path: Path) -> None:
         if notice.moment is Moment.UPDATE:
             rates.append(trained[0].get_last_lr()[0])
 
-    trainer(tmp_path, steps=4, micro_batch=4, scheduler=decay, callbacks=[note]).fit_within(
-        open_session(Shelf())
-    )
+    trainer(tmp_path, steps=4, micro_batch=4, scheduler=decay, callbacks=[note]).fit_within(open_session(Shelf()))
     assert rates == pytest.approx([0.05, 0.005, 0.005, 0.0005])
 
 
