@@ -34,6 +34,7 @@ class Progress:
         self._picture = Picture()
         self._shown_s = -_PLAIN_S
         self._width = 0
+        self._last_line = ""
         self._take(self._read())  # what earlier launches did is told by the table at the end, not line by line
         self._say(f"{spec.run}: {spec.nodes} x {spec.workers_per_node} workers of {spec.script}")
 
@@ -48,7 +49,9 @@ class Progress:
             self._draw(self._picture.line())
         elif not self._live and self._picture.step is not None and now - self._shown_s >= _PLAIN_S:
             self._shown_s = now
-            click.echo(self._picture.line())
+            if self._picture.line() != self._last_line:
+                self._last_line = self._picture.line()
+                click.echo(self._last_line)
 
     def finish(self, outcome: Outcome) -> None:
         """Shows the end: the table of attempts, and the verdict."""

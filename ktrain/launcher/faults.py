@@ -7,14 +7,14 @@
     lose-node@step=60,node=1,after=peer   all its processes and its volume; an empty one takes its place
     lose-all@step=90,after=bucket
 
-`after=TIER` waits until that tier has caught up with the memory tier to within one save, so that it is sure where
-the next attempt restores from.
+`after=TIER` waits until the newest committed step of all tiers is in that tier too, so that it is sure where the
+next attempt finds it: what is nearer than TIER and survives the fault comes first, what is farther is not newer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ktrain.base import contract
@@ -81,25 +81,7 @@ def _number(text: str, key: str, value: str) -> int:
     return int(value)
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What was seen of the saves so far: the newest step in memory and the distance between two."""
-
-    memory: int | None = None
-    interval: int = 0
-
-    def update(self, status: Mapping[str, Any]) -> Seen:
-        """With a newer status of the head."""
-        committed = status["committed"].get(contract.TIER_MEMORY)
-        if committed is None:
-            return self
-        step = int(committed[0])
-        if self.memory is None or step < self.memory:
-            return replace(self, memory=step)
-        return Seen(step, step - self.memory) if step > self.memory else self
-
-
-def due(faults: Sequence[Fault], status: Mapping[str, Any], seen: Seen) -> Fault | None:
+def due(faults: Sequence[Fault], status: Mapping[str, Any]) -> Fault | None:
     """The first fault that is to be injected now, or None. Pure.
 
     A fault that was typed twice fires twice; `status` counts what the run has had.
@@ -111,19 +93,20 @@ def due(faults: Sequence[Fault], status: Mapping[str, Any], seen: Seen) -> Fault
         if fired.get(fault.spec, 0) > 0:
             fired[fault.spec] -= 1
             continue
-        if status["step"] >= fault.step and _caught_up(fault, status, seen) and _has_target(fault, status):
+        if status["step"] >= fault.step and _caught_up(fault, status) and _has_target(fault, status):
             return fault
     return None
 
 
-def _caught_up(fault: Fault, status: Mapping[str, Any], seen: Seen) -> bool:
+def _caught_up(fault: Fault, status: Mapping[str, Any]) -> bool:
+    """Whether no tier has anything newer than the fault's tier, and that has something of this attempt."""
     if fault.after is None:
         return True
-    committed = status["committed"].get(fault.after)
-    memory = status["committed"].get(contract.TIER_MEMORY)
-    if committed is None or memory is None:
+    committed = {tier: pair for tier, pair in status["committed"].items() if pair is not None}
+    here = committed.get(fault.after)
+    if here is None or here[1] != status["epoch"]:
         return False
-    return bool(committed[0] >= memory[0] - seen.interval and committed[0] >= fault.step - max(seen.interval, 1))
+    return all(here[0] >= step for step, _ in committed.values())
 
 
 def _has_target(fault: Fault, status: Mapping[str, Any]) -> bool:

@@ -128,6 +128,7 @@ class Machine:
         self._agents_gone: set[str] = set()
         self._store: str | None = None
         self._adopted = False
+        self._last_step: int | None = None  # newest step of the attempt, also when its ranks are forgotten
 
     # What supervisors are told
 
@@ -158,6 +159,8 @@ class Machine:
         """Moves on as far as the view allows; call again with a newer view."""
         if self._since_s is None:
             self._since_s = view.now_s
+        if self.state is State.RUNNING:
+            self._step(view)
         self._store = self._find_store(view)
         if self.state is State.ENDED:
             return []
@@ -175,8 +178,11 @@ class Machine:
         self.assignment = {node: tuple(ranks) for node, ranks in assignment.items()}
         self._failure = None
         self._pids = {}
+        self._store = None  # the last attempt's store is not this one's
         self._unended = None
         self._adopted = False
+        self._agents_gone = set()
+        self._last_step = None
         self._go(State.STARTING, now_s)
 
     def _go(self, state: State, now_s: float) -> None:
@@ -275,10 +281,10 @@ class Machine:
         return []
 
     def _watch(self, view: View) -> list[Action]:
-        actions = self._watch_agents(view)
         broken = self._broken(view)
         if broken is not None:
-            return actions + self._stop_attempt(view, broken)
+            return self._stop_attempt(view, broken)
+        actions = self._watch_agents(view)
         states = {view.supervisors[node].state for node in self.assignment if node in view.supervisors}
         if states == {"succeeded"}:
             return [
@@ -309,9 +315,12 @@ class Machine:
         """The first sign that the attempt cannot go on; its cause is settled once every worker has ended."""
         lost = [node for node in self.assignment if self._is_lost(node, view)]
         if lost:
-            every = len(lost) == len(self.assignment) and (len(lost) > 1 or lost[0] in view.lost)
-            cause = contract.CAUSE_ALL_LOST if every else contract.CAUSE_NODE_LOST
-            return Failure(cause, f"{', '.join(lost)}: its processes are gone", node=lost[0], step=self._step(view))
+            names = ", ".join(lost)
+            if len(lost) == len(self.assignment):
+                said = f"all nodes are gone: {names}"
+                return Failure(contract.CAUSE_ALL_LOST, said, step=self._step(view))
+            said = f"the processes of {names} are gone"
+            return Failure(contract.CAUSE_NODE_LOST, said, node=lost[0], step=self._step(view))
         for node in self.assignment:
             report = view.supervisors.get(node)
             pid = self._pids.get(node)
@@ -373,7 +382,10 @@ class Machine:
         return next(node for node, ranks in self.assignment.items() if rank in ranks)
 
     def _step(self, view: View) -> int | None:
-        return max((item.step for item in view.progress.values()), default=None)
+        newest = max((item.step for item in view.progress.values()), default=None)
+        if newest is not None and (self._last_step is None or newest > self._last_step):
+            self._last_step = newest
+        return self._last_step
 
     # Stopping on request
 

@@ -93,6 +93,7 @@ def main(argv: list[str]) -> int:
     die_with_parent(int(parent))
     os.dup2(1, 2)  # one log for both streams: torch's redirection would open the file twice and overwrite itself
     faulthandler.enable()
+    faulthandler.register(signal.SIGQUIT, all_threads=True)  # the supervisor asks for stacks before it ends a hang
     return run_script(script, args)
 
 

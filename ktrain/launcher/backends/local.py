@@ -27,7 +27,7 @@ from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
 from ktrain.base.job import NODE_ROLES, HeadCaller, JobSpec, WorkDir
 from ktrain.base.settings import Timeouts
 from ktrain.errors import ConflictError, DeadlineError, InternalError, KtrainError, UnavailableError
-from ktrain.launcher.faults import Fault, Seen, due, parse_fault
+from ktrain.launcher.faults import Fault, due, parse_fault
 
 _LOG = logging.getLogger(__name__)
 _TICK_S = 0.1
@@ -103,7 +103,6 @@ class LocalLaunch:
         self._head = HeadCaller(self._work)
         self._children: list[_Child] = []
         self._faults = [parse_fault(text, nodes=spec.nodes, world_size=spec.world_size) for text in spec.faults]
-        self._seen = Seen()
         self._signals: list[int] = []
         self._stop_told = False
         self._exited: list[dict[str, Any]] = []  # what the head has to hear yet
@@ -244,8 +243,7 @@ class LocalLaunch:
             status = self._head.call("status", {}, timeout_s=self._timeouts.call_s)
         except KtrainError:
             return  # the head is away or busy: the fault waits
-        self._seen = self._seen.update(status)
-        fault = due(self._faults, status, self._seen)
+        fault = due(self._faults, status)
         if fault is None:
             return
         count = status["fired"].get(fault.spec, 0) + 1
