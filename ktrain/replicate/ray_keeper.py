@@ -89,6 +89,10 @@ class KeptRay:
         """Ends all its processes. May be called again."""
         process, self._process = self._process, None
         if process is None:
+            if self.folder.is_symlink():  # never started: nothing in it is worth keeping
+                self.folder.unlink()
+                (self.real_folder / "ray").rmdir()
+                self.real_folder.rmdir()
             return
         assert process.stdin is not None
         process.stdin.close()

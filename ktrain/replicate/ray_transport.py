@@ -43,6 +43,15 @@ class NodeWire:
     slots: int = 2  # of the volume, per rank that is kept for another node
 
 
+@dataclass(slots=True)
+class _Watched:
+    """What a child has told so far."""
+
+    kept: tuple[int, Path] | None = None  # its keeper's session and link
+    served: bool = False
+    reason: str = "its process ended without a word"
+
+
 class RayTransport:
     """Pulls through the run's Ray cluster, whichever generation of it there is. Safe from any thread.
 
@@ -137,6 +146,7 @@ class RayTransport:
 
     def _run(self) -> None:
         failures = 0
+        said_lost = False
         while True:
             self._changed.clear()
             with self._lock:
@@ -146,40 +156,49 @@ class RayTransport:
             if cluster is None:
                 self._clock.wait(self._changed, 3600.0)  # for ever, in bounded pieces
                 continue
-            served = self._stay(cluster)
+            served, reason = self._stay(cluster)
             with self._lock:
                 replaced = self._wanted != cluster
             failures = 0 if served or replaced else failures + 1
+            said_lost = said_lost and not (served or replaced)
             if not replaced:
+                if not said_lost:
+                    _LOG.warning("node %s: no Ray cluster at %s: %s", self._wire.node, cluster.address, reason)
+                    self._on_lost(reason)
+                    said_lost = True
                 self._clock.wait(self._changed, _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
 
-    def _stay(self, cluster: Cluster) -> bool:
-        """Is in one cluster until it is lost or another is wanted; whether it served at all."""
-        child = self._start_child(cluster)
-        kept: tuple[int, Path] | None = None
-        served = False
-        reason = "its process ended without a word"
+    def _stay(self, cluster: Cluster) -> tuple[bool, str]:
+        """Is in one cluster until it is lost or another is wanted; whether it served at all, and what ended it."""
+        try:
+            child = self._start_child(cluster)
+        except OSError as error:
+            return False, f"its process did not start: {error}"
+        watched = _Watched()
+        try:
+            self._listen(child, cluster, watched)
+        except (OSError, ValueError, KeyError) as error:
+            watched.reason = f"its process said what nobody understands: {error!r}"
+        finally:
+            with self._lock:
+                self._serving = None
+                self._child = None
+            self._end_child(child, watched.kept)
+        return watched.served, watched.reason
+
+    def _listen(self, child: subprocess.Popen[str], cluster: Cluster, watched: _Watched) -> None:
         assert child.stdout is not None
         for line in child.stdout:
             event = json.loads(line)
             if event["event"] == "started":
-                kept = int(event["session"]), Path(event["link"])
+                watched.kept = int(event["session"]), Path(event["link"])
             elif event["event"] == "lost":
-                reason = event["reason"]
+                watched.reason = str(event["reason"])
             elif event["event"] == "serving":
-                served = True
+                watched.served = True
                 with self._lock:
                     if self._wanted == cluster:
                         self._serving = {"address": event["address"], "control": event["control"]}
-        with self._lock:
-            self._serving = None
-            self._child = None
-            lost = self._wanted == cluster
-        self._end_child(child, kept)
-        if lost:
-            _LOG.warning("node %s lost the Ray cluster %s: %s", self._wire.node, cluster.address, reason)
-            self._on_lost(reason)
-        return served
 
     def _start_child(self, cluster: Cluster) -> subprocess.Popen[str]:
         wire = self._wire

@@ -27,7 +27,8 @@ from ktrain.replicate.ray_cluster import Cluster
 from ktrain.replicate.ray_keeper import KeptRay
 from ktrain.snapshot.arena import NodeVolume
 
-_START_S = 60.0
+_START_S = 120.0  # seconds on a node with idle cores; everybody starts at once
+_CONNECT_S = 5.0
 _STALL_S = 20.0  # one piece; a source that is silent for longer is not worth to wait for
 _WATCH_S = 0.5
 _STRIKES = 4  # looks in a row that found no head
@@ -101,6 +102,8 @@ class RayWire:
         """Starts the raylet, attaches to it, starts the actor, and says where it serves."""
         config = self._config
         deadline = Deadline.after(_START_S)
+        if not config.cluster.answers(deadline.sooner(_CONNECT_S).remaining_s()):
+            raise UnavailableError(f"the Ray head at {config.cluster_address} does not answer")
         self._kept.start(
             ray_settings.node_arguments(
                 head=config.cluster_address, host=config.host, name=config.node, folder=self._kept.folder
@@ -263,7 +266,7 @@ def main(argument: str) -> int:
         wire.join()
         reason = wire.watch()
     except Exception as error:  # noqa: BLE001 -- top of the process: the agent gets the cause
-        reason = f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, KtrainError) else f"{type(error).__name__}: {error}"
     announce({"event": "lost", "reason": reason})
     wire.stop()
     # Not a normal exit: Ray's own exit handlers wait for a cluster that is gone.

@@ -26,9 +26,9 @@ from ktrain.testing.transport_conformance import TransportConformance, WirePair,
 
 RUN = "run1"
 TOKEN = "0123456789abcdef" * 4
-WAIT_S = 60.0
+WAIT_S = 120.0  # seconds on an idle machine
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(300)
 
 
 @dataclass(slots=True)
@@ -48,9 +48,6 @@ class Rig:
     def serving(self) -> None:
         for node in self.nodes:
             wait_until(lambda node=node: node.transport.address() is not None, "a node to serve")
-
-    def sessions(self) -> list[int]:
-        return sorted({os.getsid(pid) for pid in ray_processes(self.work_dir)})
 
 
 def wait_until(holds: Callable[[], bool], what: str, wait_s: float = WAIT_S) -> None:
@@ -73,6 +70,12 @@ def ray_processes(work_dir: Path) -> list[int]:
     return found
 
 
+def links_into(work_dir: Path) -> list[Path]:
+    """Short names of folders below `work_dir`; other runs on this machine have theirs."""
+    links = Path(tempfile.gettempdir()).glob("kt-*")
+    return [link for link in links if link.is_symlink() and link.readlink().is_relative_to(work_dir)]
+
+
 def node_processes(node: Node) -> list[int]:
     return ray_processes(node.work_dir)
 
@@ -80,9 +83,7 @@ def node_processes(node: Node) -> list[int]:
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     work_dir = tmp_path_factory.mktemp("a-rather-long-name-so-that-socket-paths-would-not-fit-" + "x" * 60)
-    links = set(Path(tempfile.gettempdir()).glob("kt-*"))
     with tempfile.TemporaryDirectory(dir="/dev/shm") as volume_root:  # noqa: S108 -- the memory tier is meant
-        shm = set(os.listdir("/dev/shm"))
         head = RayHead(work_dir / "head", host="127.0.0.1", token=TOKEN)
         nodes = []
         for index in range(2):
@@ -110,8 +111,8 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
                 node.volume.close()
             head.close()
         assert ray_processes(work_dir) == []
-        assert set(Path(tempfile.gettempdir()).glob("kt-*")) <= links
-        assert set(os.listdir("/dev/shm")) <= shm
+        assert links_into(work_dir) == []
+        assert list(Path("/dev/shm").glob("plasma*")) == []  # noqa: S108
         assert list(work_dir.rglob("ray-token*")) == []
 
 
@@ -226,8 +227,8 @@ work_dir = Path(sys.argv[1])
 head = RayHead(work_dir / "head", host="127.0.0.1", token="a" * 64)
 wire = NodeWire("node-0", "127.0.0.9", "run1", work_dir / "volume", work_dir / "node")
 transport = RayTransport(wire, token="a" * 64)
-transport.connect(head.start(deadline=Deadline.after(60.0)).to_json())
-deadline = Deadline.after(60.0)
+transport.connect(head.start(deadline=Deadline.after(120.0)).to_json())
+deadline = Deadline.after(120.0)
 while transport.address() is None:
     deadline.check("serving")
     SYSTEM_CLOCK.sleep(0.05)
@@ -237,7 +238,6 @@ sys.stdin.read()
 
 
 def test_owner_killed_leaves_no_process_and_no_link(tmp_path: Path) -> None:
-    links = set(Path(tempfile.gettempdir()).glob("kt-*"))
     owner = subprocess.Popen(
         [sys.executable, "-c", _OWNER, str(tmp_path)],
         stdin=subprocess.PIPE,
@@ -249,6 +249,7 @@ def test_owner_killed_leaves_no_process_and_no_link(tmp_path: Path) -> None:
         assert owner.stdout.readline() == "serving\n"
         sessions = {os.getsid(pid) for pid in ray_processes(tmp_path)}
         assert len(sessions) == 2
+        assert len(links_into(tmp_path)) == 2
     finally:
         owner.kill()
         owner.wait()
@@ -256,4 +257,4 @@ def test_owner_killed_leaves_no_process_and_no_link(tmp_path: Path) -> None:
         owner.stdout.close()
     wait_until(lambda: ray_processes(tmp_path) == [], "Ray to end with its owner", 15.0)
     assert [pid for session in sessions for pid in session_members(session)] == []
-    assert set(Path(tempfile.gettempdir()).glob("kt-*")) <= links
+    assert links_into(tmp_path) == []

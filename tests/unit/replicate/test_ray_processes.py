@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import pytest
 
-from ktrain.base.clock import Deadline
+from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.errors import UnavailableError
 from ktrain.format.manifest import Identity
 from ktrain.replicate import ray_settings
@@ -16,6 +18,7 @@ from ktrain.replicate.ray_cluster import Cluster, write_token
 from ktrain.replicate.ray_keeper import finish, session_members, short_link, sweep
 from ktrain.replicate.ray_transport import NodeWire, RayTransport
 from ktrain.replicate.ray_wire import WireConfig, parse_address
+from ktrain.testing.fake_clock import FakeClock
 
 _FAMILY = (
     "import subprocess, sys; "
@@ -116,6 +119,40 @@ def test_transport_before_connect_has_no_address_and_refuses_pulls(tmp_path: Pat
     transport.connect({"address": "127.0.0.1:1", "generation": 1})  # after the end: nothing happens
     assert transport.address() is None
     assert list((tmp_path / "w").iterdir()) == []
+
+
+class _Waits(FakeClock):
+    """Waits for nothing, and remembers the waits between attempts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backoffs: list[float] = []
+
+    def wait(self, event: threading.Event, timeout_s: float) -> bool:
+        if timeout_s < 60.0:  # else it has nothing to join
+            self.backoffs.append(timeout_s)
+        return super().wait(event, timeout_s)
+
+
+def test_transport_no_head_there_says_so_once_and_keeps_trying(tmp_path: Path) -> None:
+    losses: list[str] = []
+    clock = _Waits()
+    wire = NodeWire("node-0", "127.0.0.2", "run1", tmp_path / "v", tmp_path / "w")
+    transport = RayTransport(wire, token="t", on_lost=losses.append, clock=clock)
+    try:
+        transport.connect({"address": "127.0.0.1:1", "generation": 1})
+        deadline = Deadline.after(60.0)
+        while len(clock.backoffs) < 3:
+            deadline.check("three attempts to join")
+            SYSTEM_CLOCK.sleep(0.02)
+        assert transport.address() is None
+    finally:
+        transport.close()
+    assert clock.backoffs[:3] == [2.0, 5.0, 15.0]
+    assert list((tmp_path / "w").glob("ray-1-*")) == []
+    assert losses == ["the Ray head at 127.0.0.1:1 does not answer"]
+    links = [link for link in Path(tempfile.gettempdir()).glob("kt-*") if link.is_symlink()]
+    assert [link for link in links if link.readlink().is_relative_to(tmp_path)] == []
 
 
 def test_agent_side_imports_no_ray() -> None:
