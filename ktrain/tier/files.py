@@ -1,0 +1,253 @@
+"""A tier in a folder of a file system: node disk, network disk, or what fsspec calls file://.
+
+An object is written to a temporary name beside its own, fsynced, renamed, and its folder fsynced: after
+`write` has returned it survives a power cut, and a reader sees it whole or not at all. That is this store's
+own way; nothing outside this file relies on a rename. Temporary files of writers that died are removed by the
+first `delete`: each writer holds an advisory lock on its temporary file, so one that can be locked has no
+writer.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from ktrain.abc.tier import Buffer, Stored, check_name, check_prefix
+from ktrain.base import ids
+from ktrain.base.clock import Deadline
+from ktrain.errors import CapacityError, CorruptionError, KtrainError, NotFoundError
+from ktrain.tier.answers import translate, translate_write
+from ktrain.tier.deadline import BoundedCalls, Call
+
+_PIECE_NBYTES = 32 << 20  # between two looks at whether anybody still waits
+_TEMPORARY = ".ktrain-tmp"
+_NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_T = TypeVar("_T")
+
+
+class FileTier:
+    """Objects as files below `root`, which is made by the first write."""
+
+    supports_create = True
+
+    def __init__(self, root: Path, *, kind: str) -> None:
+        self.kind = kind
+        self.url = str(root)
+        self._root = root
+        self._calls = BoundedCalls()
+        self._swept = False
+
+    def write(self, name: str, data: Buffer, *, deadline: Deadline) -> None:
+        self._run("write", check_name(name), lambda call: self._put(call, name, data, os.replace), deadline)
+
+    def create(self, name: str, data: Buffer, *, deadline: Deadline) -> None:
+        self._run("create", check_name(name), lambda call: self._put(call, name, data, _link), deadline)
+
+    def read(self, name: str, *, deadline: Deadline) -> bytes:
+        path = self._root / check_name(name)
+        return self._run("read", name, lambda call: _read(call, path, 0, None), deadline)
+
+    def read_range(self, name: str, begin: int, end: int, *, deadline: Deadline) -> bytes:
+        path = self._root / check_name(name)
+        if begin == end:
+            return b""
+        return self._run(f"read [{begin}, {end}) of", name, lambda call: _read(call, path, begin, end), deadline)
+
+    def list(self, prefix: str, *, deadline: Deadline) -> list[Stored]:
+        prefix = check_prefix(prefix)
+
+        def find(call: Call) -> list[Stored]:
+            found = _walk(call, self._root / prefix, prefix)
+            return sorted((stored for stored in found if not _is_temporary(stored.name)), key=lambda s: s.name)
+
+        return self._run("list", prefix or "all", find, deadline)
+
+    def delete(self, name: str, *, deadline: Deadline) -> None:
+        self._run("delete", check_name(name), lambda call: self._remove(call, name), deadline)
+
+    def close(self) -> None:
+        self._calls.close()
+
+    def _run(self, verb: str, name: str, work: Callable[[Call], _T], deadline: Deadline) -> _T:
+        what = f"{self.kind} tier {self.url}: {verb} {name}"
+        try:
+            return self._calls.run(what, work, deadline=deadline)
+        except OSError as error:
+            if isinstance(error, KtrainError):  # DeadlineError is a TimeoutError, which is an OSError
+                raise
+            meaning = translate_write if verb in ("write", "create") else translate
+            raise meaning(error, what) from error
+
+    def _put(self, call: Call, name: str, data: Buffer, publish: Callable[[Path, Path], None]) -> None:
+        target = self._root / name
+        temporary = target.with_name(f".{target.name[:150]}.{ids.random_id()}{_TEMPORARY}")
+        fd = _open_in_folder(temporary)
+        try:
+            _try_lock(fd)  # where there are no locks nobody sweeps either
+            _write_all(call, fd, memoryview(data).cast("B"))
+            os.fsync(fd)
+            call.check()  # every byte was read while the caller still kept it unchanged
+            publish(temporary, target)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                free = os.statvfs(target.parent)
+                raise CapacityError(
+                    f"{call.what}: expected space for {memoryview(data).nbytes} bytes, found"
+                    f" {free.f_bavail * free.f_frsize} bytes free; free space or keep fewer checkpoints"
+                ) from error
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)
+            os.close(fd)
+        _sync_folder(target.parent)
+
+    def _remove(self, call: Call, name: str) -> None:
+        target = self._root / name
+        try:
+            target.unlink(missing_ok=True)
+        except NotADirectoryError:
+            return  # a part of the path is an object: there is nothing below it
+        self._remove_empty_folders(target.parent)
+        if not self._swept:
+            self._swept = True
+            for stored in list(_walk(call, self._root, "")):
+                if _is_temporary(stored.name) and _is_abandoned(self._root / stored.name):
+                    (self._root / stored.name).unlink(missing_ok=True)
+                    self._remove_empty_folders((self._root / stored.name).parent)
+
+    def _remove_empty_folders(self, folder: Path) -> None:
+        while folder != self._root:
+            try:
+                folder.rmdir()
+            except FileNotFoundError:
+                pass
+            except OSError:
+                return  # not empty, or not ours to remove: it is only a folder
+            folder = folder.parent
+
+
+def _open_in_folder(temporary: Path) -> int:
+    """Opens a new file, making its folders; another process may remove an empty folder in between."""
+    for attempt in range(3):
+        _make_folders(temporary.parent)
+        try:
+            return os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            if attempt == 2:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _make_folders(folder: Path) -> None:
+    """Makes missing folders and fsyncs what holds them: a file is only as durable as the path to it."""
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for made in reversed(missing):
+        made.mkdir(exist_ok=True)
+        _sync_folder(made.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (FileNotFoundError, PermissionError):
+        return  # removed by another process, or not ours to read
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):  # file systems without it
+            raise
+    finally:
+        os.close(fd)
+
+
+def _write_all(call: Call, fd: int, data: memoryview) -> None:
+    done = 0
+    while done < data.nbytes:
+        call.check()
+        done += os.write(fd, data[done : done + _PIECE_NBYTES])
+
+
+def _link(temporary: Path, target: Path) -> None:
+    """Shows the finished file under its name unless there is one: a link, unlike a rename, never replaces."""
+    try:
+        os.link(temporary, target)
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        # File systems without hard links: the name is taken first, then the finished file replaces it. A
+        # crash in between leaves an empty object, which proves itself wrong to every reader.
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+        os.replace(temporary, target)
+
+
+def _read(call: Call, path: Path, begin: int, end: int | None) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        nbytes = os.fstat(fd).st_size
+        end = nbytes if end is None else end
+        if end > nbytes:
+            raise CorruptionError(f"{call.what}: expected {end} bytes or more, found {nbytes} bytes; try another copy")
+        pieces = []
+        while begin < end:
+            call.check()
+            piece = os.pread(fd, min(_PIECE_NBYTES, end - begin), begin)
+            if not piece:
+                raise CorruptionError(f"{call.what}: the file was cut short while it was read; try another copy")
+            pieces.append(piece)
+            begin += len(piece)
+        return b"".join(pieces)
+    except IsADirectoryError as error:
+        raise NotFoundError(f"{call.what}: {path} is a folder, no object") from error
+    finally:
+        os.close(fd)
+
+
+def _walk(call: Call, folder: Path, prefix: str) -> Iterator[Stored]:
+    """Every file below the folder, temporary ones too. A folder that is gone is empty; one that cannot be
+    read raises.
+    """
+    call.check()
+    try:
+        entries = list(os.scandir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        name = f"{prefix}/{entry.name}" if prefix else entry.name
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(call, folder / entry.name, name)
+        else:
+            try:
+                yield Stored(name, entry.stat().st_size)
+            except FileNotFoundError:
+                continue  # removed since the folder was read
+
+
+def _is_temporary(name: str) -> bool:
+    return name.endswith(_TEMPORARY)
+
+
+def _is_abandoned(path: Path) -> bool:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, PermissionError):
+        return False
+    try:
+        return _try_lock(fd)
+    finally:
+        os.close(fd)
+
+
+def _try_lock(fd: int) -> bool:
+    """True when the lock is ours now; false when another holds it or this file system knows no locks."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

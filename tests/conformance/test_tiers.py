@@ -1,0 +1,161 @@
+"""Every tier that ktrain ships, against the one conformance suite."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from ktrain.abc.tier import Tier
+from ktrain.base import ids
+from ktrain.testing.fake_bucket import FakeBucket
+from ktrain.testing.faulty_tier import FaultyTier
+from ktrain.testing.s3_servers import MotoServer, RcloneServer, S3Server, find_program
+from ktrain.testing.tier_conformance import TierConformance, TierStore, soon
+from ktrain.tier.bucket import open_tier
+
+
+class _Store:
+    """Opens tiers at a URL and closes them."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._open: list[Tier] = []
+
+    def open(self) -> Tier:
+        self._open.append(open_tier(self.url))
+        return self._open[-1]
+
+    def close(self) -> None:
+        for tier in self._open:
+            tier.close()
+
+
+class _FileStore(_Store):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"file://{folder}")
+        self._folder = folder
+
+    def get(self, name: str) -> bytes | None:
+        path = self._folder / name
+        return path.read_bytes() if path.exists() else None
+
+    def put(self, name: str, data: bytes) -> None:
+        (self._folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (self._folder / name).write_bytes(data)
+
+
+class _MemoryStore(_Store):
+    def __init__(self) -> None:
+        self._root = f"/{ids.random_id()}"
+        super().__init__(f"memory:/{self._root}")
+        self._filesystem = fsspec.filesystem("memory")
+
+    def get(self, name: str) -> bytes | None:
+        path = f"{self._root}/{name}"
+        return self._filesystem.cat_file(path) if self._filesystem.exists(path) else None
+
+    def put(self, name: str, data: bytes) -> None:
+        self._filesystem.pipe_file(f"{self._root}/{name}", data)
+
+
+class _FakeStore:
+    def __init__(self) -> None:
+        self._truth = FakeBucket()
+
+    def open(self) -> Tier:
+        bucket = FakeBucket()
+        bucket.objects = self._truth.objects
+        return FaultyTier(bucket)
+
+    def get(self, name: str) -> bytes | None:
+        return self._truth.objects.get(name)
+
+    def put(self, name: str, data: bytes) -> None:
+        self._truth.objects[name] = data
+
+
+class _S3Store(_Store):
+    def __init__(self, server: S3Server) -> None:
+        self._server = server
+        self._bucket = f"bucket-{ids.random_id()}"
+        server.make_bucket(self._bucket)
+        super().__init__(f"s3://{self._bucket}/runs/net-a")
+
+    def get(self, name: str) -> bytes | None:
+        return self._server.get(self._bucket, f"runs/net-a/{name}")
+
+    def put(self, name: str, data: bytes) -> None:
+        self._server.put(self._bucket, f"runs/net-a/{name}", data)
+
+
+class TestFiles(TierConformance):
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> Iterator[TierStore]:
+        store = _FileStore(tmp_path / "runs" / "net-a")
+        yield store
+        store.close()
+
+
+class TestMemory(TierConformance):
+    @pytest.fixture
+    def store(self) -> Iterator[TierStore]:
+        store = _MemoryStore()
+        yield store
+        store.close()
+
+
+class TestFakeBucket(TierConformance):
+    @pytest.fixture
+    def store(self) -> TierStore:
+        return _FakeStore()
+
+
+@pytest.fixture(scope="module")
+def moto() -> Iterator[S3Server]:
+    with MotoServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def rclone() -> Iterator[S3Server]:
+    with RcloneServer() as server:
+        yield server
+
+
+@pytest.mark.skipif(find_program("moto_server") is None, reason="moto_server is not installed")
+class TestMoto(TierConformance):
+    @pytest.fixture
+    def store(self, moto: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[TierStore]:
+        yield from _s3_store(moto, monkeypatch)
+
+    def test_create_store_honours_the_condition_and_this_is_noticed(self, store: TierStore) -> None:
+        tier = store.open()
+        assert not tier.supports_create
+        tier.create("run.json", b"{}", deadline=soon())
+        assert tier.supports_create
+
+
+@pytest.mark.skipif(find_program("rclone") is None, reason="rclone is not installed")
+class TestRclone(TierConformance):
+    @pytest.fixture
+    def store(self, rclone: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[TierStore]:
+        yield from _s3_store(rclone, monkeypatch)
+
+    def test_create_store_overwrites_in_silence_and_this_is_noticed(self, store: TierStore) -> None:
+        tier = store.open()
+        tier.create("run.json", b"{}", deadline=soon())
+        assert not tier.supports_create
+
+
+def _s3_store(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[TierStore]:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    store = _S3Store(server)
+    yield store
+    store.close()
