@@ -18,6 +18,7 @@ from ktrain.base.events import Event
 
 _FAULT_KINDS = frozenset({"fault_injected", "failure", "worker_exit", "hang", "node_lost"})
 _RUN_KINDS = frozenset({"run_started", "run_ended"})
+_SAME_OUTCOME = {"finished": "succeeded"}  # the launcher's word, and that of a run without one
 _ORDERLY = ("succeeded", "stopped")
 _COLUMNS = (
     "attempt",
@@ -211,7 +212,7 @@ def _kept(story: _Story, after: Sequence[_Story]) -> list[tuple[Event, float]]:
 
 def _ending(story: _Story, *, still_open: bool) -> str:
     ended = next((event for event in reversed(story.events) if event.kind == "attempt_ended"), None)
-    outcome = None if ended is None else str(ended.fields.get("outcome"))
+    outcome = None if ended is None else _said_outcome(ended)
     if outcome in _ORDERLY:
         return outcome
     failures = [event for event in story.events if event.kind == "failure"]
@@ -238,7 +239,12 @@ def _outcome(ordered: Sequence[Event]) -> str:
     last = next((event for event in reversed(ordered) if event.kind in telling), None)
     if last is None or last.kind in ("run_started", "attempt_started"):
         return "running"
-    return str(last.fields.get("outcome", "failed"))
+    return _said_outcome(last)
+
+
+def _said_outcome(event: Event) -> str:
+    said = str(event.fields.get("outcome", "failed"))
+    return _SAME_OUTCOME.get(said, said)
 
 
 def _wall_s(ordered: Sequence[Event]) -> float:

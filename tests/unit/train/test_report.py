@@ -181,6 +181,13 @@ def test_report_pause_after_orderly_end_is_no_wall_time() -> None:
     assert report.outcome == "succeeded"
 
 
+def test_report_launchers_word_for_success_is_success() -> None:
+    events = [event(0, 1, "fresh_start", step=0), *steps(1, 1, 4, at=0)]
+    events += [event(5, 1, "attempt_ended", outcome="finished"), event(5, 0, "run_ended", outcome="finished")]
+    report = Report.from_events(events)
+    assert (report.outcome, report.attempts[0].ended, report.num_failures) == ("succeeded", "succeeded", 0)
+
+
 def test_report_plain_run_that_failed_is_not_running() -> None:
     events = [
         event(0, 1, "attempt_started", launcher="none"),
