@@ -34,6 +34,7 @@ from ktrain.errors import UnavailableError
 _SWEEP_S = 10.0
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _GRACE_S = 3.0
+_MAX_LINK_CHARS = 40  # Ray's socket paths below it have 67 more, of 107
 _POLL_S = 0.02
 
 
@@ -45,18 +46,22 @@ class KeptRay:
     """
 
     def __init__(self, work_dir: Path, name: str, *, environment: Mapping[str, str]) -> None:
-        self.real_folder = work_dir / name
+        self.real_folder = work_dir.absolute() / name
         # Ray opens its directory to everyone, and who reaches its sockets can read the store: so a closed
         # one stands above it.
         (self.real_folder / "ray").mkdir(mode=0o700, parents=True)
         self.real_folder.chmod(0o700)
-        self.folder = short_link(self.real_folder / "ray")
+        remove_links(work_dir)
+        self.folder = short_name(work_dir)
         self._environment = dict(environment)
         self._process: subprocess.Popen[bytes] | None = None
+        self._started = False
 
     def start(self, arguments: Sequence[str]) -> None:
         """Starts `ray start <arguments>` and does not wait for it."""
-        config = {"arguments": list(arguments), "link": str(self.folder)}
+        target = str(self.real_folder / "ray")
+        config = {"arguments": list(arguments), "link": str(self.folder), "target": target}
+        self._started = True
         with open(self.real_folder / "ray-start.log", "ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "ktrain.replicate.ray_keeper", "keep", json.dumps(config)],
@@ -89,8 +94,8 @@ class KeptRay:
         """Ends all its processes. May be called again."""
         process, self._process = self._process, None
         if process is None:
-            if self.folder.is_symlink():  # never started: nothing in it is worth keeping
-                self.folder.unlink()
+            if not self._started:  # nothing in it is worth keeping
+                self._started = True
                 (self.real_folder / "ray").rmdir()
                 self.real_folder.rmdir()
             return
@@ -105,13 +110,23 @@ class KeptRay:
         self.folder.unlink(missing_ok=True)
 
 
-def short_link(folder: Path) -> Path:
-    """A short private name for a folder; whoever ends last removes it."""
-    link = Path(tempfile.gettempdir(), f"kt-{ids.random_id(5)}")
-    if len(str(link)) > 40:
-        link = Path("/tmp", link.name)  # noqa: S108 -- a random name, and symlink() does not follow or replace
-    link.symlink_to(folder, target_is_directory=True)
-    return link
+def short_name(work_dir: Path) -> Path:
+    """A free short path for a link to a folder in `work_dir`."""
+    name = f"{_link_prefix(work_dir)}{ids.random_id(3)}"
+    path = Path(tempfile.gettempdir(), name)
+    return path if len(str(path)) <= _MAX_LINK_CHARS else Path("/tmp", name)  # noqa: S108
+
+
+def remove_links(work_dir: Path) -> None:
+    """Removes what an earlier keeper of this directory left, if it was killed together with its starter."""
+    for folder in (tempfile.gettempdir(), "/tmp"):  # noqa: S108 -- removes links of this directory alone
+        for link in Path(folder).glob(f"{_link_prefix(work_dir)}*"):
+            if link.is_symlink():
+                link.unlink(missing_ok=True)
+
+
+def _link_prefix(work_dir: Path) -> str:
+    return f"kt-{ids.text_digest(str(work_dir.absolute()), 8)}-"
 
 
 def session_members(session: int) -> list[int]:
@@ -171,6 +186,8 @@ def _keep(config: dict[str, Any]) -> int:
         str(os.getpid()),
         *config["arguments"],
     ]
+    # Made here and not by the starter, so that whoever is killed before this leaves none.
+    Path(config["link"]).symlink_to(config["target"], target_is_directory=True)
     ray = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=child_environment({}))
 
     def watch_starter() -> None:

@@ -15,7 +15,7 @@ from ktrain.errors import UnavailableError
 from ktrain.format.manifest import Identity
 from ktrain.replicate import ray_settings
 from ktrain.replicate.ray_cluster import Cluster, write_token
-from ktrain.replicate.ray_keeper import finish, session_members, short_link, sweep
+from ktrain.replicate.ray_keeper import finish, remove_links, session_members, short_name, sweep
 from ktrain.replicate.ray_transport import NodeWire, RayTransport
 from ktrain.replicate.ray_wire import WireConfig, parse_address
 from ktrain.testing.fake_clock import FakeClock
@@ -47,22 +47,31 @@ def test_sweep_kills_the_whole_session_and_nobody_else() -> None:
 
 
 def test_finish_empty_session_removes_the_link(tmp_path: Path) -> None:
-    link = short_link(tmp_path)
+    link = short_name(tmp_path)
+    link.symlink_to(tmp_path)
     finish(2**30, link)
     assert not link.is_symlink()
     assert tmp_path.is_dir()
 
 
-def test_short_link_long_folder_leaves_room_for_sockets(tmp_path: Path) -> None:
-    folder = tmp_path / ("x" * 100)
-    folder.mkdir()
-    link = short_link(folder)
+def test_short_name_long_temporary_directory_leaves_room_for_sockets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 100)))
+    socket = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.9"
+    assert len(f"{short_name(tmp_path)}{socket}") <= 107
+
+
+def test_remove_links_takes_those_of_its_directory_alone(tmp_path: Path) -> None:
+    mine, other = short_name(tmp_path / "a"), short_name(tmp_path / "b")
+    mine.symlink_to(tmp_path)
+    other.symlink_to(tmp_path)
     try:
-        socket = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.9"
-        assert len(str(link) + socket) <= 107
-        assert link.resolve() == folder.resolve()
+        remove_links(tmp_path / "a")
+        assert not mine.is_symlink()
+        assert other.is_symlink()
     finally:
-        link.unlink()
+        remove_links(tmp_path / "b")
 
 
 def test_environment_drops_what_another_ray_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
