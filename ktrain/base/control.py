@@ -19,7 +19,15 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, Protocol
 
-from ktrain.errors import ConfigError, DeadlineError, ForbiddenError, InternalError, KtrainError, UnavailableError, from_kind
+from ktrain.errors import (
+    ConfigError,
+    DeadlineError,
+    ForbiddenError,
+    InternalError,
+    KtrainError,
+    UnavailableError,
+    from_kind,
+)
 
 Handler = Callable[[dict[str, Any]], dict[str, Any]]
 _LOG = logging.getLogger(__name__)
@@ -124,7 +132,9 @@ class Server:
         if scheme == "unix":
             Path(rest).unlink(missing_ok=True)
             if len(os.fsencode(rest)) > 100:
-                raise ConfigError(f"control channel: socket path {rest!r} is longer than 100 bytes; choose a shorter directory")
+                raise ConfigError(
+                    f"control channel: socket path {rest!r} is longer than 100 bytes; choose a shorter directory"
+                )
             self._listener: _Listener = _UnixListener(rest, _Request)  # type: ignore[arg-type]
             os.chmod(rest, 0o600)
             self.address = address
@@ -136,7 +146,9 @@ class Server:
             raise ConfigError(f"control channel: expected tcp:HOST:PORT or unix:PATH, found {address!r}")
         self._listener.handlers = handlers
         self._listener.token = token
-        self._thread = threading.Thread(target=self._listener.serve_forever, args=(0.1,), name="ktrain-control", daemon=True)
+        self._thread = threading.Thread(
+            target=self._listener.serve_forever, args=(0.1,), name="ktrain-control", daemon=True
+        )
         self._thread.start()
 
     def close(self) -> None:
@@ -182,7 +194,9 @@ class Client:
         try:
             answer = json.loads(body)
         except ValueError as error:
-            raise UnavailableError(f"call {name} to {self.address}: the answer is no JSON (status {response.status})") from error
+            raise UnavailableError(
+                f"call {name} to {self.address}: the answer is no JSON (status {response.status})"
+            ) from error
         if "error" in answer:
             raise from_kind(str(answer["error"]["kind"]), str(answer["error"]["message"]))
         if response.status != 200:

@@ -129,8 +129,6 @@ def parse_lines(lines: Iterable[bytes | str]) -> list[Event]:
     return events
 
 
-
-
 def make(kind: str, attempt: int = 0, *, clock: Clock = SYSTEM_CLOCK, **fields: Any) -> Event:
     """An event of now."""
     return Event(kind=kind, fields=fields, time=clock.wall(), attempt=attempt)

@@ -108,7 +108,9 @@ def _integer(name: str, default: int) -> int:
     try:
         return int(text)
     except ValueError as error:
-        raise ConfigError(f"environment variable {name}: expected an integer, found {text!r}; unset or correct it") from error
+        raise ConfigError(
+            f"environment variable {name}: expected an integer, found {text!r}; unset or correct it"
+        ) from error
 
 
 def worker_settings() -> WorkerSettings:

@@ -22,9 +22,9 @@ from ktrain.checkpoint import lineage
 from ktrain.checkpoint.agreement import StopAgreement
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.commit import collect, commit_drain
+from ktrain.checkpoint.direct import RestoreDirector
 from ktrain.checkpoint.drain import Drain, DrainSchedule
 from ktrain.checkpoint.policy import Policies
-from ktrain.checkpoint.direct import RestoreDirector
 from ktrain.checkpoint.roster import Member, RankProgress, Roster
 from ktrain.errors import ConflictError, KtrainError
 from ktrain.format.manifest import Identity

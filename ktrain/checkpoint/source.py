@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ktrain.abc.tier import Tier
 from ktrain.base import contract
 from ktrain.base.clock import Deadline
 from ktrain.checkpoint.lineage import Copy
@@ -16,7 +17,6 @@ from ktrain.errors import CorruptionError, DeadlineError, KtrainError, NotFoundE
 from ktrain.format import record as records
 from ktrain.format.manifest import Manifest, bad_ranges_in
 from ktrain.snapshot.arena import NodeVolume, SlotReader
-from ktrain.abc.tier import Tier
 
 Ranges = Sequence[tuple[int, int]]
 
