@@ -411,7 +411,9 @@ class Head:
         """After success nothing in memory is needed any more; a node that does not answer is left to its launcher."""
         deadline = Deadline.after(self._timeouts.lease_s, self._clock)
         self._coordinator.free_volumes()
-        while not self._coordinator.volumes_freed():
+        everyone = set(self._spec.node_names)
+        # A head that is new has heard of nobody yet: silence is not a freed volume.
+        while not (self._coordinator.volumes_freed() and set(self._coordinator.nodes()) >= everyone):
             if deadline.expired():
                 said = f"not every node freed its volume within {deadline.total_s:g} s; see `ktrain ckpt ls --volume`"
                 self._emit_now(events.make("notice", clock=self._clock, message=said))

@@ -1,0 +1,68 @@
+"""What the head believes of processes, from supervisors' reports and the launcher's word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ktrain.run.head import Roster
+from ktrain.testing.fake_clock import FakeClock
+
+
+def said(node: str = "node-0", pid: int = 10, **changes: Any) -> dict[str, Any]:
+    base = {"node": node, "host": "h", "pid": pid, "epoch": 1, "state": "running", "ranks": [0], "pids": [77]}
+    return {**base, "exits": [], "store": None, **changes}
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def roster(clock: FakeClock) -> Roster:
+    return Roster(clock)
+
+
+def test_roster_report_grows_silent(roster: Roster, clock: FakeClock) -> None:
+    roster.take(said())
+    clock.sleep(3.0)
+
+    assert roster.supervisors()["node-0"].silent_s == pytest.approx(3.0)
+
+
+def test_roster_late_report_of_a_dead_supervisor_does_not_count(roster: Roster) -> None:
+    roster.take(said(pid=10))
+    roster.process_exited("node-0", "supervisor", 10)
+    roster.take(said(pid=10))
+
+    assert roster.supervisors() == {}
+
+
+def test_roster_exit_of_an_older_process_leaves_the_new_one(roster: Roster) -> None:
+    roster.take(said(pid=11))
+    roster.process_exited("node-0", "supervisor", 10)
+
+    assert roster.supervisors()["node-0"].pid == 11
+
+
+def test_roster_lost_node_is_lost_until_an_empty_one_speaks(roster: Roster) -> None:
+    roster.take(said(pid=10))
+    roster.process_exited("node-0", "node", 0)
+    assert roster.lost() == {"node-0"} and roster.supervisors() == {}
+
+    roster.take(said(pid=10))
+    assert roster.lost() == {"node-0"}, "a late report of the lost one"
+    roster.take(said(pid=12, epoch=0, state="idle"))
+
+    assert roster.lost() == frozenset()
+
+
+def test_roster_agent_counts_again_only_once_it_spoke_after_its_death(roster: Roster, clock: FakeClock) -> None:
+    clock.sleep(10.0)
+    roster.process_exited("node-0", "agent", 5)
+    clock.sleep(1.0)
+
+    assert roster.living_agents({"node-0": 2.0, "node-1": 2.0}) == {"node-1": 2.0}
+    assert roster.living_agents({"node-0": 0.5}) == {"node-0": 0.5}
