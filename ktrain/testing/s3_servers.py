@@ -24,6 +24,14 @@ from ktrain.base.settings import child_environment
 from ktrain.errors import ConfigError, DeadlineError, UnavailableError
 
 ACCESS_KEY = "ktrain-test"
+# A server must not outlive a test run that was killed. Set in the new process after it has left this one: between
+# fork and exec of a process with threads nothing is safe.
+_DIE_WITH_PARENT = (
+    sys.executable,
+    "-ISc",
+    "import ctypes, os, sys; getattr(ctypes.CDLL(None), 'prctl', lambda *_: 0)(1, 9);"
+    "os.execv(sys.argv[1], sys.argv[1:])",
+)
 SECRET_KEY = "ktrain-test-secret"  # noqa: S105 -- of a server that lives for one test on this machine
 
 
@@ -85,7 +93,11 @@ class S3Server:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=child_environment({})
+                [*_DIE_WITH_PARENT, *self._command()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=child_environment({}),
             )
         deadline = Deadline.after(self._start_s, self._clock)
         while not self._takes_connections():
@@ -228,7 +240,7 @@ class RcloneServer(S3Server):
             f"--addr=127.0.0.1:{self.port}",
             f"--auth-key={ACCESS_KEY},{SECRET_KEY}",
             "--config=",
-            "--dir-cache-time=0s",  # files that a test puts there must be seen
+            "--dir-cache-time=1ms",  # files that a test puts there must be seen; 0 makes rclone spin
             str(buckets),
         ]
 

@@ -12,6 +12,7 @@ import pytest
 
 from ktrain.base.clock import Deadline
 from ktrain.errors import CapacityError, CorruptionError, DeadlineError, ForbiddenError
+from ktrain.testing.fake_clock import FakeClock
 from ktrain.testing.tier_conformance import soon
 from ktrain.tier.bucket import open_tier
 from ktrain.tier.deadline import Call
@@ -122,3 +123,11 @@ def test_create_on_a_file_system_without_hard_links_still_has_one_winner(
     assert caught.value.kind == "conflict"  # type: ignore[attr-defined]
     assert tier.read("run.json", deadline=soon()) == b"first"
     assert os.listdir(tmp_path / "run") == ["run.json"]
+
+
+def test_call_under_a_clock_of_a_test_is_given_real_time(tier: FileTier) -> None:
+    clock = FakeClock()
+    tier.write("a", bytes(8 << 20), deadline=Deadline.after(30.0, clock))
+    assert len(tier.read("a", deadline=Deadline.after(30.0, clock))) == 8 << 20
+    with pytest.raises(DeadlineError):
+        tier.read("a", deadline=Deadline.after(0.0, clock))
