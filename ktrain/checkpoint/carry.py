@@ -22,7 +22,7 @@ from ktrain.format import record as records
 from ktrain.format.manifest import Identity, bad_ranges
 from ktrain.format.record import RankFiles
 from ktrain.snapshot.arena import NodeVolume
-from ktrain.tier.bucket import open_tier
+from ktrain.tier.location import open_tier
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,31 +39,37 @@ class Wanted:
     epoch: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """What a carrier stands between; `volume` gives None while there is none."""
+
+    run_url: str
+    node: str
+    volume: Callable[[], NodeVolume | None]
+    transport: Transport | None
+
+
 class Carrier:
     """Drains and pulls for one node. Safe from any thread.
 
     Args:
-        volume: gives the node's volume, or None while there is none.
         emit: takes an event's kind and fields.
         drained: takes the report on one rank's upload.
     """
 
     def __init__(
         self,
-        run_url: str,
+        ends: Ends,
         *,
-        node: str,
-        volume: Callable[[], NodeVolume | None],
-        transport: Transport | None,
         emit: Callable[..., None],
         drained: Callable[[dict[str, Any]], None],
         timeouts: Timeouts,
         clock: Clock,
     ) -> None:
-        self._run_url = run_url
-        self._node = node
-        self._volume = volume
-        self._transport = transport
+        self._run_url = ends.run_url
+        self._node = ends.node
+        self._volume = ends.volume
+        self._transport = ends.transport
         self._emit = emit
         self._drained = drained
         self._timeouts = timeouts
@@ -114,11 +120,15 @@ class Carrier:
 
     def _drain_once(self, memory: dict[Any, Any]) -> None:
         wanted = self._wanted
-        if wanted.drain is None or wanted.drain["write_id"] == memory.get("done") or not wanted.ranks:
+        if wanted.drain is None:
             return
-        memory["done"] = write_id = str(wanted.drain["write_id"])
-        for rank in wanted.ranks:
-            self._drained(self._drain_rank(rank, Identity.from_json(wanted.drain["identity"]), write_id))
+        write_id = str(wanted.drain["write_id"])
+        if memory.get("write_id") != write_id:
+            memory.update(write_id=write_id, ranks=set())
+        for rank in wanted.ranks:  # a rank may join later, when this keeper has taken over from a dead one
+            if rank not in memory["ranks"]:
+                memory["ranks"].add(rank)
+                self._drained(self._drain_rank(rank, Identity.from_json(wanted.drain["identity"]), write_id))
 
     def _drain_rank(self, rank: int, identity: Identity, write_id: str) -> dict[str, Any]:
         started = self._clock.monotonic()
@@ -139,7 +149,7 @@ class Carrier:
         if volume is None:
             raise UnavailableError(f"rank {rank}, {identity}: this node has no volume now")
         if self._tier is None:
-            self._tier = open_tier(self._run_url, timeouts=self._timeouts, clock=self._clock)
+            self._tier = open_tier(self._run_url, timeouts=self._timeouts)
         payload = records.payload_name(identity.step, identity.epoch, write_id, rank)
         name = records.manifest_name(identity.step, identity.epoch, write_id, rank)
         with volume.open(rank, identity) as slot:

@@ -1,7 +1,8 @@
 """What a run's directory says: its identity, its attempts, and the checkpoints that are committed in it.
 
 Everything here is written once under a name of its own (no rename, no overwrite), so that it works alike on a local
-directory and on an object store, and so that a zombie can only ever add what nobody takes. Imports neither torch nor ray.
+directory and on an object store, and so that a zombie can only ever add what nobody takes. Imports neither torch nor
+ray.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ktrain.abc.tier import Stored, Tier
+from ktrain.abc.tier import Tier
 from ktrain.base import contract, ids
 from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
 from ktrain.base.settings import Timeouts
@@ -19,7 +20,7 @@ from ktrain.errors import ConfigError, ConflictError, CorruptionError, KtrainErr
 from ktrain.format import record as records
 from ktrain.format.manifest import Manifest, bad_ranges_in
 from ktrain.format.record import CommitRecord, RankFiles
-from ktrain.tier.bucket import open_tier
+from ktrain.tier.location import open_tier
 
 RUN_FORMAT = 1
 _WIDEST_EPOCH = 999_999
@@ -44,10 +45,18 @@ class AttemptRecord:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Committed checkpoints (newest last) and commit records that cannot be used, with the reason."""
+    """Committed checkpoints (newest last) and commit records that cannot be used, by name.
+
+    Attributes:
+        broken: (name, reason) of every record that cannot be used.
+        lost: names among them that were written to their end: each stands for a checkpoint that was committed.
+        newer: names among them that a newer ktrain wrote.
+    """
 
     commits: tuple[CommitRecord, ...]
     broken: tuple[tuple[str, str], ...] = field(default=())
+    lost: tuple[str, ...] = field(default=())
+    newer: tuple[str, ...] = field(default=())
 
 
 def _attempt_name(epoch: int, part: str) -> str:
@@ -72,7 +81,7 @@ class RunCatalog:
             ConfigError: the URL cannot be used or is of a newer format.
             UnavailableError: the store could not be asked.
         """
-        tier = open_tier(url, timeouts=timeouts, clock=clock)
+        tier = open_tier(url, timeouts=timeouts)
         deadline = Deadline.after(timeouts.storage_s, clock)
         try:
             found = _parse_run(tier, tier.read(contract.RUN_FILE, deadline=deadline))
@@ -137,41 +146,49 @@ class RunCatalog:
         for stored in self.tier.list(f"{contract.ATTEMPTS_DIR}/", deadline=self._deadline()):
             stem = stored.name.removeprefix(f"{contract.ATTEMPTS_DIR}/attempt-").removesuffix(".json")
             number, _, part = stem.partition("-")
-            if not number.isdigit() or part not in ("start", "restored", "committed", "durable", "end"):
+            if not (number.isascii() and number.isdecimal()) or part not in ("start", "restored", "committed", "durable", "end"):
                 continue
             try:
                 value = json.loads(self.tier.read(stored.name, deadline=self._deadline()))
             except (ValueError, NotFoundError):
                 value = None
-            parts.setdefault(int(number), {})[part] = value
+            whole = isinstance(value, dict) and (part != "restored" or isinstance(value.get("step"), int))
+            parts.setdefault(int(number), {})[part] = value if whole else None
         return [AttemptRecord(epoch=epoch, **parts[epoch]) for epoch in sorted(parts)]
 
     # Checkpoints
 
     def listing(self) -> Listing:
         """Every commit record under the run, read and checked; payloads are not touched."""
-        commits, broken = [], []
+        commits: list[CommitRecord] = []
+        broken: list[tuple[str, str]] = []
+        lost: list[str] = []
+        newer: list[str] = []
         for stored in self.tier.list(f"{contract.CHECKPOINTS_DIR}/", deadline=self._deadline()):
             if records.parse_commit_name(stored.name) is None:
                 continue
             try:
-                commits.append(self._read_commit(stored))
-            except (CorruptionError, ConfigError) as error:
-                broken.append((stored.name, str(error)))
+                data = self.tier.read(stored.name, deadline=self._deadline())
             except NotFoundError:
                 continue  # collected between the listing and the read
+            try:
+                commits.append(self._parse_commit(stored.name, data))
+            except (CorruptionError, ConfigError) as error:
+                broken.append((stored.name, str(error)))
+                if data.rstrip().endswith(b"}"):
+                    lost.append(stored.name)
+                if isinstance(error, ConfigError):
+                    newer.append(stored.name)
         commits.sort(key=lambda commit: (commit.identity.step, commit.identity.epoch))
-        return Listing(tuple(commits), tuple(broken))
+        return Listing(tuple(commits), tuple(broken), tuple(lost), tuple(newer))
 
-    def _read_commit(self, stored: Stored) -> CommitRecord:
-        commit = CommitRecord.from_bytes(self.tier.read(stored.name, deadline=self._deadline()))
-        named = records.parse_commit_name(stored.name)
-        if named != (commit.identity.step, commit.identity.epoch, commit.write_id):
-            raise CorruptionError(
-                f"{stored.name}: the record inside is of step {commit.identity.step} epoch {commit.identity.epoch}"
-            )
-        if commit.identity.run != self.run_id:
-            raise CorruptionError(f"{stored.name}: it belongs to run {commit.identity.run}, this is run {self.run_id}")
+    def _parse_commit(self, name: str, data: bytes) -> CommitRecord:
+        commit = CommitRecord.from_bytes(data)
+        identity = commit.identity
+        if records.parse_commit_name(name) != (identity.step, identity.epoch, commit.write_id):
+            raise CorruptionError(f"{name}: the record inside is of step {identity.step} epoch {identity.epoch}")
+        if identity.run != self.run_id:
+            raise CorruptionError(f"{name}: it belongs to run {identity.run}, this is run {self.run_id}")
         return commit
 
     def read_manifest(self, commit: CommitRecord, files: RankFiles) -> Manifest:
@@ -184,8 +201,8 @@ class RunCatalog:
         same = manifest.identity == commit.identity and manifest.rank == files.rank
         if not same or manifest.digest() != files.manifest_digest:
             raise CorruptionError(
-                f"{files.manifest}: expected the manifest of rank {files.rank} step {commit.identity.step} with digest "
-                f"{files.manifest_digest}, found rank {manifest.rank} step {manifest.identity.step} digest {manifest.digest()}"
+                f"{files.manifest}: expected the manifest of rank {files.rank}, {commit.identity} with digest "
+                f"{files.manifest_digest}, found rank {manifest.rank}, {manifest.identity}, digest {manifest.digest()}"
             )
         return manifest
 
@@ -193,7 +210,7 @@ class RunCatalog:
         """Makes a checkpoint exist. A reply that was lost is settled by reading back.
 
         Raises:
-            UnavailableError, DeadlineError: it cannot be told whether the record is there; the checkpoint does not count.
+            UnavailableError, DeadlineError: it cannot be told whether the record is there; it does not count.
         """
         name = records.commit_name(commit.identity.step, commit.identity.epoch, commit.write_id)
         data = commit.to_bytes()
@@ -285,12 +302,8 @@ def _bad_payload(catalog: RunCatalog, files: RankFiles, manifest: Manifest) -> I
         except NotFoundError as error:
             yield {"reason": str(error)}
             return
-        if len(data) != end - begin:
-            yield {
-                "reason": f"expected {manifest.nbytes} bytes, the object ends at {begin + len(data)}",
-                "begin": begin + len(data),
-                "end": manifest.nbytes,
-            }
+        except CorruptionError as error:  # it is shorter than its manifest says
+            yield {"reason": str(error), "begin": begin, "end": manifest.nbytes}
             return
         for low, high in bad_ranges_in(manifest, data, begin):
             yield {"reason": "bytes differ from the digest made at the snapshot", "begin": low, "end": high}

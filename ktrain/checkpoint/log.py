@@ -151,9 +151,9 @@ class LogReader:
 
     def _read_objects(self) -> list[Event]:
         if self._tier is None:
-            from ktrain.tier.bucket import open_tier
+            from ktrain.tier.location import open_tier
 
-            self._tier = open_tier(self._run, timeouts=self._timeouts, clock=self._clock)
+            self._tier = open_tier(self._run, timeouts=self._timeouts)
         found = self._tier.list(
             f"{contract.EVENTS_DIR}/", deadline=Deadline.after(self._timeouts.storage_s, self._clock)
         )

@@ -21,7 +21,7 @@ from ktrain.snapshot.arena import NodeVolume
 from ktrain.state.apply import RestoreNeeds, apply, plan_restore
 from ktrain.state.topology import Topology
 from ktrain.state.train_state import TrainState
-from ktrain.tier.bucket import open_tier
+from ktrain.tier.location import open_tier
 
 
 @dataclass(slots=True)
@@ -77,7 +77,7 @@ class Restorer:
             if state is RestoreState.LOADING and number != self._round and "sources" in word:
                 self._round = number
                 self._load(word)
-                faults.reached("restore.loaded", rank=self._topology.rank)
+                faults.reached("restore.loaded", step=int(word["identity"]["step"]), rank=self._topology.rank)
                 deadline = self._deadline()
             elif state is RestoreState.GO and number == self._round and self._loaded is not None:
                 step = self._apply(self._loaded)

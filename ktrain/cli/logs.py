@@ -30,7 +30,7 @@ class _Logs:
         folders = [path / contract.LOGS_DIR if path is not None else WorkDir.of_run(self.run).path / contract.LOGS_DIR]
         names = [str(file) for folder in folders for file in folder.glob("attempt-*/rank-*.log")]
         if path is None and not names:
-            from ktrain.tier.bucket import open_tier
+            from ktrain.tier.location import open_tier
 
             timeouts = settings.timeouts()
             tier = open_tier(self.run, timeouts=timeouts)
@@ -50,7 +50,7 @@ class _Logs:
                 file.seek(offset)
                 data = file.read()
         except FileNotFoundError:
-            from ktrain.tier.bucket import open_tier
+            from ktrain.tier.location import open_tier
 
             timeouts = settings.timeouts()
             tier = open_tier(self.run, timeouts=timeouts)

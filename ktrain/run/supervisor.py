@@ -336,7 +336,7 @@ class Supervisor:
         if group is None or group.logs_kept or group.state == "running" or local_path(self._spec.run) is not None:
             return
         group.logs_kept = True
-        from ktrain.tier.bucket import open_tier
+        from ktrain.tier.location import open_tier
 
         deadline = Deadline.after(self._timeouts.storage_s)
         try:

@@ -1,4 +1,4 @@
-"""Tiers in any store that fsspec reaches, and `open_tier`, which turns a URL into one.
+"""Tiers in any store that fsspec reaches.
 
 A filesystem object of fsspec is owned by one call at a time and used by the next one only after a clean
 answer: all of them share one event loop and hold sessions, so one that hangs would take the others with it.
@@ -13,16 +13,14 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
 import fsspec.config
-import fsspec.core
 
 from ktrain.abc.tier import Buffer, Stored, Tier, check_name, check_prefix
 from ktrain.base import ids
-from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
+from ktrain.base.clock import Deadline
 from ktrain.base.settings import Timeouts
 from ktrain.errors import (
     ConfigError,
@@ -34,7 +32,6 @@ from ktrain.errors import (
 )
 from ktrain.tier.answers import public_url, translate, translate_write
 from ktrain.tier.deadline import BoundedCalls, Call
-from ktrain.tier.files import FileTier
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -46,27 +43,17 @@ _CLOSE_S = 1.0
 _MEMORY = threading.Lock()  # memory:// hands one seekable object to all its readers
 
 
-def open_tier(url: str, *, kind: str = "bucket", timeouts: Timeouts | None = None, clock: Clock = SYSTEM_CLOCK) -> Tier:
-    """The tier at a path or at any URL that fsspec knows; asks the store nothing yet.
-
-    Endpoint, keys and region come from where the store's own tools look (`AWS_*`, `~/.aws`, fsspec's
-    configuration).
+def open_bucket(url: str, protocol: str, *, kind: str, timeouts: Timeouts) -> Tier:
+    """The tier at a URL of a store that is not the local file system.
 
     Raises:
-        ConfigError: no such kind of URL, or the package for it is not installed.
+        ConfigError: fsspec knows no such protocol, or the package for it is not installed.
     """
-    del clock  # waits are measured by the clock of the deadline that each call carries
-    protocol, path = fsspec.core.split_protocol(url)
-    if protocol in (None, "file", "local"):
-        root = Path(path).expanduser().absolute()
-        return FileTier(root, kind=kind)
-    if "::" in url:
-        raise ConfigError(f"{public_url(url)}: expected one store, found a chain of them ('::'); name the store alone")
     try:
         filesystem = fsspec.get_filesystem_class(protocol)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{public_url(url)}: {error}; install the package for {protocol}:// or correct it") from error
-    return BucketTier(url, filesystem, kind=kind, timeouts=timeouts or Timeouts())
+    return BucketTier(url, filesystem, kind=kind, timeouts=timeouts)
 
 
 class BucketTier:

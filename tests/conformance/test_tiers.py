@@ -15,7 +15,7 @@ from ktrain.testing.fake_bucket import FakeBucket
 from ktrain.testing.faulty_tier import FaultyTier
 from ktrain.testing.s3_servers import MotoServer, RcloneServer, S3Server, find_program
 from ktrain.testing.tier_conformance import TierConformance, TierStore, soon
-from ktrain.tier.bucket import open_tier
+from ktrain.tier.location import open_tier
 
 
 class _Store:

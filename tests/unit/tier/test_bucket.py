@@ -14,7 +14,7 @@ from ktrain.abc.tier import Tier
 from ktrain.base.clock import Deadline
 from ktrain.errors import ConfigError, DeadlineError, ForbiddenError, UnavailableError
 from ktrain.testing.tier_conformance import soon
-from ktrain.tier.bucket import open_tier
+from ktrain.tier.location import open_tier
 
 
 class _TouchyFilesystem(MemoryFileSystem):

@@ -17,7 +17,7 @@ from ktrain.base.settings import Timeouts
 from ktrain.errors import DeadlineError, ForbiddenError, KtrainError, NotFoundError, UnavailableError
 from ktrain.testing.s3_servers import RcloneServer, find_program
 from ktrain.testing.tier_conformance import soon
-from ktrain.tier.bucket import open_tier
+from ktrain.tier.location import open_tier
 
 _QUICK = Timeouts(patience_s=10.0)
 
