@@ -123,6 +123,7 @@ class Machine:
         self._unended = unended_epoch
         self._since_s: float | None = None  # when the present state began
         self._failure: Failure | None = None  # why the attempt is being stopped
+        self._vanished: Failure | None = None  # nodes or supervisors that turned out to be gone meanwhile
         self._stop_said_s: float | None = None
         self._pids: dict[str, int] = {}  # supervisors of the running attempt
         self._agents_gone: set[str] = set()
@@ -313,23 +314,30 @@ class Machine:
 
     def _broken(self, view: View) -> Failure | None:
         """The first sign that the attempt cannot go on; its cause is settled once every worker has ended."""
+        vanished = self._find_vanished(view)
+        if vanished is not None:
+            return vanished
+        for node in self.assignment:
+            report = view.supervisors.get(node)
+            if report is not None and report.epoch == self.epoch and report.state == "failed":
+                said, step = "a worker failed", self._step(view)
+                return Failure(contract.CAUSE_CRASH, said, node=node, host=report.host, step=step)
+        return None
+
+    def _find_vanished(self, view: View) -> Failure | None:
+        """Nodes or supervisors that are gone, as a failure."""
+        step = self._step(view)
         lost = [node for node in self.assignment if self._is_lost(node, view)]
         if lost:
             names = ", ".join(lost)
             if len(lost) == len(self.assignment):
-                said = f"all nodes are gone: {names}"
-                return Failure(contract.CAUSE_ALL_LOST, said, step=self._step(view))
-            said = f"the processes of {names} are gone"
-            return Failure(contract.CAUSE_NODE_LOST, said, node=lost[0], step=self._step(view))
+                return Failure(contract.CAUSE_ALL_LOST, f"all nodes are gone: {names}", step=step)
+            return Failure(contract.CAUSE_NODE_LOST, f"the processes of {names} are gone", node=lost[0], step=step)
         for node in self.assignment:
             report = view.supervisors.get(node)
             pid = self._pids.get(node)
             if pid is not None and (report is None or report.pid != pid):
-                return Failure(contract.CAUSE_CRASH, f"the supervisor of {node} died", node=node, step=self._step(view))
-            if report is not None and report.epoch == self.epoch and report.state == "failed":
-                return Failure(
-                    contract.CAUSE_CRASH, "a worker failed", node=node, host=report.host, step=self._step(view)
-                )
+                return Failure(contract.CAUSE_CRASH, f"the supervisor of {node} died", node=node, step=step)
         return None
 
     def _is_lost(self, node: str, view: View) -> bool:
@@ -412,6 +420,7 @@ class Machine:
 
     def _stop_attempt(self, view: View, failure: Failure | None) -> list[Action]:
         self._failure = failure
+        self._vanished = None
         self._go(State.STOPPING, view.now_s)
         if failure is not None and failure.cause in (contract.CAUSE_NODE_LOST, contract.CAUSE_ALL_LOST):
             return [
@@ -420,6 +429,7 @@ class Machine:
         return []
 
     def _settle(self, view: View) -> list[Action]:
+        self._vanished = self._find_vanished(view) or self._vanished
         running = [
             report.node
             for report in view.supervisors.values()
@@ -448,10 +458,18 @@ class Machine:
         return said
 
     def _settled_failure(self, view: View, exits: Sequence[Exit]) -> Failure:
-        """The cause, now that all exits are known: a crash is what the root exit says."""
+        """The cause, now that all exits are known: a crash is what the root exit says.
+
+        Survivors often notice the loss of a node before anybody says so; their errors are its echo.
+        """
         assert self._failure is not None
+        root = failures.root_cause(exits)
+        if self._failure.cause != contract.CAUSE_CRASH:
+            return self._failure
+        if self._vanished is not None and (root is None or root.secondary):
+            return self._vanished
         found = failures.crash(exits, view.progress)
-        if self._failure.cause != contract.CAUSE_CRASH or found is None:
+        if found is None:
             return self._failure
         return found if found.step is not None else replace(found, step=self._failure.step)
 

@@ -86,8 +86,10 @@ class Place:
         """Waits, bounded, until the condition gives something true; returns that."""
         deadline = Deadline.after(ENDS_WITHIN_S)
         while not (found := condition()):
-            if deadline.expired():
-                raise AssertionError(f"{what}: not within {ENDS_WITHIN_S:g} s\n{self.output(len(self.launches) - 1)}")
+            ended = self.launches and self.launches[-1].poll() not in (None, 0)
+            if deadline.expired() or (ended and not condition()):
+                how = "the launch ended" if ended else f"not within {ENDS_WITHIN_S:g} s"
+                raise AssertionError(f"{what}: {how}\n{self.output(len(self.launches) - 1)}")
             SYSTEM_CLOCK.sleep(0.05)
         return found
 

@@ -154,8 +154,7 @@ class LocalLaunch:
     def _start(self, role: str, node_index: int | None, starts_s: deque[float] | None = None) -> None:
         place = [] if node_index is None else [str(node_index)]
         command = [self._spec.python, "-P", "-m", f"ktrain.run.{role}", str(self._work.path), *place, str(os.getpid())]
-        name = role if node_index is None else f"{contract.node_name(node_index)}-{role}"
-        with open(Path(self._spec.log_dir) / f"{name}.log", "ab") as log:
+        with open(self._log_path(role, node_index), "ab") as log:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -165,6 +164,10 @@ class LocalLaunch:
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then asks the head to stop
             )
         self._children.append(_Child(role, node_index, process, starts_s if starts_s is not None else deque()))
+
+    def _log_path(self, role: str, node_index: int | None) -> Path:
+        name = role if node_index is None else f"{contract.node_name(node_index)}-{role}"
+        return Path(self._spec.log_dir) / f"{name}.log"
 
     # The loop
 
@@ -202,8 +205,11 @@ class LocalLaunch:
                 child.starts_s.popleft()
             if len(child.starts_s) > _MOST_STARTS:
                 times = f"{len(child.starts_s)} times within {_STARTS_WINDOW_S:g} s"
-                said = f"{child.describe()} ended {times}, last with {exitcode}; see {self._spec.log_dir}"
-                return Outcome(contract.EXIT_FAILED, said)
+                log = self._log_path(child.role, child.node_index)
+                said = f"{child.describe()} ended {times}, last with {exitcode}; the end of {log}:"
+                return Outcome(
+                    contract.EXIT_FAILED, "\n".join([said, *log.read_text(errors="replace").splitlines()[-5:]])
+                )
             _LOG.info("%s ended with %d; started again", child.describe(), exitcode)
             if child.node_index is not None:
                 self._exited.append(
@@ -285,18 +291,18 @@ class LocalLaunch:
             child.process.kill()
         for process in family:
             _signal(process.pid, signal.SIGKILL)
+        nodes = [contract.node_name(index) for index in node_indexes]
+        self._exited += [{"node": node, "role": "node", "pid": 0} for node in nodes]
+        self._tell_exits()
         for child in lost:
             child.process.wait()
         psutil.wait_procs(family, timeout=_KILL_S)
         for child in lost:
             self._children.remove(child)
-        nodes = [contract.node_name(index) for index in node_indexes]
         for node in nodes:
             _remove(Path(self._spec.volume_root) / run_id / node)
             _remove(self._work.node(node))
             self._work.node(node).mkdir(mode=0o700)
-        self._exited += [{"node": node, "role": "node", "pid": 0} for node in nodes]
-        self._tell_exits()
         for node_index in node_indexes:
             self._start_node(node_index)
 

@@ -133,6 +133,27 @@ def test_machine_all_nodes_lost_remembers_the_step() -> None:
     assert said(wanted, "failure")[0]["step"] == 41
 
 
+def test_machine_survivor_fails_before_its_node_is_known_lost_blames_the_node() -> None:
+    world = World().run()
+    echo = ended(0, reason="RuntimeError: [gloo] Connection closed by peer")
+    world.report("node-0", state="failed", exits=(echo, ended(1, -15, ended_by_us=True)))
+    assert not said(world.tick(), "failure"), "node-1 still counts as running"
+    del world.reports["node-1"]
+
+    wanted = world.tick(lost=frozenset({"node-1"}))
+
+    assert said(wanted, "failure")[0]["cause"] == contract.CAUSE_NODE_LOST
+
+
+def test_machine_worker_died_of_its_own_and_a_node_is_lost_too_blames_the_worker() -> None:
+    world = World().run()
+    world.report("node-0", state="failed", exits=(ended(0, reason="ValueError: nan"),))
+    world.tick()
+    del world.reports["node-1"]
+
+    assert said(world.tick(lost=frozenset({"node-1"})), "failure")[0]["rank"] == 0
+
+
 def test_machine_both_processes_of_a_node_silent_counts_as_lost() -> None:
     world = World().run()
     world.report("node-1", silent_s=TIMEOUTS.lease_s + 1)
