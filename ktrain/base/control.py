@@ -6,6 +6,7 @@ Handlers are plain functions `dict -> dict`. Errors keep their class across the 
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import http.client
 import json
@@ -32,6 +33,7 @@ from ktrain.errors import (
 Handler = Callable[[dict[str, Any]], dict[str, Any]]
 _LOG = logging.getLogger(__name__)
 _MAX_BODY_BYTES = 256 << 20
+_PIECE_NBYTES = 1 << 16
 
 
 class Caller(Protocol):
@@ -41,7 +43,8 @@ class Caller(Protocol):
         """Returns the handler's answer.
 
         Raises:
-            UnavailableError: nobody answers at the address, or the connection broke: whether the call took effect is unknown.
+            UnavailableError: nobody answers at the address, or the connection broke: whether the call took effect is
+                unknown.
             DeadlineError: no answer within `timeout_s`.
             KtrainError: what the handler raised.
         """
@@ -69,6 +72,7 @@ def _find(handlers: Mapping[str, Handler], name: str) -> Handler:
 
 class _Request(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    timeout = 60.0  # of one read or write on the connection, so that a silent caller does not hold a thread for ever
     server: _Listener
 
     def address_string(self) -> str:
@@ -78,18 +82,19 @@ class _Request(BaseHTTPRequestHandler):
         _LOG.debug(format, *args)
 
     def do_POST(self) -> None:
-        length = int(self.headers.get("Content-Length") or 0)
-        offered = self.headers.get("Authorization", "")
-        if not hmac.compare_digest(offered, f"Bearer {self.server.token}"):
-            self.close_connection = True
-            self._answer(403, {"error": {"kind": "forbidden", "message": "control channel: wrong token for this run"}})
-            return
+        text = self.headers.get("Content-Length") or "0"
+        length = int(text) if text.isascii() and text.isdecimal() else _MAX_BODY_BYTES + 1
+        offered = self.headers.get("Authorization", "").encode()
         if length > _MAX_BODY_BYTES:
-            self.close_connection = True
-            self._answer(413, {"error": {"kind": "config", "message": f"control channel: {length} bytes is too much"}})
+            self._refuse(413, "config", f"control channel: a body of {text} bytes is too much")
+            return
+        if not hmac.compare_digest(offered, f"Bearer {self.server.token}".encode()):
+            for left in range(length, 0, -_PIECE_NBYTES):  # a caller that is still sending would not see the answer
+                self.rfile.read(min(left, _PIECE_NBYTES))
+            self._refuse(403, "forbidden", "control channel: wrong token for this run")
             return
         try:
-            params = json.loads(self.rfile.read(length) or b"{}")
+            params = _parse(self.rfile.read(length))
             result = _find(self.server.handlers, self.path.removeprefix("/call/"))(params)
         except KtrainError as error:
             self._answer(400, {"error": {"kind": error.kind, "message": str(error)}})
@@ -99,6 +104,10 @@ class _Request(BaseHTTPRequestHandler):
         else:
             self._answer(200, {"result": result})
 
+    def _refuse(self, status: int, kind: str, message: str) -> None:
+        self.close_connection = True
+        self._answer(status, {"error": {"kind": kind, "message": message}})
+
     def _answer(self, status: int, value: dict[str, Any]) -> None:
         body = json.dumps(value).encode()
         self.send_response(status)
@@ -106,6 +115,16 @@ class _Request(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    try:
+        params = json.loads(body or b"{}")
+    except ValueError as error:
+        raise ConfigError(f"control channel: the body of {len(body)} bytes is no JSON: {error}") from error
+    if not isinstance(params, dict):
+        raise ConfigError(f"control channel: expected a JSON object, found {type(params).__name__}")
+    return params
 
 
 class _Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -130,11 +149,11 @@ class Server:
     def __init__(self, handlers: Mapping[str, Handler], *, address: str, token: str) -> None:
         scheme, _, rest = address.partition(":")
         if scheme == "unix":
-            Path(rest).unlink(missing_ok=True)
             if len(os.fsencode(rest)) > 100:
                 raise ConfigError(
                     f"control channel: socket path {rest!r} is longer than 100 bytes; choose a shorter directory"
                 )
+            Path(rest).unlink(missing_ok=True)
             self._listener: _Listener = _UnixListener(rest, _Request)  # type: ignore[arg-type]
             os.chmod(rest, 0o600)
             self.address = address
@@ -172,7 +191,7 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 class Client:
-    """Calls a Server. Safe from any thread; one connection per call (local calls cost well under a millisecond)."""
+    """Calls a Server, one connection per call. Safe from any thread."""
 
     def __init__(self, address: str, token: str) -> None:
         self.address = address
@@ -182,7 +201,8 @@ class Client:
         connection = self._connection(timeout_s)
         try:
             headers = {"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"}
-            connection.request("POST", f"/call/{name}", json.dumps(params).encode(), headers)
+            with contextlib.suppress(BrokenPipeError):  # refused before all was sent: the answer says why
+                connection.request("POST", f"/call/{name}", json.dumps(params).encode(), headers)
             response = connection.getresponse()
             body = response.read()
         except TimeoutError as error:

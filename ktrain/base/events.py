@@ -7,6 +7,8 @@ and the fields of its kind. Kinds are append-only; the list below is golden.
 from __future__ import annotations
 
 import json
+import logging
+import os
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -69,6 +71,9 @@ class Event:
         return cls(kind=value["kind"], fields=rest, time=value["time"], attempt=value["attempt"])
 
 
+_LOG = logging.getLogger(__name__)
+
+
 class EventSink(Protocol):
     """Takes events; must not block the caller for long and must not raise."""
 
@@ -100,31 +105,69 @@ class ListSink:
 
 
 class FileSink:
-    """Appends one JSON line per event to a local file; each line is written whole and flushed."""
+    """Appends one JSON line per event to a local file. Safe from any thread.
 
-    def __init__(self, path: Path) -> None:
+    A file that cannot take a line now (the disk is full) gets it later; what is over the limit is lost, and counted.
+    """
+
+    def __init__(self, path: Path, limit: int = 10_000) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 -- owned until close()
+        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 -- owned until close()
         self._lock = threading.Lock()
+        self._limit = limit
+        self._waiting: list[bytes] = []  # guarded by _lock
+        self.num_lost = 0
+        self._torn = _ends_in_a_torn_line(self._file.fileno())
 
     def emit(self, event: Event) -> None:
         line = json.dumps(event.to_json(), separators=(",", ":")).encode() + b"\n"
         with self._lock:
-            self._file.write(line)
+            self._waiting.append(line)
+            if len(self._waiting) > self._limit:
+                del self._waiting[0]
+                self.num_lost += 1
+            self._write_waiting()
 
     def close(self) -> None:
-        self._file.close()
+        """Tries once more to write what waits. Closing twice is fine."""
+        with self._lock:
+            if not self._file.closed:
+                self._write_waiting()
+                self._file.close()
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            line = self._waiting[0]
+            data = b"\n" + line if self._torn else line  # a reader loses the torn line, not this one
+            try:
+                num_written = self._file.write(data)
+            except OSError as error:
+                if len(self._waiting) == 1:
+                    _LOG.warning("events: %s; they are kept and tried again", error)
+                return
+            self._torn = num_written != len(data)
+            if self._torn:
+                return
+            del self._waiting[0]
+
+
+def _ends_in_a_torn_line(fd: int) -> bool:
+    """True when the last writer was killed in the middle of a line."""
+    size = os.fstat(fd).st_size
+    return size > 0 and os.pread(fd, 1, size - 1) != b"\n"
 
 
 def parse_lines(lines: Iterable[bytes | str]) -> list[Event]:
-    """Events of a log; a torn last line (the writer was killed) is left out, and so are kinds of newer versions."""
+    """Events of a log; a torn line (its writer was killed) is left out, and so are kinds of newer versions."""
     events = []
     for line in lines:
         try:
             value = json.loads(line)
         except ValueError:
             continue
-        if isinstance(value, dict) and value.get("kind") in KINDS:
+        if not isinstance(value, dict) or not isinstance(value.get("kind"), str) or value["kind"] not in KINDS:
+            continue
+        if isinstance(value.get("time"), int | float) and isinstance(value.get("attempt"), int):
             events.append(Event.from_json(value))
     return events
 

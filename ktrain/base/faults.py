@@ -1,8 +1,8 @@
 """Fault points: named moments at which a process can be made to fail, for tests and demonstrations.
 
 A plan is text in `KTRAIN_FAULTS`, so that it reaches a worker through any launcher: entries separated by `;`, each
-`ACTION@POINT[,step=N][,rank=R][,epoch=E]` with the actions kill (SIGKILL), stop (SIGSTOP) and raise. An entry fires once
-in a process, and only in epoch 1 unless it names another, so that the resumed attempt gets past it.
+`ACTION@POINT[,step=N][,rank=R][,epoch=E]` with the actions kill (SIGKILL), stop (SIGSTOP) and raise. An entry fires
+once in a process, and only in epoch 1 unless it names another, so that the resumed attempt gets past it.
 `ktrain.testing.FaultPlan` writes such plans.
 """
 
@@ -48,8 +48,8 @@ class Fault:
 
 def _refuse(entry: str, why: str) -> NoReturn:
     raise ConfigError(
-        f"{contract.ENV_FAULTS}: entry {entry!r}: {why}; expected ACTION@POINT[,step=N][,rank=R][,epoch=E] with an action of "
-        f"{', '.join(ACTIONS)} and a point of {', '.join(POINTS)}"
+        f"{contract.ENV_FAULTS}: entry {entry!r}: {why}; expected ACTION@POINT[,step=N][,rank=R][,epoch=E] with an "
+        f"action of {', '.join(ACTIONS)} and a point of {', '.join(POINTS)}"
     )
 
 
@@ -70,7 +70,7 @@ def parse(text: str) -> list[Fault]:
         numbers: dict[str, int] = {}
         for pair in pairs:
             name, _, value = pair.partition("=")
-            if name not in ("step", "rank", "epoch") or not value.isdigit():
+            if name not in ("step", "rank", "epoch") or not (value.isascii() and value.isdecimal()):
                 _refuse(entry, f"cannot read {pair!r}")
             numbers[name] = int(value)
         faults.append(Fault(action, point, **numbers))

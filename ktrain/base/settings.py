@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -145,8 +146,10 @@ def timeouts() -> Timeouts:
         raise ConfigError(
             f"environment variable {contract.ENV_PATIENCE}: expected seconds, found {text!r}; unset or correct it"
         ) from error
-    if not patience > 0:
-        raise ConfigError(f"environment variable {contract.ENV_PATIENCE}: expected more than 0 s, found {text!r}")
+    if not 0 < patience < math.inf:
+        raise ConfigError(
+            f"environment variable {contract.ENV_PATIENCE}: expected more than 0 s and an end, found {text!r}"
+        )
     return Timeouts(patience_s=patience)
 
 
