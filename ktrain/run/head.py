@@ -388,7 +388,7 @@ class Head:
     def _end(self, verdict: Verdict) -> int:
         with self._lock:
             self._machine.state = State.ENDED  # supervisors are told to leave from here on
-        if verdict.outcome == "finished":
+        if verdict.outcome == "succeeded":
             self._free_volumes()
         step = max((pair[0] for pair in self._coordinator.committed().values()), default=None)
         fields: dict[str, Any] = {

@@ -290,8 +290,8 @@ class Machine:
         if states == {"succeeded"}:
             return [
                 *actions,
-                self._closing(view, "finished", None),
-                *self._finish(view, Verdict("finished", contract.EXIT_OK, "done")),
+                self._closing(view, "succeeded", None),
+                *self._finish(view, Verdict("succeeded", contract.EXIT_OK, "done")),
             ]
         if states <= {"succeeded", "stopped"}:
             return actions + self._stopped(view)

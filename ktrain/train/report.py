@@ -18,7 +18,6 @@ from ktrain.base.events import Event
 
 _FAULT_KINDS = frozenset({"fault_injected", "failure", "worker_exit", "hang", "node_lost"})
 _RUN_KINDS = frozenset({"run_started", "run_ended"})
-_SAME_OUTCOME = {"finished": "succeeded"}  # the launcher's word, and that of a run without one
 _ORDERLY = ("succeeded", "stopped")
 _COLUMNS = (
     "attempt",
@@ -243,8 +242,7 @@ def _outcome(ordered: Sequence[Event]) -> str:
 
 
 def _said_outcome(event: Event) -> str:
-    said = str(event.fields.get("outcome", "failed"))
-    return _SAME_OUTCOME.get(said, said)
+    return str(event.fields.get("outcome", "failed"))
 
 
 def _wall_s(ordered: Sequence[Event]) -> float:

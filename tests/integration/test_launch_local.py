@@ -45,7 +45,7 @@ def test_launch_script_ends_well_exits_zero_and_leaves_nothing(here: Place) -> N
 
     log = (here.run / "logs/attempt-1/rank-1.log").read_text().splitlines()
     assert log == ["out ['--lr', '1'] 1 0 2", "err 127.0.0.2 1"]
-    assert [event["outcome"] for event in here.events("run_ended")] == ["finished"]
+    assert [event["outcome"] for event in here.events("run_ended")] == ["succeeded"]
     here.await_nothing_left()
     assert here.leftovers() == []
     shown = here.ktrain("logs", str(here.run), "--rank", "1").stdout
@@ -112,7 +112,7 @@ def test_launch_launcher_killed_takes_all_with_it_and_the_same_command_continues
     (here.root / "done").write_text("")
     assert here.end(here.launch("--nodes", "2")) == contract.EXIT_OK
     ended = {event["attempt"]: event["outcome"] for event in here.events("attempt_ended")}
-    assert ended == {1: "failed", 2: "finished"}
+    assert ended == {1: "failed", 2: "succeeded"}
     here.await_nothing_left()
     assert here.leftovers() == []
 

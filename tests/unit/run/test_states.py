@@ -89,7 +89,7 @@ def test_machine_all_succeeded_finishes_with_zero() -> None:
 
     wanted = world.tick()
 
-    assert find(wanted, Close)[0].outcome == "finished"
+    assert find(wanted, Close)[0].outcome == "succeeded"
     assert find(wanted, Finish)[0].verdict.exit_code == 0
     assert world.machine.desired("node-0")["action"] == "exit"
 

