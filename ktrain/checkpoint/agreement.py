@@ -110,20 +110,34 @@ class StopAgreement:
     step: int | None = None
     confirmed: bool = False
     promised: set[int] = field(default_factory=set)
+    lead: int = 2  # steps between the newest one heard of and the announced one
 
     def advance(self, steps: Mapping[int, int], acks: Mapping[int, tuple[int, bool]], ranks: Collection[int]) -> None:
         """Takes the ranks' newest steps and their answers (announced step, promised?) and moves on.
 
-        A rank that had already reached the announced step answers no, and a later step is announced.
+        A rank that had already reached the announced step answers no, and a later step is announced, ever further
+        ahead: ranks that step faster than word travels are caught all the same.
         """
         if self.confirmed or not ranks or not set(ranks) <= set(steps):
             return
         answers = {rank: acks[rank] for rank in ranks if rank in acks and acks[rank][0] == self.step}
         if self.step is None or any(not promised for _, promised in answers.values()):
-            self.step = max(max(steps[rank] for rank in ranks), self.step or 0) + 2
+            self.step = max(max(steps[rank] for rank in ranks), self.step or 0) + self.lead
+            self.lead *= 2
             return
         self.promised = {rank for rank, (_, promised) in answers.items() if promised}
         self.confirmed = self.promised == set(ranks)
+
+    def hear(self, views: Mapping[int, Mapping[str, Any]], ranks: Collection[int]) -> None:
+        """Takes what the ranks last said; one that has closed takes part no more."""
+        running = [rank for rank in ranks if not views.get(rank, {}).get("closed", False)]
+        steps = {rank: int(view["step"]) for rank, view in views.items()}
+        acks = {
+            rank: (int(view["stop_ack"][0]), bool(view["stop_ack"][1]))
+            for rank, view in views.items()
+            if view["stop_ack"]
+        }
+        self.advance(steps, acks, running)
 
     def to_json(self) -> dict[str, Any]:
         return {"step": self.step, "confirmed": self.confirmed, "reason": self.reason}

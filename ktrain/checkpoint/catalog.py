@@ -146,7 +146,13 @@ class RunCatalog:
         for stored in self.tier.list(f"{contract.ATTEMPTS_DIR}/", deadline=self._deadline()):
             stem = stored.name.removeprefix(f"{contract.ATTEMPTS_DIR}/attempt-").removesuffix(".json")
             number, _, part = stem.partition("-")
-            if not (number.isascii() and number.isdecimal()) or part not in ("start", "restored", "committed", "durable", "end"):
+            if not (number.isascii() and number.isdecimal()) or part not in (
+                "start",
+                "restored",
+                "committed",
+                "durable",
+                "end",
+            ):
                 continue
             try:
                 value = json.loads(self.tier.read(stored.name, deadline=self._deadline()))

@@ -107,18 +107,24 @@ class Checkpointer:
         """
         if self._step is not None:
             raise ConfigError("Checkpointer.restore: it was called before; call it once, before the first step")
+        try:
+            self._step = self._restore()
+        except BaseException:
+            self._end(False, "failed")  # so that the events say why, and nothing is held any more
+            raise
+        self._pulse.note_step(self._step)
+        self._pulse.note_phase("train")
+        return self._step
+
+    def _restore(self) -> int:
         self._pulse.note_phase("restore")
         saver = self._saver = Saver(
             self._state, self._topology, self._policies.keep, line=self._line, pulse=self._pulse, faults=self._faults
         )
         saver.open_volume(self.run, self._join())
-        step = Restorer(self._state, self._topology, saver.volume, self._pulse, self._line.caller, self.run).restore(
-            self._faults
-        )
-        self._step = saver.saved_step = step
-        self._pulse.note_step(step)
-        self._pulse.note_phase("train")
-        return step
+        restorer = Restorer(self._state, self._topology, saver.volume, self._pulse, self._line.caller, self.run)
+        saver.saved_step = restorer.restore(self._faults)
+        return saver.saved_step
 
     def _join(self) -> str:
         """Waits, bounded, until the head knows this rank; returns the run's id."""
@@ -154,8 +160,7 @@ class Checkpointer:
         self._step = step
         self._faults.reached("step", step=step, rank=self._topology.rank)
         if self._topology.rank == 0:
-            value = None if loss is None else float(loss)
-            self._pulse.emit("step", step=step, loss=value, samples=samples)
+            self._pulse.emit("step", step=step, loss=None if loss is None else float(_plain(loss)), samples=samples)
         stop = self._pulse.note_step(step)
         stopping = stop is not None and self._await_stop(step)
         if stopping or self._policies.every.due(step):
@@ -175,16 +180,16 @@ class Checkpointer:
     def _await_stop(self, step: int) -> bool:
         """True once every rank has promised to stop at this step; false when another step was announced instead."""
         deadline = Deadline.after(self._timeouts.stop_s, self._clock)
-        answer = self._pulse.answer
         while True:
-            stop = answer.get("stop")
+            stop = self._pulse.stop
             if stop is None or stop["step"] != step:
                 return False
             if stop["confirmed"]:
                 return True
             try:
-                answer = self._pulse.wait_answer(deadline, f"agree to stop at step {step}")
+                self._pulse.wait_answer(deadline, f"agree to stop at step {step}")
             except DeadlineError:
+                self._pulse.refuse_stop(step)
                 self._pulse.emit(
                     "notice", message=f"rank {self._topology.rank}: no agreement to stop at step {step}; going on"
                 )
@@ -208,6 +213,7 @@ class Checkpointer:
 
         Raises:
             DeadlineError: the last step did not reach the bucket in time; nothing is freed.
+            CapacityError, UnavailableError: there is no memory tier to save the last step in.
         """
         if self._closed:
             return
@@ -216,6 +222,7 @@ class Checkpointer:
                 self._pulse.note_phase("close")
                 deadline = Deadline.after(self._timeouts.drain_s, self._clock)
                 while self._saver.saved_step != self._step and not self._saver.save(self._step):
+                    self._saver.check_volume()
                     self._pulse.wait_answer(deadline, f"find a slot for the last step {self._step}")
                 self._wait_drained(self._step, self._timeouts.drain_s)
         except BaseException:
@@ -249,7 +256,7 @@ class Checkpointer:
         self.close(success=error is None)
 
     def _catch_signals(self) -> dict[int, Any]:
-        """Without a launcher the first SIGINT or SIGTERM means: finish the step, save, leave; a second one ends at once."""
+        """Without a launcher the first SIGINT or SIGTERM means: finish the step, save, leave; a second ends at once."""
         if threading.current_thread() is not threading.main_thread():
             return {}
         caught: dict[int, Any] = {}
@@ -264,4 +271,4 @@ class Checkpointer:
 
 
 def _plain(value: Any) -> Any:
-    return float(value) if isinstance(value, torch.Tensor) else value
+    return float(value.detach()) if isinstance(value, torch.Tensor) else value

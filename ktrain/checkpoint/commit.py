@@ -39,26 +39,31 @@ def commit_drain(catalog: RunCatalog, drain: Drain, *, clock: Clock, faults: Fau
         time=clock.wall(),
         origin={},
     )
-    folder = ranks[0].payload.rpartition("/")[0] + "/"
-    sizes = {stored.name: stored.nbytes for stored in catalog.tier.list(folder, deadline=catalog.transfer_deadline(0))}
-    for files in ranks:
-        if sizes.get(files.payload) != files.nbytes:
-            raise CorruptionError(
-                f"commit of step {identity.step}: expected {files.nbytes} bytes in {files.payload}, "
-                f"found {sizes.get(files.payload, 'no such object')}"
-            )
-    records.check_coverage([catalog.read_manifest(commit, files) for files in ranks])
+    _prove(catalog, commit)
     faults.reached("commit.begin", step=identity.step)
     catalog.write_commit(commit)
     faults.reached("commit.record", step=identity.step)
     return commit
 
 
+def _prove(catalog: RunCatalog, commit: CommitRecord) -> None:
+    """Every payload is listed with its size, every manifest is the one of the record, every tensor is covered."""
+    folder = commit.ranks[0].payload.rpartition("/")[0]
+    sizes = {stored.name: stored.nbytes for stored in catalog.tier.list(folder, deadline=catalog.transfer_deadline(0))}
+    for files in commit.ranks:
+        if sizes.get(files.payload) != files.nbytes:
+            raise CorruptionError(
+                f"checkpoint of step {commit.identity.step}: expected {files.nbytes} bytes in {files.payload}, "
+                f"found {sizes.get(files.payload, 'no such object')}"
+            )
+    records.check_coverage([catalog.read_manifest(commit, files) for files in commit.ranks])
+
+
 def collect(catalog: RunCatalog, *, keep: int) -> list[CommitRecord]:
     """Removes committed checkpoints beyond the newest `keep` on the line; returns what was removed.
 
     Only data named by a valid record of this run is ever removed. What is off the line, torn, foreign or unknown
-    stays; and nothing is removed before the newest one that stays was read back and found covered.
+    stays; and nothing is removed before the newest one that stays was found in the store, whole and covered.
     """
     commits = catalog.listing().commits
     attempts = catalog.attempts()
@@ -71,7 +76,7 @@ def collect(catalog: RunCatalog, *, keep: int) -> list[CommitRecord]:
         return []
     newest = line[-1]
     try:
-        records.check_coverage([catalog.read_manifest(newest, files) for files in newest.ranks])
+        _prove(catalog, newest)
     except KtrainError:
         return []  # the newest cannot be proven now, so the older ones are what is left
     removed = [commit for key in doomed for commit in by_key[key]]

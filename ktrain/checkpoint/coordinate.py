@@ -18,17 +18,15 @@ from ktrain.base.control import Handler
 from ktrain.base.events import Event, make
 from ktrain.base.faults import FaultPoints
 from ktrain.base.settings import Timeouts
-from ktrain.checkpoint import lineage
 from ktrain.checkpoint.agreement import StopAgreement
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.commit import collect, commit_drain
-from ktrain.checkpoint.direct import RestoreDirector
+from ktrain.checkpoint.commits import Commits
+from ktrain.checkpoint.direct import Desk, RestoreDirector
 from ktrain.checkpoint.drain import Drain, DrainSchedule
 from ktrain.checkpoint.policy import Policies
-from ktrain.checkpoint.roster import Member, RankProgress, Roster
+from ktrain.checkpoint.roster import Attempt, Member, RankProgress, Roster
 from ktrain.errors import ConflictError, KtrainError
-from ktrain.format.manifest import Identity
-from ktrain.replicate.placement import ring
 
 _LOG = logging.getLogger(__name__)
 
@@ -52,13 +50,10 @@ class Coordinator:
         self._wake = threading.Event()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
-        self._epoch = 0
-        self._assignment: dict[str, tuple[int, ...]] = {}
-        self._home: dict[int, str] = {}
-        self._roster = Roster()
-        self._committed: dict[str, Identity] = {}
-        self._first_commit_recorded = False
-        self._durable_recorded = False
+        self._desk = Desk(catalog, Roster(), self._lock, self._emit, timeouts, clock)
+        self._roster = self._desk.roster
+        self._attempt = Attempt()
+        self._commits = Commits(self._attempt, self._emit)
         self._drains = DrainSchedule(timeouts=timeouts, emit=self._emit, clock=clock)
         self._faults = FaultPoints([], epoch=0)
         self._policies = Policies()
@@ -87,33 +82,21 @@ class Coordinator:
                 self._restore.adopt(known)
 
     def _enter(self, epoch: int, assignment: Mapping[str, Sequence[int]]) -> None:
-        self._epoch = epoch
-        self._assignment = {node: tuple(ranks) for node, ranks in assignment.items()}
-        self._home = {rank: node for node, ranks in self._assignment.items() for rank in ranks}
-        bucket = self._committed.get(contract.TIER_BUCKET)
-        self._committed = {} if bucket is None else {contract.TIER_BUCKET: bucket}
-        self._first_commit_recorded = False
+        self._attempt = Attempt.of(epoch, assignment)
+        self._commits = Commits(self._attempt, self._emit)  # what the last attempt had may be off this one's line
         self._drains.reset()
         self._faults = FaultPoints.from_environment(epoch)
         self._roster.forget_ranks()
-        self._restore = RestoreDirector(
-            self._catalog,
-            self._roster,
-            epoch=epoch,
-            home=self._home,
-            timeouts=self._timeouts,
-            lock=self._lock,
-            emit=self._emit,
-            clock=self._clock,
-        )
+        self._restore = RestoreDirector(self._desk, self._attempt)
+        if self._stop is not None:
+            self._stop = StopAgreement(self._stop.reason)  # these ranks have promised nothing yet
 
     def end_attempt(self) -> None:
         """Ends the attempt: nothing more is drained or agreed until the next one begins."""
         with self._lock:
             self._restore = None
             self._drains.reset()
-            self._home = {}
-            self._assignment = {}
+            self._attempt = Attempt(self._attempt.epoch)
 
     def forget_node(self, node: str) -> None:
         """A node is lost with its volume: what it held does not count any more."""
@@ -138,7 +121,7 @@ class Coordinator:
     def committed(self) -> dict[str, tuple[int, int]]:
         """Tier -> newest committed (step, epoch) of this attempt's line."""
         with self._lock:
-            return {tier: (identity.step, identity.epoch) for tier, identity in self._committed.items()}
+            return {tier: (identity.step, identity.epoch) for tier, identity in self._commits.all().items()}
 
     def request_stop(self, reason: str) -> None:
         """Asks all ranks to save at a step that none has reached, and to leave."""
@@ -176,28 +159,30 @@ class Coordinator:
             self._thread = None
 
     def _emit(self, kind: str, **fields: Any) -> None:
-        self._emit_event(make(kind, self._epoch, clock=self._clock, **fields))
+        self._emit_event(make(kind, self._attempt.epoch, clock=self._clock, **fields))
 
     # One beat of one node
 
     def _beat(self, said: dict[str, Any]) -> dict[str, Any]:
         with self._lock:
-            if int(said["epoch"]) > self._epoch:
+            epoch = self._attempt.epoch
+            if int(said["epoch"]) > epoch:
                 raise ConflictError(
-                    f"beat of {said['member']}: it is in epoch {said['epoch']}, this head is in epoch {self._epoch}"
+                    f"beat of {said['member']}: it is in epoch {said['epoch']}, this head is in epoch {epoch}"
                 )
             member, fresh = self._roster.take(said, self._clock.monotonic())
             for event in fresh:
                 self._emit_event(event)
-            if int(said["epoch"]) == self._epoch:
+            if int(said["epoch"]) == epoch:
                 self._take_ranks(member, said)
-            self._derive()
+            restored = None if self._restore is None else self._restore.restored
+            self._commits.derive(self._roster.inventories(), restored)
             answer = self._answer(member, said)
         self._wake.set()
         return answer
 
     def _take_ranks(self, member: Member, said: dict[str, Any]) -> None:
-        member.ranks = {int(rank): view for rank, view in said["ranks"].items() if int(rank) in self._home}
+        member.ranks = {int(rank): view for rank, view in said["ranks"].items() if int(rank) in self._attempt.home}
         for rank, view in member.ranks.items():
             if view.get("policies") and rank == 0:
                 self._policies = Policies.from_json(view["policies"])
@@ -206,84 +191,38 @@ class Coordinator:
             if view["restore"] and self._restore is not None:
                 self._restore.take(rank, view["restore"])
         self._drains.take(said["drained"])
-        if self._stop is not None and self._home:
-            views = self._roster.views()
-            running = [rank for rank in self._home if not views.get(rank, {}).get("closed", False)]
-            steps = {rank: int(view["step"]) for rank, view in views.items()}
-            acks = {
-                rank: (int(view["stop_ack"][0]), bool(view["stop_ack"][1]))
-                for rank, view in views.items()
-                if view["stop_ack"]
-            }
-            self._stop.advance(steps, acks, running)
-
-    def _derive(self) -> None:
-        """Commits of the memory tiers follow from the inventories alone."""
-        if not self._home:
-            return
-        restored = None if self._restore is None else self._restore.restored
-        for identity, ranks in lineage.memory_copies(self._roster.inventories()).items():
-            if identity.world_size != len(self._home) or not (identity.epoch == self._epoch or identity == restored):
-                continue
-            at_home = all(home in ranks.get(rank, ()) for rank, home in self._home.items())
-            at_peer = all(set(ranks.get(rank, ())) - {home} for rank, home in self._home.items())
-            if at_home:
-                self._advance(contract.TIER_MEMORY, identity)
-            if at_peer:
-                self._advance(contract.TIER_PEER, identity)
-
-    def _advance(self, tier: str, identity: Identity) -> None:
-        known = self._committed.get(tier)
-        if known is None or (known.step, known.epoch) < (identity.step, identity.epoch):
-            self._committed[tier] = identity
-            if identity.epoch == self._epoch:
-                self._emit("committed", step=identity.step, tier=tier)
+        if self._stop is not None:
+            self._stop.hear(self._roster.views(), self._attempt.home)
 
     def _answer(self, member: Member, said: dict[str, Any]) -> dict[str, Any]:
-        memory = self._committed.get(contract.TIER_MEMORY)
-        protect = {(identity.step, identity.epoch) for identity in self._committed.values()}
-        drain = self._drains.current
-        if drain is not None:
-            protect.add((drain.identity.step, drain.identity.epoch))
-        if self._restore is not None and self._restore.needed is not None:
-            protect.add((self._restore.needed.step, self._restore.needed.epoch))
-        peers = self._roster.wires()
+        attempt, drain, restore = self._attempt, self._drains.current, self._restore
         return {
             "run": self._catalog.run_id,
-            "epoch": self._epoch,
-            "world_size": len(self._home),
-            "ranks": list(self._assignment.get(member.node, ())),
-            "committed": {tier: [identity.step, identity.epoch] for tier, identity in self._committed.items()},
-            "protect": sorted(protect),
+            "epoch": attempt.epoch,
+            "world_size": len(attempt.home),
+            "ranks": list(attempt.nodes.get(member.node, ())),
+            "committed": self._commits.to_json(),
+            "protect": self._protected(),
             "kept_slots": self._policies.keep.kept,
-            "peers": peers,
-            "pull": self._wanted_replicas(member, memory, peers),
+            "peers": self._roster.wires(),
+            "pull": self._roster.wanted_replicas(member, self._commits.memory, attempt),
             "drain": None if drain is None or drain.complete() else drain.to_json(),
-            "restore": None if self._restore is None else self._restore.answer(member.node, int(said["restore_round"])),
-            "want_manifests": [] if self._restore is None else self._restore.wanted_from(member.node),
+            "restore": None if restore is None else restore.answer(member.node, int(said["restore_round"])),
+            "want_manifests": [] if restore is None else restore.wanted_from(member.node),
             "stop": None if self._stop is None else self._stop.to_json(),
             "wire": self._wire,
             "free": self._free,
             "events_taken": member.events_taken,
         }
 
-    def _wanted_replicas(
-        self, member: Member, memory: Identity | None, peers: Mapping[str, str]
-    ) -> list[dict[str, Any]]:
-        if memory is None or member.wire is None:
-            return []
-        have = set(member.held)
-        owners = [
-            owner
-            for owner, keepers in ring(sorted(self._assignment)).items()
-            if member.node in keepers and owner in peers
-        ]
-        return [
-            {"rank": rank, "identity": memory.to_json(), "source": peers[owner], "owner": owner}
-            for owner in owners
-            for rank in self._assignment[owner]
-            if (rank, memory) not in have
-        ]
+    def _protected(self) -> list[tuple[int, int]]:
+        """(step, epoch) of the snapshots that no node may overwrite now."""
+        needed = list(self._commits.all().values())
+        if self._drains.current is not None:
+            needed.append(self._drains.current.identity)
+        if self._restore is not None and self._restore.needed is not None:
+            needed.append(self._restore.needed)
+        return sorted({(identity.step, identity.epoch) for identity in needed})
 
     # The thread that talks to storage
 
@@ -311,19 +250,17 @@ class Coordinator:
             return
         director.work()
         with self._lock:
-            if director.durable is not None:
-                self._committed.setdefault(contract.TIER_BUCKET, director.durable)
+            if director.durable is not None and director is self._restore:
+                self._commits.note_bucket(director.durable)
 
     def _work_first_commit(self) -> None:
         """The first commit of an attempt moves the line: it is recorded, so that older epochs beyond are off it."""
         with self._lock:
-            memory = self._committed.get(contract.TIER_MEMORY)
-            if self._first_commit_recorded or memory is None or memory.epoch != self._epoch:
-                return
-            epoch = self._epoch
-        self._catalog.record(epoch, "committed", {"step": memory.step, "tier": contract.TIER_MEMORY})
-        with self._lock:
-            self._first_commit_recorded = self._epoch == epoch
+            commits, epoch = self._commits, self._attempt.epoch
+            first = commits.unrecorded_first()
+        if first is not None:
+            self._catalog.record(epoch, "committed", first)
+            commits.first_is_recorded = True
 
     def _work_drain(self) -> None:
         with self._lock:
@@ -341,20 +278,17 @@ class Coordinator:
 
     def _begin_drain(self) -> None:
         last = self._stop is not None or any(said["phase"] == "close" for said in self._roster.views().values())
-        self._drains.begin(
-            self._committed.get(contract.TIER_MEMORY),
-            self._committed.get(contract.TIER_BUCKET),
-            every=self._policies.every.bucket,
-            last=last,
-        )
+        commits = self._commits
+        self._drains.begin(commits.memory, commits.bucket, every=self._policies.every.bucket, last=last)
 
     def _drain_done(self, drain: Drain) -> None:
         with self._lock:
-            self._drains.done(drain)
-            self._committed[contract.TIER_BUCKET] = drain.identity
-            keep, epoch = self._policies.keep.bucket, self._epoch
-        if not self._durable_recorded:
+            if not self._drains.done(drain):
+                return
+            commits, keep, epoch = self._commits, self._policies.keep.bucket, self._attempt.epoch
+            commits.note_bucket(drain.identity)
+        if not commits.durable_is_recorded:
             self._catalog.record(epoch, "durable", {"step": drain.identity.step})
-            self._durable_recorded = True
+            commits.durable_is_recorded = True
         for commit in collect(self._catalog, keep=keep):
             self._emit("collected", tier=contract.TIER_BUCKET, step=commit.identity.step)

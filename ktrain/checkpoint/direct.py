@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ktrain.base import contract
@@ -13,37 +14,40 @@ from ktrain.checkpoint import lineage
 from ktrain.checkpoint.agreement import RestoreAgreement, RestoreState
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.recall import Outcome, Recall
-from ktrain.checkpoint.roster import Roster
+from ktrain.checkpoint.roster import Attempt, Roster
+from ktrain.errors import DeadlineError, UnavailableError
 from ktrain.format.manifest import Identity
 
 _TOLD = (RestoreState.LOADING, RestoreState.SETTLED, RestoreState.GO)
 
 
-class RestoreDirector:
-    """Directs the restore of one attempt. `work` is for the coordinator's thread; the rest is called under its lock."""
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What the coordinator shares with those who work for it; `lock` guards the roster."""
 
-    def __init__(
-        self,
-        catalog: RunCatalog,
-        roster: Roster,
-        *,
-        epoch: int,
-        home: Mapping[int, str],
-        timeouts: Timeouts,
-        lock: threading.RLock,
-        emit: Callable[..., None],
-        clock: Clock,
-    ) -> None:
-        self._catalog = catalog
-        self._roster = roster
-        self._epoch = epoch
-        self._home = home
-        self._timeouts = timeouts
-        self._lock = lock
-        self._emit = emit
-        self._clock = clock
-        self._agreement = RestoreAgreement(len(home), timeouts.restore_s)
+    catalog: RunCatalog
+    roster: Roster
+    lock: threading.RLock
+    emit: Callable[..., None]
+    timeouts: Timeouts
+    clock: Clock
+
+
+class RestoreDirector:
+    """Directs the restore of one attempt. `work` is for the coordinator's thread, the rest is called under its lock."""
+
+    def __init__(self, desk: Desk, attempt: Attempt) -> None:
+        self._catalog = desk.catalog
+        self._roster = desk.roster
+        self._lock = desk.lock
+        self._emit = desk.emit
+        self._timeouts = desk.timeouts
+        self._clock = desk.clock
+        self._epoch = attempt.epoch
+        self._home = attempt.home
+        self._agreement = RestoreAgreement(len(attempt.home), desk.timeouts.restore_s)
         self._recall: Recall | None = None
+        self._trouble: UnavailableError | DeadlineError | None = None  # why the store could not be asked, last time
         self._said = False
         self.restored: Identity | None = None
         self.durable: Identity | None = None  # what was restored, where the bucket holds it whole
@@ -88,15 +92,23 @@ class RestoreDirector:
         """Does what the agreement needs from storage.
 
         Raises:
-            UnavailableError, DeadlineError: the store is away; the next call tries again, until the ranks' patience ends.
+            UnavailableError, DeadlineError: the store is away; the next call tries again, until the patience ends.
         """
         with self._lock:
             agreement = self._agreement
             state = agreement.state
             waiting = (RestoreState.GATHERING, RestoreState.PLANNING, RestoreState.LOADING, RestoreState.SETTLED)
             if state in waiting and agreement.deadline is not None and agreement.deadline.expired():
-                agreement.fail("deadline", self._late())
+                agreement.fail(*self._late())
                 return
+        try:
+            self._work_on(state)
+        except (UnavailableError, DeadlineError) as error:
+            self._trouble = error
+            raise
+        self._trouble = None
+
+    def _work_on(self, state: RestoreState) -> None:
         if state is RestoreState.PLANNING:
             self._plan()
         elif state is RestoreState.SETTLED:
@@ -104,9 +116,15 @@ class RestoreDirector:
         elif state is RestoreState.GO:
             self._say()
 
-    def _late(self) -> str:
+    def _late(self) -> tuple[str, str]:
+        """Kind and words of the error when the patience has ended."""
+        if self._trouble is not None:
+            return "unavailable", (
+                f"run {self._catalog.tier.url}: cannot tell what to continue from ({self._trouble}), for "
+                f"{self._agreement.timeout_s:g} s; nothing was changed, try again"
+            )
         late = [f"rank {rank} on {self._home.get(rank, 'an unknown node')}" for rank in self._agreement.late_ranks()]
-        return (
+        return "deadline", (
             f"restore of epoch {self._epoch}, phase {self._agreement.state}: not done within "
             f"{self._agreement.timeout_s:g} s; late: {', '.join(late) or 'the head itself'}"
         )

@@ -98,13 +98,14 @@ class DrainSchedule:
         if self.current is drain:
             self.current = None
 
-    def done(self, drain: Drain) -> None:
-        """The drain is committed."""
+    def done(self, drain: Drain) -> bool:
+        """The drain is committed; false when a new attempt has begun meanwhile, to which it means nothing."""
         if self._failures:
             self._emit("tier_recovered", tier=contract.TIER_BUCKET)
         self._failures = 0
-        if self.current is drain:
-            self.current = None
+        if self.current is not drain:
+            return False
+        self.current = None
         self._emit(
             "committed",
             step=drain.identity.step,
@@ -112,3 +113,4 @@ class DrainSchedule:
             nbytes=sum(files.nbytes for files in drain.files.values()),
             seconds=self._clock.monotonic() - drain.started_s,
         )
+        return True

@@ -104,7 +104,8 @@ class Holder:
                 return
             if now != first:
                 raise ConflictError(
-                    f"run {self._tier.url}: it is live already, held by {_who(now)}; wait for it, cancel it, or name another run"
+                    f"run {self._tier.url}: it is live already, held by {_who(now)}; wait for it, cancel it, or name "
+                    "another run"
                 )
 
     def _write(self, beat: int) -> None:

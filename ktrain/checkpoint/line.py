@@ -27,7 +27,7 @@ from ktrain.checkpoint.coordinate import Coordinator
 from ktrain.checkpoint.holder import Holder
 from ktrain.checkpoint.log import open_log
 from ktrain.checkpoint.node import NodeKeeper, NodePlace
-from ktrain.errors import ConfigError, DeadlineError
+from ktrain.errors import ConfigError, DeadlineError, KtrainError
 from ktrain.state.topology import Topology
 
 _calls: dict[str, int] = {}  # Checkpointers made so far in this process per run: names the key in the store
@@ -86,7 +86,8 @@ def _connect_agent(run: str | None, found: WorkerSettings) -> tuple[str, Line]:
         or found.agent is None
     ):
         raise ConfigError(
-            f"{contract.ENV_AGENT} is set, but not all of the launcher's variables are; start the script by `ktrain launch`"
+            f"{contract.ENV_AGENT} is set, but not all of the launcher's variables are; start the script by "
+            "`ktrain launch`"
         )
     if run is not None and not same_run(run, found.run):
         raise ConfigError(
@@ -145,7 +146,10 @@ class _Head:
         if success:
             self._emit("run_ended", outcome=outcome, exit_code=contract.EXIT_OK)
         self._coordinator.close()
-        self._catalog.record(self.epoch, "end", {"outcome": outcome})
+        try:
+            self._catalog.record(self.epoch, "end", {"outcome": outcome})
+        except KtrainError as error:
+            self._emit("notice", message=f"the end of this attempt is not recorded: {error}")
         self._log.close()
         self._holder.close()
 
@@ -201,8 +205,8 @@ class PlainLine:
             store.wait([key], timedelta(seconds=self._timeouts.start_s))
         except (RuntimeError, dist.DistStoreError) as error:
             raise DeadlineError(
-                f"rank {topology.rank}: rank 0 did not make its Checkpointer for {run} within {self._timeouts.start_s:g} s; "
-                "every rank must make it, in the same order"
+                f"rank {topology.rank}: rank 0 did not make its Checkpointer for {run} within "
+                f"{self._timeouts.start_s:g} s; every rank must make it, in the same order"
             ) from error
         word = json.loads(store.get(key))
         catalog = RunCatalog.open(run, timeouts=self._timeouts, create=False)
@@ -214,8 +218,10 @@ class PlainLine:
         return Client(word["address"], word["token"]), int(word["epoch"])
 
     def close(self, success: bool, reason: str) -> None:
-        if self._head is not None and success:
+        if success:
             self._keeper.flush()
+        if self._head is None and success:
+            self._keeper.wait_freed(Deadline.after(self._timeouts.call_s))
         if self._head is None or not success:
             self._keeper.close()
         if self._head is not None:
@@ -228,7 +234,8 @@ class PlainLine:
 def _store() -> Any:
     if not dist.is_initialized():
         raise ConfigError(
-            "Checkpointer: WORLD_SIZE is over 1; call torch.distributed.init_process_group before the Checkpointer is made"
+            "Checkpointer: WORLD_SIZE is over 1; call torch.distributed.init_process_group before the Checkpointer is "
+            "made"
         )
     return dist.distributed_c10d._get_default_store()
 

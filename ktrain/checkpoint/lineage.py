@@ -59,11 +59,14 @@ class Candidate:
         return Candidate(self.identity, left) if all(left.values()) else None
 
 
-def on_line(identity: Identity, attempts: Sequence[AttemptRecord]) -> bool:
-    """False when a newer attempt continued from an earlier step and has committed since."""
+def on_line(identity: Identity, attempts: Sequence[AttemptRecord], committed: Collection[int] = ()) -> bool:
+    """False when a newer attempt continued from an earlier step and has committed since.
+
+    `committed` are epochs that are known to have committed although no record says so yet.
+    """
     return not any(
         attempt.epoch > identity.epoch
-        and attempt.committed is not None
+        and (attempt.committed is not None or attempt.epoch in committed)
         and attempt.restored_step is not None
         and attempt.restored_step < identity.step
         for attempt in attempts
@@ -94,12 +97,14 @@ def candidates(
         for files in commit.ranks:
             place = Copy(contract.TIER_BUCKET, commit.write_id, files.rank, commit.identity)
             copies.setdefault(commit.identity, {}).setdefault(files.rank, []).append(place)
-    complete = [
+    complete = {identity: ranks for identity, ranks in copies.items() if set(ranks) == set(range(identity.world_size))}
+    committed = {identity.epoch for identity in complete}
+    found = [
         Candidate(identity, {rank: tuple(places) for rank, places in sorted(ranks.items())})
-        for identity, ranks in copies.items()
-        if set(ranks) == set(range(identity.world_size)) and on_line(identity, attempts)
+        for identity, ranks in complete.items()
+        if on_line(identity, attempts, committed)
     ]
-    return sorted(complete, key=lambda found: (found.identity.step, found.identity.epoch), reverse=True)
+    return sorted(found, key=lambda found: (found.identity.step, found.identity.epoch), reverse=True)
 
 
 def choose(found: Sequence[Candidate], excluded: Collection[tuple[str, str, int, int, int]]) -> Candidate | None:

@@ -48,7 +48,7 @@ class FileLog:
 
 
 class ObjectLog:
-    """Events of a run in a bucket: a thread writes what has come in since, about once a second. Safe from any thread."""
+    """Events of a run in a bucket: a thread writes what came in, about once a second. Safe from any thread."""
 
     def __init__(self, tier: Tier, *, timeouts: Timeouts, clock: Clock = SYSTEM_CLOCK) -> None:
         self._tier = tier

@@ -1,4 +1,4 @@
-"""A node's snapshot duties: tell the head what lies here, keep replicas for others, drain to the bucket, serve the ranks.
+"""A node's snapshot duties: tell the head what lies here, keep replicas, drain to the bucket, serve the ranks.
 
 One NodeKeeper runs in each node's agent; in plain python and torchrun, where there is no agent, one runs inside each
 rank's process. It imports neither torch nor ray, and takes from the head only wanted states, so that either side may
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,15 @@ from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
 from ktrain.base.control import Caller, Handler
 from ktrain.base.events import Event, ListSink, make
 from ktrain.base.settings import Timeouts
-from ktrain.checkpoint.carry import Carrier, Wanted
+from ktrain.checkpoint.carry import Carrier, Ends, Wanted
 from ktrain.checkpoint.lineage import Copy
-from ktrain.errors import ConflictError, KtrainError, NotFoundError
+from ktrain.errors import ConflictError, CorruptionError, KtrainError, NotFoundError
 from ktrain.format.manifest import Identity
-from ktrain.snapshot.arena import NodeVolume
+from ktrain.snapshot.arena import NodeVolume, ProblemKind
 
 _LOG = logging.getLogger(__name__)
 _EVENTS_PER_BEAT = 500
+_DAMAGED = (ProblemKind.UNREADABLE, ProblemKind.FOREIGN, ProblemKind.SHORT)
 
 
 @dataclass(slots=True)
@@ -41,7 +42,7 @@ class _Rank:
 
 @dataclass(frozen=True, slots=True)
 class NodePlace:
-    """Where a keeper is: `node` names the volume's folder, `member` the keeper (they differ where one node has several)."""
+    """Where a keeper is: `node` names the volume's folder, `member` the keeper (a node may have several)."""
 
     node: str
     member: str
@@ -80,19 +81,17 @@ class NodeKeeper:
         self._wanted_manifests: list[dict[str, Any]] = []
         self._restore_round = -1
         self._restore: dict[str, Any] | None = None  # the newest round, with its long part
-        self._freed = False
+        self._event_marks: dict[int, tuple[str, int]] = {}  # rank -> its pulse's instance, events taken from it
+        self._freed = threading.Event()
         self._volume: NodeVolume | None = None
+        self._volume_failure: str | None = None  # why there is none
         self._head_away = False
-        self._announced: dict[str, Any] = {}
         self._wake = threading.Event()
         self._closed = threading.Event()
         self._beat_lock = threading.Lock()  # one beat at a time
         self._thread: threading.Thread | None = None
         self._carrier = Carrier(
-            run_url,
-            node=place.node,
-            volume=lambda: self._volume,
-            transport=transport,
+            Ends(run_url, place.node, lambda: self._volume, transport),
             emit=self.emit,
             drained=self._note_drained,
             timeouts=timeouts,
@@ -129,6 +128,10 @@ class NodeKeeper:
         except KtrainError as error:
             _LOG.debug("flush: %s", error)
 
+    def wait_freed(self, deadline: Deadline) -> bool:
+        """Waits, bounded, until the head has had this node's memory freed; false when it has not."""
+        return self._clock.wait(self._freed, deadline.remaining_s())
+
     def emit(self, kind: str, **fields: Any) -> None:
         """An event of this node, on its way to the head."""
         epoch = int(self._view.get("epoch", 0))
@@ -149,14 +152,14 @@ class NodeKeeper:
     def _pulse(self, said: dict[str, Any]) -> dict[str, Any]:
         """A worker's sign of life with its news; the answer is what it must know."""
         rank, now = int(said["rank"]), self._clock.monotonic()
-        for value in said["events"]:
-            self.events.emit(Event.from_json(value))
         with self._lock:
+            self._take_events(rank, said)
             view = self._view
             epoch = int(view.get("epoch", 0))
             if epoch > int(said["epoch"]):
                 raise ConflictError(
-                    f"rank {rank}: it belongs to epoch {said['epoch']}, the run is in epoch {epoch}; this process is of an older attempt and must end"
+                    f"rank {rank}: it belongs to epoch {said['epoch']}, the run is in epoch {epoch}; this process is "
+                    "of an older attempt and must end"
                 )
             if epoch == int(said["epoch"]):
                 known = self._ranks.get(rank)
@@ -165,7 +168,9 @@ class NodeKeeper:
         if said["news"]:
             self._wake.set()
         with self._lock:
-            ready = epoch == int(said["epoch"]) and self._volume is not None
+            # A volume that cannot be opened costs the memory tier, not the training.
+            opened = self._volume is not None or self._volume_failure is not None
+            ready = epoch == int(said["epoch"]) and opened
             return {
                 "ready": ready,
                 "run": view.get("run"),
@@ -175,6 +180,17 @@ class NodeKeeper:
                 "stop": view.get("stop") if ready else None,
                 "restore": self._restore_for(said) if ready else None,
             }
+
+    def _take_events(self, rank: int, said: dict[str, Any]) -> None:
+        """Takes the events that are new: a pulse whose answer was lost comes again."""
+        instance, taken = self._event_marks.get(rank, ("", 0))
+        if instance != said["instance"]:
+            taken = 0
+        for index, value in enumerate(said["events"], start=int(said["events_from"])):
+            if index >= taken:
+                self.events.emit(Event.from_json(value))
+                taken = index + 1
+        self._event_marks[rank] = (said["instance"], taken)
 
     def _restore_for(self, said: dict[str, Any]) -> dict[str, Any] | None:
         """The head's word on the restore; the long part only to a rank that has not seen its round."""
@@ -245,13 +261,14 @@ class NodeKeeper:
                 },
                 "restore_round": self._restore_round,
                 "drained": list(self._drained),
-                "freed": self._freed,
+                "freed": self._freed.is_set(),
                 "events_from": self._events_sent,
                 "events": [event.to_json() for event in batch],
             }
 
     def _manifest_text(self, want: dict[str, Any]) -> dict[str, Any] | None:
-        assert self._volume is not None
+        if self._volume is None:
+            return None
         identity = Identity.from_json(want["identity"])
         try:
             with self._volume.open(int(want["rank"]), identity) as slot:
@@ -260,10 +277,8 @@ class NodeKeeper:
             return None
 
     def _take(self, answer: dict[str, Any]) -> None:
-        if self._volume is None and not self._freed:
-            self._volume = NodeVolume(
-                self._place.volume_root, node=self._place.node, run=str(answer["run"]), uri=self._run_url
-            )
+        if self._volume is None and not self._freed.is_set():
+            self._open_volume(str(answer["run"]))
         with self._lock:
             if answer["epoch"] != self._view.get("epoch"):
                 self._ranks, self._drained, self._restore, self._restore_round = {}, [], None, -1
@@ -277,10 +292,8 @@ class NodeKeeper:
                 self._volume.release(rank)  # kept for another node so far: now its own process writes these slots
         if self.on_wire is not None and answer["wire"] is not None:
             self.on_wire(answer["wire"])
-        if answer["committed"] != self._announced and self._volume is not None and answer["committed"]:
-            self._announced = answer["committed"]
-            memory_tiers = {tier: tuple(at) for tier, at in answer["committed"].items() if tier != contract.TIER_BUCKET}
-            self._volume.write_committed(memory_tiers)
+        if self._volume is not None and answer["committed"]:
+            _announce(self._volume, answer["committed"])
         if fresh_manifests and self._wanted_manifests:
             self._wake.set()
         self._carrier.want(
@@ -293,7 +306,7 @@ class NodeKeeper:
                 epoch=int(answer["epoch"]),
             )
         )
-        if answer["free"] and not self._freed:
+        if answer["free"] and not self._freed.is_set():
             self._free()
 
     def _take_restore(self, restore: dict[str, Any] | None) -> None:
@@ -318,5 +331,31 @@ class NodeKeeper:
                 _LOG.debug("free: %s", error)
                 return
         self._volume = None
-        self._freed = True
+        self._freed.set()
         self._wake.set()
+
+    def _open_volume(self, run_id: str) -> None:
+        place = self._place
+        try:
+            volume = NodeVolume(place.volume_root, node=place.node, run=run_id, uri=self._run_url)
+        except KtrainError as error:
+            if self._volume_failure is None:
+                _LOG.warning("volume of %s: %s", place.node, error)
+            self._volume_failure = str(error)
+            return
+        for problem in volume.problems():
+            if problem.kind in _DAMAGED:
+                where = {"rank": problem.rank, "tier": contract.TIER_MEMORY, "where": f"{place.node} {problem.slot}"}
+                self.emit("bad_copy", step=None, reason=f"{problem.kind}: {problem.message}", **where)
+        self._volume = volume
+
+
+def _announce(volume: NodeVolume, committed: Mapping[str, Any]) -> None:
+    """Writes what is committed in memory where the volume does not say so; one that is damaged is mended."""
+    wanted = {tier: (int(at[0]), int(at[1])) for tier, at in committed.items() if tier != contract.TIER_BUCKET}
+    try:
+        if volume.committed() == wanted:
+            return
+    except CorruptionError as error:
+        _LOG.warning("%s", error)
+    volume.write_committed(wanted)

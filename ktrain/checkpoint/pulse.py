@@ -11,6 +11,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from ktrain.base import ids
 from ktrain.base.clock import Clock, Deadline
 from ktrain.base.control import Caller
 from ktrain.base.events import ListSink, make
@@ -34,6 +35,8 @@ class Pulse:
         self._timeouts = timeouts
         self._clock = clock
         self._events = ListSink()
+        self._instance = ids.random_id()
+        self._events_sent = 0  # index of the first event in `_events`; used by the thread alone
         self._lock = threading.Lock()  # guards the fields below
         self._answered = threading.Condition(self._lock)
         self._answer: dict[str, Any] = {}
@@ -41,6 +44,7 @@ class Pulse:
         self._step = 0
         self._phase = "start"
         self._closed = False
+        self._stop: dict[str, Any] | None = None  # the newest announcement; one that was promised is never forgotten
         self._stop_ack: list[Any] | None = None
         self._restore: dict[str, Any] | None = None
         self._stop_wanted: str | None = None
@@ -78,9 +82,15 @@ class Pulse:
         """Says that this rank has reached `step`; returns the stop announcement if it is for this very step."""
         with self._lock:
             self._step = step
-            stop: dict[str, Any] | None = self._answer.get("stop")
+            stop = self._stop
         self._wake.set()
         return stop if stop is not None and stop["step"] == step else None
+
+    def refuse_stop(self, step: int) -> None:
+        """Takes back the promise to stop at `step`: it was not confirmed in time and this rank goes on."""
+        with self._lock:
+            self._stop_ack = [step, False]
+        self._wake.set()
 
     def note_restore(self, report: Mapping[str, Any]) -> None:
         """Says how far this rank's restore is."""
@@ -99,7 +109,7 @@ class Pulse:
         self._wake.set()
 
     def request_stop(self, reason: str) -> None:
-        """Asks for a save and an end of all ranks. Safe from a signal handler: it only leaves a word and takes no lock."""
+        """Asks for a save and an end of all ranks. Safe from a signal handler: it leaves a word and takes no lock."""
         self._stop_wanted = reason  # the next beat takes it along
 
     # Answers in
@@ -109,6 +119,12 @@ class Pulse:
         """The newest answer; empty before the first one."""
         with self._lock:
             return self._answer
+
+    @property
+    def stop(self) -> dict[str, Any] | None:
+        """The newest announcement of a stop. A keeper or head that came back empty does not unsay it."""
+        with self._lock:
+            return self._stop
 
     def check_fence(self) -> None:
         """Raises ConflictError when a newer attempt of the run has begun: this process must do no more."""
@@ -167,9 +183,9 @@ class Pulse:
     def _beat(self, news: bool) -> None:
         batch = self._events.peek(500)
         with self._lock:
-            stop = self._answer.get("stop")
-            if stop is not None and stop["step"] is not None and not stop["confirmed"]:
-                # A promise: this rank had not reached the step when it answered, and `note_step` will see the announcement.
+            stop = self._stop
+            if stop is not None and not stop["confirmed"]:
+                # A promise: this rank had not reached the step when it answered, and `note_step` will see it.
                 if self._stop_ack is None or self._stop_ack[0] != stop["step"]:
                     self._stop_ack = [stop["step"], self._step < stop["step"]]
             message = {
@@ -183,10 +199,13 @@ class Pulse:
                 "stop_wanted": self._stop_wanted,
                 "policies": self._policies.to_json(),
                 "news": news,
+                "instance": self._instance,
+                "events_from": self._events_sent,
                 "events": [event.to_json() for event in batch],
             }
         answer = self._caller.call("pulse", message, timeout_s=self._timeouts.call_s)
         self._events.drop(len(batch))
+        self._events_sent += len(batch)
         self._unreachable = None
         with self._answered:
             kept = self._answer.get("restore")
@@ -194,7 +213,10 @@ class Pulse:
             if kept is not None and new is not None and new["round"] == kept["round"]:
                 answer["restore"] = {**kept, **new}  # the long part comes once per round
             self._answer = answer
+            announced = answer.get("stop")
+            if announced is not None and announced["step"] is not None:
+                self._stop = announced
             self._answers += 1
             self._answered.notify_all()
-        if answer.get("stop") is not None and (self._stop_ack or [None])[0] != answer["stop"]["step"]:
-            self._wake.set()
+            if self._stop is not None and (self._stop_ack or [None])[0] != self._stop["step"]:
+                self._wake.set()

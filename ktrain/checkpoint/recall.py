@@ -13,14 +13,17 @@ from ktrain.checkpoint.catalog import AttemptRecord, Listing, RunCatalog
 from ktrain.checkpoint.lineage import Candidate, Copy
 from ktrain.errors import ConfigError, CorruptionError, KtrainError, NotFoundError
 from ktrain.format.manifest import Identity, Manifest
-from ktrain.format.record import CommitRecord
+from ktrain.format.record import CommitRecord, parse_commit_name
 
 ManifestTexts = Mapping[tuple[str, int, Identity], str]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What to do: load a candidate, start fresh (neither candidate nor error), or stop with an error (kind, message)."""
+    """What to do: load a candidate, start fresh (neither candidate nor error), or stop with an error.
+
+    `error` is its kind and message.
+    """
 
     candidate: Candidate | None = None
     manifests: dict[int, str] = field(default_factory=dict)
@@ -35,7 +38,6 @@ class Recall:
         self._catalog = catalog
         self._listing: Listing | None = None
         self._attempts: list[AttemptRecord] = []
-        self._bucket_error: KtrainError | None = None
         self._wanted: dict[str, list[dict[str, Any]]] = {}
 
     def wanted_from(self, node: str) -> list[dict[str, Any]]:
@@ -48,9 +50,13 @@ class Recall:
         texts: ManifestTexts,
         agreement: RestoreAgreement,
     ) -> Outcome | None:
-        """The next thing to try, or None while manifests are awaited from the nodes."""
-        self._list_bucket()
-        listing = self._listing or Listing(())
+        """The next thing to try, or None while manifests are awaited from the nodes.
+
+        Raises:
+            UnavailableError, DeadlineError: the bucket cannot be asked now. Without it the line of the run is unknown,
+                and so it is asked again rather than passed over.
+        """
+        listing = self._list_bucket()
         own = {
             node: [entry for entry in held if entry[1].run == self._catalog.run_id]
             for node, held in inventories.items()
@@ -60,6 +66,8 @@ class Recall:
         bad: list[dict[str, Any]] = []
         while True:
             candidate = lineage.choose(found, excluded)
+            if newer := self._beyond(candidate, listing.newer):
+                return Outcome(error=("config", self._too_new(newer)))
             if candidate is None:
                 return self._nothing(found, listing, agreement, bad)
             self._wanted = {}
@@ -75,16 +83,14 @@ class Recall:
                 continue
             if self._wanted:
                 return None
+            bad += _bad_records(listing, agreement)
             return Outcome(candidate=candidate.without(excluded), manifests=manifests, bad_copies=tuple(bad))
 
-    def _list_bucket(self) -> None:
-        if self._listing is not None or self._bucket_error is not None:
-            return
-        try:
+    def _list_bucket(self) -> Listing:
+        if self._listing is None:
             self._attempts = self._catalog.attempts()
             self._listing = self._catalog.listing()
-        except KtrainError as error:
-            self._bucket_error = error
+        return self._listing
 
     def _manifest(
         self,
@@ -95,6 +101,7 @@ class Recall:
         bad: list[dict[str, Any]],
     ) -> str | None:
         """Text of a proven manifest from the first copy that gives one; asks a node where it is not here yet."""
+        unreachable: KtrainError | None = None
         for copy in copies:
             if copy.key() in excluded:
                 continue
@@ -119,8 +126,10 @@ class Recall:
                     }
                 )
                 excluded.add(copy.key())
-            except KtrainError:
-                excluded.add(copy.key())  # unreachable now: not bad, only not usable in this search
+            except KtrainError as error:
+                unreachable = error
+        if unreachable is not None:
+            raise unreachable  # asked again: giving the step up would lose what is committed
         return None
 
     def _nothing(
@@ -128,29 +137,61 @@ class Recall:
     ) -> Outcome:
         durable = [attempt for attempt in self._attempts if attempt.durable is not None]
         where = f"run {self._catalog.tier.url}"
-        if self._bucket_error is not None:
-            text = f"{where}: cannot tell whether there is a checkpoint to continue from ({self._bucket_error}); nothing was changed, try again"
-            return Outcome(error=("unavailable", text), bad_copies=tuple(bad))
-        if agreement.excluded or bad or found:
+        said = (*bad, *_bad_records(listing, agreement))
+        if agreement.excluded or found:
             steps = sorted({candidate.identity.step for candidate in found}, reverse=True)
             unreachable = agreement.excluded - agreement.corrupt
             kind = "unavailable" if unreachable and not bad and not agreement.corrupt else "corruption"
-            text = f"{where}: no good copy is left of any step (tried {steps}); nothing was deleted; see the bad_copy events and `ktrain ckpt verify`"
-            return Outcome(error=(kind, text), bad_copies=tuple(bad))
-        if listing.broken or durable:
+            text = (
+                f"{where}: no good copy is left of any step (tried {steps}); nothing was deleted; see the bad_copy "
+                "events and `ktrain ckpt verify`"
+            )
+            return Outcome(error=(kind, text), bad_copies=said)
+        if listing.lost or durable:
             names = [name for name, _ in listing.broken] or [
-                f"attempt {durable[-1].epoch} committed step {durable[-1].durable}"
+                f"attempt {attempt.epoch} committed step {(attempt.durable or {}).get('step')}" for attempt in durable
             ]
-            text = f"{where}: it had durable checkpoints, but no commit record can be read ({', '.join(names[:5])}); nothing was deleted; see `ktrain ckpt verify`"
-            if durable:
-                return Outcome(error=("corruption", text), bad_copies=tuple(bad))
-        return Outcome(bad_copies=tuple(bad))
+            text = (
+                f"{where}: it had durable checkpoints, but no commit record can be read ({', '.join(names[:5])}); "
+                "nothing was deleted; see `ktrain ckpt verify`"
+            )
+            return Outcome(error=("corruption", text), bad_copies=said)
+        return Outcome(bad_copies=said)
+
+    def _beyond(self, candidate: Candidate | None, names: Sequence[str]) -> list[str]:
+        """Records on the line that are, by their names, newer than the candidate."""
+        newest = (-1, -1) if candidate is None else (candidate.identity.step, candidate.identity.epoch)
+        found = []
+        for name in names:
+            named = parse_commit_name(name)
+            if named is None or named[:2] <= newest:
+                continue
+            if lineage.on_line(Identity(self._catalog.run_id, named[0], named[1], 1), self._attempts):
+                found.append(name)
+        return found
+
+    def _too_new(self, names: Sequence[str]) -> str:
+        return (
+            f"run {self._catalog.tier.url}: a newer ktrain committed {', '.join(names[:5])}, which this one cannot "
+            "read; upgrade ktrain, or move these checkpoints away to continue from an older step"
+        )
+
+
+def _bad_records(listing: Listing, agreement: RestoreAgreement) -> list[dict[str, Any]]:
+    """Commit records that cannot be used; said in the first round of a restore."""
+    if agreement.round:
+        return []
+    return [
+        {"step": named[0], "rank": None, "tier": contract.TIER_BUCKET, "where": name, "reason": reason}
+        for name, reason in listing.broken
+        if (named := parse_commit_name(name)) is not None
+    ]
 
 
 def _check(manifest: Manifest, copy: Copy) -> None:
     if manifest.identity != copy.identity or manifest.rank != copy.rank:
         raise CorruptionError(
-            f"manifest of rank {copy.rank} step {copy.identity.step}: found one of rank {manifest.rank} step {manifest.identity.step}"
+            f"manifest of rank {copy.rank}, {copy.identity}: found one of rank {manifest.rank}, {manifest.identity}"
         )
 
 

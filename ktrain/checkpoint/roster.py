@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ktrain.base.events import Event
 from ktrain.format.manifest import Identity
+from ktrain.replicate.placement import kept_for, ring
 
-Inventories = Mapping[str, list[tuple[int, Identity]]]
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """Which ranks run where in one attempt; `home` is the same by rank."""
+
+    epoch: int = 0
+    nodes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    home: Mapping[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, epoch: int, assignment: Mapping[str, Sequence[int]]) -> Attempt:
+        nodes = {node: tuple(ranks) for node, ranks in assignment.items()}
+        return cls(epoch, nodes, {rank: node for node, ranks in nodes.items() for rank in ranks})
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +109,19 @@ class Roster:
     def wires(self) -> dict[str, str]:
         """Node -> address for peers, of the nodes that have one."""
         return {member.node: member.wire for member in self._members.values() if member.wire is not None}
+
+    def wanted_replicas(self, member: Member, memory: Identity | None, attempt: Attempt) -> list[dict[str, Any]]:
+        """Snapshots of other nodes' ranks that this node keeps and has not got yet."""
+        if memory is None or member.wire is None:
+            return []
+        peers, have = self.wires(), set(member.held)
+        return [
+            {"rank": rank, "identity": memory.to_json(), "source": peers[owner], "owner": owner}
+            for owner in kept_for(ring(sorted(attempt.nodes)), member.node)
+            if owner in peers
+            for rank in attempt.nodes[owner]
+            if (rank, memory) not in have
+        ]
 
     def holdings(self) -> dict[str, dict[int, int]]:
         """Node -> rank -> newest step held."""

@@ -1,4 +1,4 @@
-"""Taking snapshots into this node's volume: plan, stage, seal. What fails here is said once and never stops training."""
+"""Taking snapshots into this node's volume: plan, stage, seal. What fails is said once and never stops training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ktrain.base.faults import FaultPoints
 from ktrain.checkpoint.line import Line
 from ktrain.checkpoint.policy import Keep
 from ktrain.checkpoint.pulse import Pulse
-from ktrain.errors import CapacityError, KtrainError
+from ktrain.errors import CapacityError, ConflictError, CorruptionError, KtrainError, NotFoundError, UnavailableError
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.format.payload import CHUNK_NBYTES
 from ktrain.snapshot.arena import NodeVolume, required_nbytes
@@ -22,6 +22,8 @@ from ktrain.state.plan import SavePlan, plan_save
 from ktrain.state.topology import Topology
 from ktrain.state.train_state import TrainState
 
+# What is wrong with the volume and not with the caller or with us.
+_TIER_FAILURES = (CapacityError, ConflictError, CorruptionError, NotFoundError, UnavailableError, OSError)
 _DRAIN_SLOTS = 1  # read by the drain while the next snapshots are taken
 
 
@@ -40,7 +42,7 @@ class Saver:
         self._clock = SYSTEM_CLOCK
         self._run_id = ""
         self._prepared = False
-        self._failed = False
+        self._failure: str | None = None
         self.volume: NodeVolume | None = None
         self.saved_step: int | None = None
 
@@ -56,6 +58,14 @@ class Saver:
         """Lets go of the volume; what is sealed stays."""
         if self.volume is not None:
             self.volume.close()
+
+    def check_volume(self) -> None:
+        """Raises CapacityError when there is no volume at all, so that waiting for a slot is in vain."""
+        if self.volume is None:
+            raise CapacityError(
+                f"rank {self._topology.rank}: no snapshot can be taken, the memory tier failed ({self._failure}); "
+                "name another folder by KTRAIN_VOLUME"
+            )
 
     def prepare(self) -> None:
         """Makes and pre-faults the slots, once the optimizer has its state, so that the first save is as fast as all.
@@ -79,7 +89,7 @@ class Saver:
                 held_nbytes=volume.held_nbytes(),
             )
             volume.prepare(self._topology.rank, plan.layout.nbytes, self._num_slots)
-        except (CapacityError, OSError) as error:
+        except _TIER_FAILURES as error:
             self._fail(error)
 
     def save(self, step: int) -> bool:
@@ -94,7 +104,7 @@ class Saver:
             self._prepare(self.volume, plan)
         try:
             sealed = self._write(self.volume, step, plan)
-        except (CapacityError, OSError) as error:
+        except _TIER_FAILURES as error:
             self._fail(error)
             return False
         if not sealed:
@@ -142,15 +152,14 @@ class Saver:
 
     def _fail(self, error: Exception) -> None:
         """Says once that the memory tier fails; training goes on."""
-        if not self._failed:
-            reason = f"{type(error).__name__}: {error}"
-            self._pulse.emit("tier_failed", tier=contract.TIER_MEMORY, rank=self._topology.rank, reason=reason)
-        self._failed = True
+        said, self._failure = self._failure, f"{type(error).__name__}: {error}"
+        if said is None:
+            self._pulse.emit("tier_failed", tier=contract.TIER_MEMORY, rank=self._topology.rank, reason=self._failure)
 
     def _recovered(self) -> None:
-        if self._failed:
-            self._pulse.emit("tier_recovered", tier=contract.TIER_MEMORY)
-        self._failed = False
+        if self._failure is not None:
+            self._pulse.emit("tier_recovered", tier=contract.TIER_MEMORY, rank=self._topology.rank)
+        self._failure = None
 
 
 def _copy_threads(topology: Topology) -> int:

@@ -13,7 +13,7 @@ from ktrain.abc.tier import Tier
 from ktrain.base import contract
 from ktrain.base.clock import Deadline
 from ktrain.checkpoint.lineage import Copy
-from ktrain.errors import CorruptionError, DeadlineError, KtrainError, NotFoundError, UnavailableError
+from ktrain.errors import CorruptionError, KtrainError, NotFoundError, UnavailableError
 from ktrain.format import record as records
 from ktrain.format.manifest import Manifest, bad_ranges_in
 from ktrain.snapshot.arena import NodeVolume, SlotReader
@@ -45,7 +45,8 @@ def _prove(manifest: Manifest, piece: memoryview | bytes, begin: int, where: str
     if bad:
         low, high = bad[0]
         raise BadCopy(
-            f"{where}, rank {manifest.rank}, {manifest.identity}: bytes {low} to {high} differ from the digest made at the snapshot",
+            f"{where}, rank {manifest.rank}, {manifest.identity}: bytes {low} to {high} differ from the digest made at "
+            "the snapshot",
             low,
             high,
         )
@@ -178,7 +179,7 @@ class Openers:
             name = records.payload_name(identity.step, identity.epoch, copy.place, copy.rank)
             return TierReader(self._tier, name, manifest, self._deadline_of)
         if self._volume is None:
-            raise NotFoundError(f"rank {copy.rank}, {copy.identity}: this process has no volume")
+            raise UnavailableError(f"rank {copy.rank}, {copy.identity}: this process has no volume")
         if copy.tier == contract.TIER_PEER:
             tally.wire_nbytes += self._pull(copy)
         return VolumeReader(self._volume.open(copy.rank, copy.identity), manifest, self._num_threads)
@@ -232,11 +233,12 @@ class NearestSource:
             self.tiers[rank] = copy.tier
             return
         mine = [failure for failure in self.failures if failure.copy.rank == rank]
-        text = f"rank {rank}, {self._manifests[rank].identity}: no copy can be used ({'; '.join(failure.reason for failure in mine)})"
+        reasons = "; ".join(failure.reason for failure in mine)
+        text = f"rank {rank}, {self._manifests[rank].identity}: no copy can be used ({reasons})"
         raise CorruptionError(text) if any(failure.corrupt for failure in mine) else UnavailableError(text)
 
     def _refuse(self, copy: Copy, error: KtrainError) -> None:
-        corrupt = not isinstance(error, UnavailableError | DeadlineError)
+        corrupt = isinstance(error, CorruptionError | NotFoundError)  # a volume without room says nothing on the copy
         begin, end = (error.begin, error.end) if isinstance(error, BadCopy) else (None, None)
         failure = Failure(copy, corrupt, f"{copy.tier} {copy.place}: {error}", begin, end)
         self.failures.append(failure)

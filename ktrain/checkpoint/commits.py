@@ -1,0 +1,72 @@
+"""What is committed in each tier of the attempt that runs. Pure state; guarded by its owner's lock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ktrain.base import contract
+from ktrain.checkpoint import lineage
+from ktrain.checkpoint.roster import Attempt
+from ktrain.format.manifest import Identity
+
+
+class Commits:
+    """Tier -> newest committed identity. Commits of the memory tiers follow from the nodes' inventories alone."""
+
+    def __init__(self, attempt: Attempt, emit: Callable[..., None]) -> None:
+        self._attempt = attempt
+        self._emit = emit
+        self._newest: dict[str, Identity] = {}
+        self.first_is_recorded = False  # the run directory knows that this attempt has committed
+        self.durable_is_recorded = False  # it knows that this attempt has committed in the bucket
+
+    @property
+    def memory(self) -> Identity | None:
+        return self._newest.get(contract.TIER_MEMORY)
+
+    @property
+    def bucket(self) -> Identity | None:
+        return self._newest.get(contract.TIER_BUCKET)
+
+    def all(self) -> dict[str, Identity]:
+        """Tier -> newest committed identity; tiers without one are absent."""
+        return dict(self._newest)
+
+    def to_json(self) -> dict[str, list[int]]:
+        """Tier -> [step, epoch]."""
+        return {tier: [identity.step, identity.epoch] for tier, identity in self._newest.items()}
+
+    def derive(self, inventories: Mapping[str, Iterable[tuple[int, Identity]]], restored: Identity | None) -> None:
+        """Finds what is complete in the memory tiers: of this attempt's epoch, or what it continued from."""
+        home = self._attempt.home
+        if not home:
+            return
+        for identity, ranks in lineage.memory_copies(inventories).items():
+            of_the_line = identity.epoch == self._attempt.epoch or identity == restored
+            if identity.world_size != len(home) or not of_the_line:
+                continue
+            if all(node in ranks.get(rank, ()) for rank, node in home.items()):
+                self._advance(contract.TIER_MEMORY, identity)
+            if all(set(ranks.get(rank, ())) - {node} for rank, node in home.items()):
+                self._advance(contract.TIER_PEER, identity)
+
+    def _advance(self, tier: str, identity: Identity) -> None:
+        known = self._newest.get(tier)
+        if known is None or (known.step, known.epoch) < (identity.step, identity.epoch):
+            self._newest[tier] = identity
+            if identity.epoch == self._attempt.epoch:
+                self._emit("committed", step=identity.step, tier=tier)
+
+    def note_bucket(self, identity: Identity) -> None:
+        """The bucket holds a committed checkpoint of this identity, which is of this attempt's line."""
+        known = self.bucket
+        if known is None or (known.step, known.epoch) < (identity.step, identity.epoch):
+            self._newest[contract.TIER_BUCKET] = identity
+
+    def unrecorded_first(self) -> dict[str, Any] | None:
+        """What the run directory must learn of this attempt's first commit; None when it knows, or there is none."""
+        memory = self.memory
+        if self.first_is_recorded or memory is None or memory.epoch != self._attempt.epoch:
+            return None
+        return {"step": memory.step, "tier": contract.TIER_MEMORY}

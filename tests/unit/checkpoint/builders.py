@@ -1,0 +1,107 @@
+"""Small checkpoints in a store, and what the layers around the catalog need."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+from ktrain import native
+from ktrain.abc.tier import Tier
+from ktrain.base.clock import Clock, Deadline
+from ktrain.base.settings import Timeouts
+from ktrain.checkpoint.catalog import RunCatalog
+from ktrain.checkpoint.drain import Drain
+from ktrain.format import record as records
+from ktrain.format.digest import join_digests
+from ktrain.format.manifest import Identity, Manifest
+from ktrain.format.payload import CHUNK_NBYTES, lay_out
+from ktrain.format.record import CommitRecord, RankFiles
+from ktrain.format.shard import Box, Role, Shard
+from ktrain.testing.fake_clock import FakeClock
+
+RUN = "ab" * 16
+TIMEOUTS = Timeouts(patience_s=8)
+NUM_FLOATS = 64
+
+
+def identity(step: int, epoch: int = 1, world_size: int = 2) -> Identity:
+    return Identity(RUN, step, epoch, world_size)
+
+
+def deadline() -> Deadline:
+    return Deadline.after(60.0)
+
+
+def snapshot(rank: int, at: Identity) -> tuple[bytes, Manifest]:
+    """A rank's part of one sharded tensor, every number of it the step."""
+    shape = (at.world_size, NUM_FLOATS)
+    shard = Shard("model.weight", "float32", shape, Box((rank, 0), (1, NUM_FLOATS)), Role.SHARDED)
+    layout = lay_out([shard])
+    payload = layout.header + struct.pack("<f", float(at.step)) * NUM_FLOATS
+    chunks = tuple(native.digest_chunks(payload, chunk_nbytes=CHUNK_NBYTES))
+    plan = f"{rank:016x}"
+    manifest = Manifest(at, rank, plan, len(payload), CHUNK_NBYTES, chunks, layout.entries, {}, {})
+    return payload, manifest
+
+
+def catalog(tier: Tier, clock: Clock | None = None) -> RunCatalog:
+    return RunCatalog(tier, RUN, timeouts=TIMEOUTS, clock=clock or FakeClock())
+
+
+def upload(tier: Tier, at: Identity, write_id: str = "0a1b") -> Drain:
+    """What the ranks of a drain leave in the store, before anything is committed."""
+    drain = Drain(at, started_s=0.0, write_id=write_id)
+    for rank in range(at.world_size):
+        payload, manifest = snapshot(rank, at)
+        data = manifest.to_bytes()
+        files = RankFiles(
+            rank,
+            records.payload_name(at.step, at.epoch, write_id, rank),
+            len(payload),
+            manifest.payload_digest(),
+            records.manifest_name(at.step, at.epoch, write_id, rank),
+            len(data),
+            manifest.digest(),
+        )
+        tier.write(files.payload, payload, deadline=deadline())
+        tier.write(files.manifest, data, deadline=deadline())
+        report = {name: getattr(files, name) for name in RankFiles.__slots__}
+        drain.take({"write_id": write_id, "files": report, "plan_digest": manifest.plan_digest})
+    return drain
+
+
+def record_of(drain: Drain) -> CommitRecord:
+    ranks = tuple(drain.files[rank] for rank in sorted(drain.files))
+    digests = join_digests([drain.plan_digests[files.rank] for files in ranks])
+    return CommitRecord(drain.identity, drain.write_id, digests, ranks, 1.5, {})
+
+
+def put_checkpoint(tier: Tier, at: Identity, write_id: str = "0a1b") -> CommitRecord:
+    """A committed checkpoint."""
+    commit = record_of(upload(tier, at, write_id))
+    tier.write(records.commit_name(at.step, at.epoch, write_id), commit.to_bytes(), deadline=deadline())
+    return commit
+
+
+def commit_name(commit: CommitRecord) -> str:
+    return records.commit_name(commit.identity.step, commit.identity.epoch, commit.write_id)
+
+
+def flip(data: bytes, at: int = -1) -> bytes:
+    """The bytes with one bit changed; in the middle unless `at` says where."""
+    spoilt = bytearray(data)
+    spoilt[len(spoilt) // 2 if at < 0 else at] ^= 1
+    return bytes(spoilt)
+
+
+class Log:
+    """Takes events as (kind, fields)."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, dict[str, Any]]] = []
+
+    def __call__(self, kind: str, **fields: Any) -> None:
+        self.said.append((kind, fields))
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [fields for said, fields in self.said if said == kind]

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ktrain.checkpoint.policy import Every, Keep, Policies, as_every, as_keep, superseded
+from ktrain.errors import ConfigError
+
+
+@given(st.integers(1, 50), st.integers(1, 500))
+def test_every_number_means_its_multiples(every: int, step: int) -> None:
+    assert as_every(every).due(step) == (step in range(0, step + 1, every))
+
+
+@pytest.mark.parametrize("values", [{"memory": 0}, {"memory": -3}, {"bucket": -1}])
+def test_every_impossible_is_refused_with_the_numbers(values: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="expected memory >= 1 and bucket >= 0"):
+        Every(**values)
+
+
+@pytest.mark.parametrize("values", [{"bucket": 0}, {"memory": 2}, {"kept": 1}])
+def test_keep_that_could_lose_the_last_copy_is_refused(values: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="expected bucket >= 1, memory >= 3 and kept >= 2"):
+        Keep(**values)
+
+
+def test_policies_cross_the_channel_unchanged() -> None:
+    policies = Policies(Every(7, 21), as_keep(5))
+    crossed: dict[str, Any] = policies.to_json()
+    assert Policies.from_json(crossed) == policies
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 3)), unique=True), st.integers(1, 5))
+def test_superseded_spares_the_newest(committed: list[tuple[int, int]], keep: int) -> None:
+    doomed = superseded(committed, keep)
+    staying = set(committed) - set(doomed)
+    assert len(staying) == min(keep, len(committed))
+    assert all(gone < stays for gone in doomed for stays in staying)
