@@ -81,7 +81,8 @@ class ModulePart:
 
     def load(self, saved_objects: Mapping[str, Any], reader: Reader, context: Context) -> None:
         del context
-        state = self._module.state_dict()
+        # The live tensors themselves, not views of them: then load_state_dict below copies none onto itself.
+        state = self._module.state_dict(keep_vars=True)
         extra = saved_objects["extra"]
         filled: dict[str, Any] = {}
         for raw, name in self._clean_names(state).items():

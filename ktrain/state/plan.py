@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,10 +45,17 @@ class SavePlan:
 class _Memo:
     """What a plan computes from shapes and placements alone; kept while these stay the same."""
 
-    key: tuple[Any, ...]
+    topology: Topology
+    signatures: tuple[tuple[Any, ...], ...]  # of all leaves
     stored: tuple[int, ...]  # indices of leaves, in the order of the layout
     layout: Layout
     digest: str
+
+    def fits(self, leaves: Sequence[Leaf], topology: Topology) -> bool:
+        # One after the other: signatures of all leaves at once would keep the garbage collector busy.
+        return (self.topology, len(self.signatures)) == (topology, len(leaves)) and all(
+            map(operator.eq, self.signatures, map(_signature, leaves))
+        )
 
 
 def plan_save(state: TrainState, topology: Topology) -> SavePlan:
@@ -65,10 +73,9 @@ def plan_save(state: TrainState, topology: Topology) -> SavePlan:
     for part in state.parts:
         found, objects[part.name] = part.describe(context)
         leaves.extend(found)
-    key = (topology, *map(_signature, leaves))
     memo = state.memo
-    if not isinstance(memo, _Memo) or memo.key != key:
-        memo = state.memo = _make_memo(key, leaves, topology)
+    if not isinstance(memo, _Memo) or not memo.fits(leaves, topology):
+        memo = state.memo = _make_memo(leaves, topology)
     items = tuple(
         Item(entry.shard, local_of(leaves[index].tensor))
         for entry, index in zip(memo.layout.entries, memo.stored, strict=True)
@@ -80,10 +87,10 @@ def _signature(leaf: Leaf) -> tuple[Any, ...]:
     tensor = leaf.tensor
     spread = (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else None
     form = type(tensor), tensor.dtype, tensor.layout, tensor.device, tensor.shape
-    return leaf.name, leaf.role, leaf.holders, leaf.anchor, form, spread
+    return leaf.name, leaf.role, leaf.holders, leaf.anchor, *form, spread
 
 
-def _make_memo(key: tuple[Any, ...], leaves: Sequence[Leaf], topology: Topology) -> _Memo:
+def _make_memo(leaves: Sequence[Leaf], topology: Topology) -> _Memo:
     for leaf in leaves:
         require_storable(leaf.name, leaf.tensor)
     shards = [_shard(leaf) for leaf in leaves]
@@ -96,7 +103,8 @@ def _make_memo(key: tuple[Any, ...], leaves: Sequence[Leaf], topology: Topology)
     }
     layout = lay_out([shards[index] for index in mine.values()])
     stored = tuple(mine[entry.shard.name] for entry in layout.entries)
-    return _Memo(key, stored, layout, _digest([entry.shard for entry in layout.entries]))
+    signatures = tuple(map(_signature, leaves))
+    return _Memo(topology, signatures, stored, layout, _digest([entry.shard for entry in layout.entries]))
 
 
 def _shard(leaf: Leaf) -> Shard:

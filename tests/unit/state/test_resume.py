@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ktrain.state.plan import plan_save
 from ktrain.state.rng import rng_part
@@ -187,3 +188,25 @@ def test_restore_brings_every_generator_of_the_host_back() -> None:
     draw()
     restore(state, {0: saved})
     assert draw() == expected
+
+
+class _Copies(TorchDispatchMode):
+    """Counts what torch is asked to copy from one tensor into another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default and args[0] is not args[1]:
+            self.nbytes += args[0].nbytes
+        return func(*args, **(kwargs or {}))
+
+
+def test_restore_of_a_module_copies_every_byte_once() -> None:
+    model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16))
+    state = TrainState({"model": model})
+    taken = snapshot(state)
+    with _Copies() as copies:
+        restore(state, {0: taken})
+    assert copies.nbytes == sum(value.nbytes for value in model.state_dict().values())
