@@ -27,18 +27,17 @@ class _Logs:
     def found(self) -> list[tuple[int, int]]:
         """(attempt, rank) of every log, in order."""
         path = local_path(self.run)
-        folders = [path / contract.LOGS_DIR if path is not None else WorkDir.of_run(self.run).path / contract.LOGS_DIR]
-        names = [str(file) for folder in folders for file in folder.glob("attempt-*/rank-*.log")]
-        if path is None and not names:
+        folder = (path if path is not None else WorkDir.of_run(self.run).path) / contract.LOGS_DIR
+        names = [str(file) for file in folder.glob("attempt-*/rank-*.log")]
+        if path is None:  # attempts that have ended lie in the bucket, the live one on this machine
             from ktrain.tier.location import open_tier
 
             timeouts = settings.timeouts()
             tier = open_tier(self.run, timeouts=timeouts)
-            names = [
-                item.name for item in tier.list(f"{contract.LOGS_DIR}/", deadline=Deadline.after(timeouts.storage_s))
-            ]
+            stored = tier.list(f"{contract.LOGS_DIR}/", deadline=Deadline.after(timeouts.storage_s))
+            names += [item.name for item in stored]
         matches = (_NAME.search(name) for name in names)
-        return sorted((int(match[1]), int(match[2])) for match in matches if match)
+        return sorted({(int(match[1]), int(match[2])) for match in matches if match})
 
     def read_new(self, attempt: int, rank: int) -> str:
         """Text that was added to a log since the last call."""

@@ -36,6 +36,7 @@ class Progress:
         self._width = 0
         self._last_line = ""
         self._take(self._read())  # what earlier launches did is told by the table at the end, not line by line
+        self._picture.restart()
         self._say(f"{spec.run}: {spec.nodes} x {spec.workers_per_node} workers of {spec.script}")
 
     def update(self) -> None:
@@ -104,6 +105,10 @@ class Picture:
         self._phase = "starting"
         self._attempt = 0
         self._recent: list[tuple[float, int, int]] = []  # time, step, samples
+
+    def restart(self) -> None:
+        """A new launch of the run begins: what was saved stays, nothing trains yet."""
+        self._phase, self._recent = "starting", []
 
     def line(self) -> str:
         """The live line: step, loss, samples/s, where the last snapshots are, phase."""

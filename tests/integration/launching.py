@@ -82,11 +82,14 @@ class Place:
         found = [json.loads(line) for line in lines]
         return [event for event in found if kind in (None, event["kind"])]
 
-    def await_that(self, what: str, condition: Callable[[], Any]) -> Any:
-        """Waits, bounded, until the condition gives something true; returns that."""
+    def await_that(self, what: str, condition: Callable[[], Any], *, after_end: bool = False) -> Any:
+        """Waits, bounded, until the condition gives something true; returns that.
+
+        A launch that failed ends the wait, unless it is one for what comes `after_end`.
+        """
         deadline = Deadline.after(ENDS_WITHIN_S)
         while not (found := condition()):
-            ended = self.launches and self.launches[-1].poll() not in (None, 0)
+            ended = not after_end and self.launches and self.launches[-1].poll() not in (None, 0)
             if deadline.expired() or (ended and not condition()):
                 how = "the launch ended" if ended else f"not within {ENDS_WITHIN_S:g} s"
                 raise AssertionError(f"{what}: {how}\n{self.output(len(self.launches) - 1)}")
@@ -109,7 +112,7 @@ class Place:
 
     def await_nothing_left(self) -> None:
         """No process of any launch lives."""
-        self.await_that("end of all processes", lambda: not self.processes())
+        self.await_that("end of all processes", lambda: not self.processes(), after_end=True)
 
     def leftovers(self) -> list[str]:
         """Files of launches and of the memory tier."""

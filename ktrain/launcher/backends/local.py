@@ -70,22 +70,36 @@ def lock_work_dir(work: WorkDir) -> IO[str]:
     Raises:
         ConflictError: another launch of this run lives on this machine.
     """
-    work.make()
-    file = open(work.lock, "a+")  # noqa: SIM115 -- held open by the caller
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "an unknown process"
-        file.close()
-        raise ConflictError(
-            f"this run is live already, launched by process {holder} on host {ids.host_name()}; "
-            "wait for it, `ktrain cancel` it, or name another run"
-        ) from None
+    while True:
+        work.make()
+        try:
+            file = open(work.lock, "a+")  # noqa: SIM115 -- held open by the caller
+        except FileNotFoundError:
+            continue  # a launch that has just ended removed the directory under us
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "an unknown process"
+            file.close()
+            raise ConflictError(
+                f"this run is live already, launched by process {holder} on host {ids.host_name()}; "
+                "wait for it, `ktrain cancel` it, or name another run"
+            ) from None
+        if _is_at(file, work.lock):
+            break
+        file.close()  # locked, but removed meanwhile by the launch that held it: somebody else may hold the new one
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
     return file
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 class LocalLaunch:
@@ -114,19 +128,22 @@ class LocalLaunch:
             ConflictError: the run is live already.
         """
         lock = lock_work_dir(self._work)
+        ended: Outcome | None = None
         old = {
             signum: signal.signal(signum, self._take_signal)
             for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         }
         try:
             self._prepare()
-            return self._follow()
+            ended = self._follow()
+            return ended
         finally:
             self._end_children()
             for signum, handler in old.items():
                 signal.signal(signum, handler)
             self._observe()
-            self._clean(lock)
+            self._clean(keep_logs=ended is None or ended.exit_code != contract.EXIT_OK)
+            lock.close()
 
     # Start
 
@@ -326,15 +343,15 @@ class LocalLaunch:
         psutil.wait_procs(left, timeout=_KILL_S)
         self._children = []
 
-    def _clean(self, lock: IO[str]) -> None:
-        """Removes the work directory; where its logs are the only ones they stay."""
-        keep = Path(self._spec.log_dir)
-        for leftover in self._work.path.iterdir():
-            if leftover not in (keep, self._work.lock):
-                _remove(leftover)
-        if not keep.is_relative_to(self._work.path):
+    def _clean(self, *, keep_logs: bool) -> None:
+        """Removes the work directory; where the logs of a failure are nowhere else they stay."""
+        logs = Path(self._spec.log_dir)
+        if not keep_logs or not logs.is_relative_to(self._work.path):
             _remove(self._work.path)
-        lock.close()
+            return
+        for leftover in self._work.path.iterdir():
+            if leftover != logs:
+                _remove(leftover)
 
 
 def _family(pid: int) -> list[psutil.Process]:
