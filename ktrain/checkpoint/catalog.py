@@ -97,7 +97,11 @@ class RunCatalog:
                 )
             except ConflictError:
                 pass  # somebody else made it first; theirs counts
-            found = _parse_run(tier, tier.read(contract.RUN_FILE, deadline=Deadline.after(timeouts.storage_s, clock)))
+            try:
+                data = tier.read(contract.RUN_FILE, deadline=Deadline.after(timeouts.storage_s, clock))
+            except NotFoundError as error:
+                raise ConfigError(f"run {tier.url}: it cannot be made there ({error}); name another place") from None
+            found = _parse_run(tier, data)
         return cls(tier, found, timeouts=timeouts, clock=clock)
 
     def _deadline(self) -> Deadline:
@@ -181,7 +185,7 @@ class RunCatalog:
                 commits.append(self._parse_commit(stored.name, data))
             except (CorruptionError, ConfigError) as error:
                 broken.append((stored.name, str(error)))
-                if data.rstrip().endswith(b"}"):
+                if data.endswith(b'"}\n'):
                     lost.append(stored.name)
                 if isinstance(error, ConfigError):
                     newer.append(stored.name)

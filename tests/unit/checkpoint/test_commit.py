@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from ktrain.base import faults
+from ktrain.base.faults import FaultPoints
+from ktrain.checkpoint.commit import collect, commit_drain
+from ktrain.checkpoint.drain import Drain
+from ktrain.errors import CorruptionError, InternalError, KtrainError
+from ktrain.format.record import CommitRecord
+from ktrain.testing.fake_bucket import FakeBucket
+from ktrain.testing.fake_clock import FakeClock
+from ktrain.testing.fault_plan import FaultPlan
+from ktrain.testing.faulty_tier import Fault, FaultyTier, TierFault
+from tests.unit.checkpoint.builders import catalog, commit_name, flip, identity, put_checkpoint, snapshot, upload
+
+QUIET = FaultPoints([], epoch=1)
+
+
+@pytest.fixture
+def bucket() -> FakeBucket:
+    return FakeBucket()
+
+
+def commit(tier: FakeBucket | FaultyTier, drain: Drain, points: FaultPoints = QUIET) -> CommitRecord:
+    return commit_drain(catalog(tier), drain, clock=FakeClock(), faults=points)
+
+
+def committed(bucket: FakeBucket) -> list[tuple[int, int]]:
+    return [(found.identity.step, found.identity.epoch) for found in catalog(bucket).listing().commits]
+
+
+def test_commit_proven_files_makes_the_checkpoint_exist(bucket: FakeBucket) -> None:
+    written = commit(bucket, upload(bucket, identity(10)))
+    assert catalog(bucket).listing().commits == (written,)
+
+
+def lose_payload(bucket: FakeBucket, drain: Drain) -> None:
+    del bucket.objects[drain.files[1].payload]
+
+
+def cut_payload(bucket: FakeBucket, drain: Drain) -> None:
+    bucket.objects[drain.files[0].payload] = bucket.objects[drain.files[0].payload][:-1]
+
+
+def lose_manifest(bucket: FakeBucket, drain: Drain) -> None:
+    del bucket.objects[drain.files[1].manifest]
+
+
+def flip_manifest(bucket: FakeBucket, drain: Drain) -> None:
+    bucket.objects[drain.files[1].manifest] = flip(bucket.objects[drain.files[1].manifest])
+
+
+def swap_manifests(bucket: FakeBucket, drain: Drain) -> None:
+    first, second = drain.files[0].manifest, drain.files[1].manifest
+    bucket.objects[first], bucket.objects[second] = bucket.objects[second], bucket.objects[first]
+
+
+def put_manifest_of_another_step(bucket: FakeBucket, drain: Drain) -> None:
+    bucket.objects[drain.files[0].manifest] = snapshot(0, identity(9))[1].to_bytes()
+
+
+def leave_a_hole(bucket: FakeBucket, drain: Drain) -> None:
+    """Both ranks report rank 0's box: every file is whole, half of the tensor is nowhere."""
+    payload, manifest = snapshot(0, drain.identity)
+    twin = type(manifest)(
+        manifest.identity,
+        1,
+        manifest.plan_digest,
+        manifest.nbytes,
+        manifest.chunk_nbytes,
+        manifest.chunks,
+        manifest.entries,
+        manifest.objects,
+        manifest.origin,
+    )
+    data, files = twin.to_bytes(), drain.files[1]
+    bucket.objects[files.payload], bucket.objects[files.manifest] = payload, data
+    values = {name: getattr(files, name) for name in type(files).__slots__}
+    drain.files[1] = type(files)(**{**values, "manifest_nbytes": len(data), "manifest_digest": twin.digest()})
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lose_payload,
+        cut_payload,
+        lose_manifest,
+        flip_manifest,
+        swap_manifests,
+        put_manifest_of_another_step,
+        leave_a_hole,
+    ],
+)
+def test_commit_anything_unproven_commits_nothing(
+    bucket: FakeBucket, spoil: Callable[[FakeBucket, Drain], None]
+) -> None:
+    drain = upload(bucket, identity(10))
+    spoil(bucket, drain)
+    with pytest.raises(KtrainError):
+        commit(bucket, drain)
+    assert catalog(bucket).listing() == catalog(FakeBucket()).listing()
+
+
+@pytest.mark.parametrize("operation", ["list", "read"])
+def test_commit_store_that_cannot_be_asked_commits_nothing(bucket: FakeBucket, operation: str) -> None:
+    drain = upload(bucket, identity(10))
+    with pytest.raises(KtrainError):
+        commit(FaultyTier(bucket, TierFault(operation, Fault.UNAVAILABLE)), drain)
+    assert committed(bucket) == []
+
+
+def test_commit_death_before_the_record_leaves_no_checkpoint(bucket: FakeBucket) -> None:
+    plan = faults.parse(FaultPlan().fail_at("commit.begin", action="raise").text())
+    with pytest.raises(InternalError):
+        commit(bucket, upload(bucket, identity(10)), FaultPoints(plan, epoch=1))
+    assert committed(bucket) == []
+
+
+def test_commit_death_after_the_record_leaves_a_whole_checkpoint(bucket: FakeBucket) -> None:
+    plan = faults.parse(FaultPlan().fail_at("commit.record", action="raise").text())
+    with pytest.raises(InternalError):
+        commit(bucket, upload(bucket, identity(10)), FaultPoints(plan, epoch=1))
+    assert committed(bucket) == [(10, 1)]
+
+
+def test_commit_same_step_twice_by_two_heads_is_two_true_records(bucket: FakeBucket) -> None:
+    commit(bucket, upload(bucket, identity(10), "aaaa"))
+    commit(bucket, upload(bucket, identity(10), "bbbb"))
+    assert committed(bucket) == [(10, 1), (10, 1)]
+
+
+# Retention
+
+
+def test_collect_keeps_the_newest_and_removes_every_byte_of_the_rest(bucket: FakeBucket) -> None:
+    for step in (10, 20, 30, 40):
+        put_checkpoint(bucket, identity(step))
+    removed = collect(catalog(bucket), keep=2)
+    assert [found.identity.step for found in removed] == [10, 20]
+    assert committed(bucket) == [(30, 1), (40, 1)]
+    assert not [name for name in bucket.objects if "step-00000010" in name or "step-00000020" in name]
+
+
+@pytest.mark.parametrize("spoil", [lose_payload, cut_payload, lose_manifest, flip_manifest])
+def test_collect_newest_that_is_not_proven_removes_nothing(
+    bucket: FakeBucket, spoil: Callable[[FakeBucket, Drain], None]
+) -> None:
+    for step in (10, 20):
+        put_checkpoint(bucket, identity(step))
+    drain = upload(bucket, identity(30))
+    commit(bucket, drain)
+    spoil(bucket, drain)
+    before = dict(bucket.objects)
+    assert collect(catalog(bucket), keep=1) == []
+    assert bucket.objects == before
+
+
+def test_collect_foreign_torn_and_unknown_objects_stay(bucket: FakeBucket) -> None:
+    for step in (10, 20, 30):
+        put_checkpoint(bucket, identity(step))
+    torn = commit_name(put_checkpoint(bucket, identity(5)))
+    bucket.objects[torn] = bucket.objects[torn][:-20]
+    bucket.objects["checkpoints/step-00000001/notes.txt"] = b"mine"
+    bucket.objects["elsewhere/commit-000001-0a1b.json"] = b"{}"
+    staying = {name for name in bucket.objects if "step-00000005" in name or "notes" in name or "elsewhere" in name}
+    collect(catalog(bucket), keep=1)
+    assert staying <= set(bucket.objects) and committed(bucket) == [(30, 1)]
+
+
+def test_collect_steps_off_the_line_neither_count_nor_go(bucket: FakeBucket) -> None:
+    for step in (10, 20, 30):
+        put_checkpoint(bucket, identity(step, 1))
+    found = catalog(bucket)
+    found.record(2, "restored", {"step": 10})
+    found.record(2, "committed", {"step": 15})
+    put_checkpoint(bucket, identity(15, 2))
+    assert [gone.identity.step for gone in collect(found, keep=1)] == [10]
+    assert committed(bucket) == [(15, 2), (20, 1), (30, 1)]
+
+
+def test_collect_interrupted_leaves_no_record_without_data(bucket: FakeBucket) -> None:
+    for step in (10, 20):
+        put_checkpoint(bucket, identity(step))
+    faulty = FaultyTier(bucket, TierFault("delete", Fault.UNAVAILABLE, nth=2))
+    with pytest.raises(KtrainError):
+        collect(catalog(faulty), keep=1)
+    assert committed(bucket) == [(20, 1)]
+
+
+def test_commit_error_names_the_object_and_both_sizes(bucket: FakeBucket) -> None:
+    drain = upload(bucket, identity(10))
+    cut_payload(bucket, drain)
+    nbytes = drain.files[0].nbytes
+    with pytest.raises(CorruptionError, match=rf"expected {nbytes} bytes in .*rank-00000.*found {nbytes - 1}"):
+        commit(bucket, drain)
