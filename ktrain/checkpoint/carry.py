@@ -1,4 +1,4 @@
-"""A node's carrying of bytes: sealed snapshots up to the bucket, replicas in from peers. Threads of its own.
+"""A node's carrying of bytes: sealed snapshots to disk and bucket, replicas in from peers. Threads of its own.
 
 What to carry is a wanted state that `want` replaces; what was carried is told through the callbacks.
 """
@@ -21,7 +21,8 @@ from ktrain.errors import CapacityError, ConflictError, CorruptionError, KtrainE
 from ktrain.format import record as records
 from ktrain.format.manifest import Identity, bad_ranges
 from ktrain.format.record import RankFiles
-from ktrain.snapshot.arena import NodeVolume
+from ktrain.snapshot.arena import NodeVolume, SlotReader
+from ktrain.tier.disk import NodeDisk
 from ktrain.tier.location import open_tier
 
 _LOG = logging.getLogger(__name__)
@@ -36,16 +37,18 @@ class Wanted:
     pull: Sequence[Mapping[str, Any]] = ()
     peers: Mapping[str, str] = field(default_factory=dict)
     protect: Sequence[tuple[int, int]] = ()
+    disk: Mapping[str, Any] | None = None  # what is to be on this node's disk, and how many to keep there
     epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """What a carrier stands between; `volume` gives None while there is none."""
+    """What a carrier stands between; `volume` and `disk` give None while there is none."""
 
     run_url: str
     node: str
     volume: Callable[[], NodeVolume | None]
+    disk: Callable[[], NodeDisk | None]
     transport: Transport | None
 
 
@@ -69,6 +72,7 @@ class Carrier:
         self._run_url = ends.run_url
         self._node = ends.node
         self._volume = ends.volume
+        self._disk = ends.disk
         self._transport = ends.transport
         self._emit = emit
         self._drained = drained
@@ -78,13 +82,15 @@ class Carrier:
         self._wanted = Wanted()  # replaced whole
         self._faults = FaultPoints([], epoch=0)
         self._closed = threading.Event()
-        self._wakes = {"drain": threading.Event(), "pull": threading.Event()}
+        self._disk_failed = False
+        self.on_disk: Sequence[tuple[int, Identity]] = ()  # replaced whole
+        self._wakes = {"drain": threading.Event(), "disk": threading.Event(), "pull": threading.Event()}
         self._pull_lock = threading.Lock()  # one pull at a time: bounded chunks in flight
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Starts the threads."""
-        for name, work in (("drain", self._drain_once), ("pull", self._pull_once)):
+        for name, work in (("drain", self._drain_once), ("disk", self._disk_once), ("pull", self._pull_once)):
             thread = threading.Thread(target=self._loop, args=(name, work), name=f"ktrain-{name}", daemon=True)
             thread.start()
             self._threads.append(thread)
@@ -152,11 +158,8 @@ class Carrier:
             self._tier = open_tier(self._run_url, timeouts=self._timeouts)
         payload = records.payload_name(identity.step, identity.epoch, write_id, rank)
         name = records.manifest_name(identity.step, identity.epoch, write_id, rank)
-        with volume.open(rank, identity) as slot:
+        with self._open_proven(volume, rank, identity) as slot:
             manifest = slot.manifest
-            bad = bad_ranges(manifest, slot.memory)
-            if bad:
-                self._refuse_slot(volume, rank, identity, bad[0])
             self._faults.reached("drain.payload", step=identity.step, rank=rank)
             self._tier.write(payload, slot.memory, deadline=self._transfer_deadline(manifest.nbytes))
         data = manifest.to_bytes()
@@ -168,12 +171,71 @@ class Carrier:
     def _transfer_deadline(self, nbytes: int) -> Deadline:
         return Deadline.after(self._timeouts.storage_s + nbytes / 1e6, self._clock)
 
+    def _open_proven(self, volume: NodeVolume, rank: int, identity: Identity) -> SlotReader:
+        """The slot under lease, after every byte of it was digested."""
+        slot = volume.open(rank, identity)
+        bad = bad_ranges(slot.manifest, slot.memory)
+        if bad:
+            slot.close()
+            self._refuse_slot(volume, rank, identity, bad[0])
+        return slot
+
     def _refuse_slot(self, volume: NodeVolume, rank: int, identity: Identity, bad: tuple[int, int]) -> None:
         reason = f"bytes {bad[0]} to {bad[1]} differ from the digest made at the snapshot"
         volume.discard(rank, identity, reason)
         where = {"step": identity.step, "rank": rank, "tier": contract.TIER_MEMORY, "where": self._node}
         self._emit("bad_copy", reason=reason, begin=bad[0], end=bad[1], **where)
         raise CorruptionError(f"rank {rank}, {identity} in the memory of {self._node}: {reason}")
+
+    # The node's own disk
+
+    def _disk_once(self, memory: dict[Any, Any]) -> None:
+        disk, volume, wanted = self._disk(), self._volume(), self._wanted
+        if disk is None or self._clock.monotonic() < memory.get("again_s", 0.0):
+            return
+        try:
+            self.on_disk = disk.scan()
+            if volume is not None and wanted.disk is not None:
+                identity = Identity.from_json(wanted.disk["identity"])
+                missing = [rank for rank in wanted.ranks if (rank, identity) not in self.on_disk]
+                for rank in missing:
+                    self._store(disk, volume, rank, identity)
+                if missing:
+                    for old in disk.collect(int(wanted.disk["keep"]), ()):
+                        self._emit("collected", tier=contract.TIER_DISK, step=old.step)
+                    self.on_disk = disk.scan()
+        except NotFoundError:
+            return  # the slot was taken for a newer step meanwhile; that one comes next
+        except (KtrainError, OSError) as error:
+            memory["again_s"] = self._clock.monotonic() + self._timeouts.call_s
+            if not self._disk_failed:
+                self._emit("tier_failed", tier=contract.TIER_DISK, reason=f"{self._node}: {error}")
+            self._disk_failed = True
+            return
+        if self._disk_failed:
+            self._emit("tier_recovered", tier=contract.TIER_DISK)
+        self._disk_failed = False
+
+    def look_at_disk(self) -> None:
+        """Reads the disk's inventory now; a disk that cannot be read is left to the next round."""
+        disk = self._disk()
+        try:
+            self.on_disk = () if disk is None else disk.scan()
+        except KtrainError as error:
+            _LOG.warning("disk of %s: %s", self._node, error)
+
+    def forget_disk(self) -> None:
+        """Nothing more is to be on the disk: the run has ended."""
+        self._wanted = Wanted(epoch=self._wanted.epoch)
+        self.on_disk = ()
+
+    def _store(self, disk: NodeDisk, volume: NodeVolume, rank: int, identity: Identity) -> None:
+        started = self._clock.monotonic()
+        with self._open_proven(volume, rank, identity) as slot:
+            disk.store(slot.manifest, slot.memory)
+            nbytes = slot.manifest.nbytes
+        fields = {"rank": rank, "step": identity.step, "tier": contract.TIER_DISK}
+        self._emit("drained", nbytes=nbytes, seconds=self._clock.monotonic() - started, **fields)
 
     # Pull
 

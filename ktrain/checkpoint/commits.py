@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ktrain.base import contract
 from ktrain.checkpoint import lineage
+from ktrain.checkpoint.lineage import Inventories
 from ktrain.checkpoint.roster import Attempt
 from ktrain.format.manifest import Identity
 
@@ -29,6 +30,10 @@ class Commits:
     def bucket(self) -> Identity | None:
         return self._newest.get(contract.TIER_BUCKET)
 
+    @property
+    def disk(self) -> Identity | None:
+        return self._newest.get(contract.TIER_DISK)
+
     def all(self) -> dict[str, Identity]:
         """Tier -> newest committed identity; tiers without one are absent."""
         return dict(self._newest)
@@ -37,19 +42,26 @@ class Commits:
         """Tier -> [step, epoch]."""
         return {tier: [identity.step, identity.epoch] for tier, identity in self._newest.items()}
 
-    def derive(self, inventories: Mapping[str, Iterable[tuple[int, Identity]]], restored: Identity | None) -> None:
-        """Finds what is complete in the memory tiers: of this attempt's epoch, or what it continued from."""
+    def derive(self, volumes: Inventories, disks: Inventories, restored: Identity | None) -> None:
+        """Finds what is complete on volumes and disks: of this attempt's epoch, or what it continued from."""
         home = self._attempt.home
-        if not home:
-            return
-        for identity, ranks in lineage.memory_copies(inventories).items():
-            of_the_line = identity.epoch == self._attempt.epoch or identity == restored
-            if identity.world_size != len(home) or not of_the_line:
-                continue
+        for identity, ranks in self._of_the_line(volumes, restored):
             if all(node in ranks.get(rank, ()) for rank, node in home.items()):
                 self._advance(contract.TIER_MEMORY, identity)
             if all(set(ranks.get(rank, ())) - {node} for rank, node in home.items()):
                 self._advance(contract.TIER_PEER, identity)
+
+        for identity, ranks in self._of_the_line(disks, restored):
+            if all(node in ranks.get(rank, ()) for rank, node in home.items()):
+                self._advance(contract.TIER_DISK, identity)
+
+    def _of_the_line(
+        self, inventories: Inventories, restored: Identity | None
+    ) -> Iterator[tuple[Identity, dict[int, list[str]]]]:
+        for identity, ranks in lineage.copies_by_rank(inventories).items():
+            known = identity.epoch == self._attempt.epoch or identity == restored
+            if known and self._attempt.home and identity.world_size == len(self._attempt.home):
+                yield identity, ranks
 
     def _advance(self, tier: str, identity: Identity) -> None:
         known = self._newest.get(tier)

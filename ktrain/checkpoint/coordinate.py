@@ -176,7 +176,7 @@ class Coordinator:
             if int(said["epoch"]) == epoch:
                 self._take_ranks(member, said)
             restored = None if self._restore is None else self._restore.restored
-            self._commits.derive(self._roster.inventories(), restored)
+            self._commits.derive(self._roster.inventories(), self._roster.disks(), restored)
             answer = self._answer(member, said)
         self._wake.set()
         return answer
@@ -207,6 +207,7 @@ class Coordinator:
             "peers": self._roster.wires(),
             "pull": self._roster.wanted_replicas(member, self._commits.memory, attempt),
             "drain": None if drain is None or drain.complete() else drain.to_json(),
+            "disk": self._wanted_on_disk(),
             "restore": None if restore is None else restore.answer(member.node, int(said["restore_round"])),
             "want_manifests": [] if restore is None else restore.wanted_from(member.node),
             "stop": None if self._stop is None else self._stop.to_json(),
@@ -214,6 +215,13 @@ class Coordinator:
             "free": self._free,
             "events_taken": member.events_taken,
         }
+
+    def _wanted_on_disk(self) -> dict[str, Any] | None:
+        """What each node is to have on its own disk, where it has one."""
+        memory, disk = self._commits.memory, self._commits.disk
+        if memory is None or (disk is not None and memory.step - disk.step < self._policies.every.disk):
+            return None
+        return {"identity": memory.to_json(), "keep": self._policies.keep.disk}
 
     def _protected(self) -> list[tuple[int, int]]:
         """(step, epoch) of the snapshots that no node may overwrite now."""

@@ -133,8 +133,8 @@ class RestoreDirector:
         """Chooses the step and brings its manifests together; without one decides between fresh and an error."""
         with self._lock:
             recall = self._recall = self._recall or Recall(self._catalog)
-            inventories, manifests = self._roster.inventories(), self._roster.manifests()
-        outcome = recall.plan(inventories, manifests, self._agreement)
+            volumes, disks, manifests = self._roster.inventories(), self._roster.disks(), self._roster.manifests()
+        outcome = recall.plan(volumes, disks, manifests, self._agreement)
         if outcome is None:
             return  # manifests are still on their way from the nodes
         if outcome.candidate is None and outcome.error is None:

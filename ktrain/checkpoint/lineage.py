@@ -16,6 +16,7 @@ from ktrain.checkpoint.catalog import AttemptRecord
 from ktrain.format.manifest import Identity
 from ktrain.format.record import CommitRecord
 
+Inventories = Mapping[str, Iterable[tuple[int, Identity]]]  # node -> (rank, identity) of what it holds
 _TIER_ORDER = {tier: index for index, tier in enumerate(contract.TIERS)}
 
 
@@ -73,8 +74,8 @@ def on_line(identity: Identity, attempts: Sequence[AttemptRecord], committed: Co
     )
 
 
-def memory_copies(inventories: Mapping[str, Iterable[tuple[int, Identity]]]) -> dict[Identity, dict[int, list[str]]]:
-    """Identity -> rank -> names of the nodes that hold a sealed snapshot of it."""
+def copies_by_rank(inventories: Inventories) -> dict[Identity, dict[int, list[str]]]:
+    """Identity -> rank -> names of the nodes that hold a whole snapshot of it."""
     found: dict[Identity, dict[int, list[str]]] = {}
     for node, held in sorted(inventories.items()):
         for rank, identity in held:
@@ -83,16 +84,18 @@ def memory_copies(inventories: Mapping[str, Iterable[tuple[int, Identity]]]) -> 
 
 
 def candidates(
-    inventories: Mapping[str, Iterable[tuple[int, Identity]]],
+    volumes: Inventories,
+    disks: Inventories,
     commits: Sequence[CommitRecord],
     attempts: Sequence[AttemptRecord],
 ) -> list[Candidate]:
-    """Complete checkpoints on the line, newest first; each rank's copies: memory of the nodes, then the bucket."""
+    """Complete checkpoints on the line, newest first; each rank's copies: memory of nodes, their disks, the bucket."""
     copies: dict[Identity, dict[int, list[Copy]]] = {}
-    for identity, ranks in memory_copies(inventories).items():
-        for rank, nodes in ranks.items():
-            places = [Copy(contract.TIER_MEMORY, node, rank, identity) for node in nodes]
-            copies.setdefault(identity, {}).setdefault(rank, []).extend(places)
+    for tier, inventories in ((contract.TIER_MEMORY, volumes), (contract.TIER_DISK, disks)):
+        for identity, ranks in copies_by_rank(inventories).items():
+            for rank, nodes in ranks.items():
+                places = [Copy(tier, node, rank, identity) for node in nodes]
+                copies.setdefault(identity, {}).setdefault(rank, []).extend(places)
     for commit in commits:
         for files in commit.ranks:
             place = Copy(contract.TIER_BUCKET, commit.write_id, files.rank, commit.identity)

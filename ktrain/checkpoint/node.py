@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ktrain.abc.transport import Transport
-from ktrain.base import contract, ids
+from ktrain.base import contract, ids, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
 from ktrain.base.control import Caller, Handler
 from ktrain.base.events import Event, ListSink, make
@@ -25,9 +25,11 @@ from ktrain.checkpoint.lineage import Copy
 from ktrain.errors import ConflictError, CorruptionError, KtrainError, NotFoundError
 from ktrain.format.manifest import Identity
 from ktrain.snapshot.arena import NodeVolume, ProblemKind
+from ktrain.tier.disk import NodeDisk, open_disk
 
 _LOG = logging.getLogger(__name__)
 _EVENTS_PER_BEAT = 500
+_MEMORY_TIERS = (contract.TIER_MEMORY, contract.TIER_PEER)
 _DAMAGED = (ProblemKind.UNREADABLE, ProblemKind.FOREIGN, ProblemKind.SHORT)
 
 
@@ -84,6 +86,7 @@ class NodeKeeper:
         self._event_marks: dict[int, tuple[str, int]] = {}  # rank -> its pulse's instance, events taken from it
         self._freed = threading.Event()
         self._volume: NodeVolume | None = None
+        self._disk: NodeDisk | None = None
         self._volume_failure: str | None = None  # why there is none
         self._head_away = False
         self._wake = threading.Event()
@@ -91,7 +94,7 @@ class NodeKeeper:
         self._beat_lock = threading.Lock()  # one beat at a time
         self._thread: threading.Thread | None = None
         self._carrier = Carrier(
-            Ends(run_url, place.node, lambda: self._volume, transport),
+            Ends(run_url, place.node, lambda: self._volume, lambda: self._disk, transport),
             emit=self.emit,
             drained=self._note_drained,
             timeouts=timeouts,
@@ -244,6 +247,7 @@ class NodeKeeper:
                 "epoch": int(self._view.get("epoch", 0)),
                 "wire": None if self._transport is None else self._transport.address(),
                 "held": [[entry.rank, entry.identity.to_json()] for entry in held],
+                "on_disk": [[rank, identity.to_json()] for rank, identity in self._carrier.on_disk],
                 "manifests": manifests,
                 "ranks": {
                     str(rank): {
@@ -267,13 +271,20 @@ class NodeKeeper:
             }
 
     def _manifest_text(self, want: dict[str, Any]) -> dict[str, Any] | None:
-        if self._volume is None:
-            return None
-        identity = Identity.from_json(want["identity"])
+        rank, identity = int(want["rank"]), Identity.from_json(want["identity"])
         try:
-            with self._volume.open(int(want["rank"]), identity) as slot:
-                return {**want, "text": slot.manifest.to_bytes().decode()}
+            if self._volume is not None:
+                with self._volume.open(rank, identity) as slot:
+                    return {**want, "text": slot.manifest.to_bytes().decode()}
         except NotFoundError:
+            pass  # it may be on the disk
+        try:
+            return (
+                None
+                if self._disk is None
+                else {**want, "text": self._disk.manifest(rank, identity).to_bytes().decode()}
+            )
+        except KtrainError:
             return None
 
     def _take(self, answer: dict[str, Any]) -> None:
@@ -303,6 +314,7 @@ class NodeKeeper:
                 pull=answer["pull"],
                 peers=answer["peers"],
                 protect=[(int(step), int(epoch)) for step, epoch in answer["protect"]],
+                disk=answer["disk"],
                 epoch=int(answer["epoch"]),
             )
         )
@@ -330,6 +342,10 @@ class NodeKeeper:
             except ConflictError as error:
                 _LOG.debug("free: %s", error)
                 return
+        if self._disk is not None:
+            self._carrier.forget_disk()
+            self._disk.remove()
+            self._disk = None
         self._volume = None
         self._freed.set()
         self._wake.set()
@@ -347,12 +363,14 @@ class NodeKeeper:
             if problem.kind in _DAMAGED:
                 where = {"rank": problem.rank, "tier": contract.TIER_MEMORY, "where": f"{place.node} {problem.slot}"}
                 self.emit("bad_copy", step=None, reason=f"{problem.kind}: {problem.message}", **where)
+        self._disk = open_disk(settings.env(contract.ENV_DISK), run=run_id, node=place.node, timeouts=self._timeouts)
+        self._carrier.look_at_disk()  # before any rank asks what there is to restore
         self._volume = volume
 
 
 def _announce(volume: NodeVolume, committed: Mapping[str, Any]) -> None:
     """Writes what is committed in memory where the volume does not say so; one that is damaged is mended."""
-    wanted = {tier: (int(at[0]), int(at[1])) for tier, at in committed.items() if tier != contract.TIER_BUCKET}
+    wanted = {tier: (int(at[0]), int(at[1])) for tier, at in committed.items() if tier in _MEMORY_TIERS}
     try:
         if volume.committed() == wanted:
             return

@@ -17,15 +17,18 @@ class Every:
         memory: a snapshot is taken at every multiple of this step.
         bucket: least distance in steps between two drains; 0 drains the newest committed step whenever the
             drain is idle. The last step before `close()` is always drained.
+        disk: the same for the nodes' disks, where there are any.
     """
 
     memory: int = 10
     bucket: int = 0
+    disk: int = 0
 
     def __post_init__(self) -> None:
-        if self.memory < 1 or self.bucket < 0:
+        if self.memory < 1 or min(self.bucket, self.disk) < 0:
             raise ConfigError(
-                f"every: expected memory >= 1 and bucket >= 0 steps, found memory={self.memory}, bucket={self.bucket}"
+                f"every: expected memory >= 1, bucket >= 0 and disk >= 0 steps, found memory={self.memory}, "
+                f"bucket={self.bucket}, disk={self.disk}"
             )
 
     def due(self, step: int) -> bool:
@@ -41,18 +44,20 @@ class Keep:
         bucket: at least 1.
         memory: slots per rank, at least 3 (newest in memory, newest at peers, one to write); one more is made
             for the drain, which reads a slot while it uploads.
+        disk: snapshots of a rank on its node's disk, at least 1.
         kept: slots per rank kept for another node, at least 2 (one proven copy while the next arrives).
     """
 
     bucket: int = 3
     memory: int = 3
     kept: int = 2
+    disk: int = 2
 
     def __post_init__(self) -> None:
-        if self.bucket < 1 or self.memory < 3 or self.kept < 2:
+        if self.bucket < 1 or self.memory < 3 or self.kept < 2 or self.disk < 1:
             raise ConfigError(
-                f"keep: expected bucket >= 1, memory >= 3 and kept >= 2, found bucket={self.bucket}, "
-                f"memory={self.memory}, kept={self.kept}"
+                f"keep: expected bucket >= 1, memory >= 3, kept >= 2 and disk >= 1, found bucket={self.bucket}, "
+                f"memory={self.memory}, kept={self.kept}, disk={self.disk}"
             )
 
 

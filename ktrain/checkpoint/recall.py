@@ -46,7 +46,8 @@ class Recall:
 
     def plan(
         self,
-        inventories: Mapping[str, Sequence[tuple[int, Identity]]],
+        volumes: lineage.Inventories,
+        disks: lineage.Inventories,
         texts: ManifestTexts,
         agreement: RestoreAgreement,
     ) -> Outcome | None:
@@ -57,11 +58,7 @@ class Recall:
                 and so it is asked again rather than passed over.
         """
         listing = self._list_bucket()
-        own = {
-            node: [entry for entry in held if entry[1].run == self._catalog.run_id]
-            for node, held in inventories.items()
-        }
-        found = lineage.candidates(own, listing.commits, self._attempts)
+        found = lineage.candidates(self._own(volumes), self._own(disks), listing.commits, self._attempts)
         excluded = set(agreement.excluded)
         bad: list[dict[str, Any]] = []
         while True:
@@ -85,6 +82,11 @@ class Recall:
                 return None
             bad += _bad_records(listing, agreement)
             return Outcome(candidate=candidate.without(excluded), manifests=manifests, bad_copies=tuple(bad))
+
+    def _own(self, inventories: lineage.Inventories) -> lineage.Inventories:
+        """Without what belongs to another run."""
+        run = self._catalog.run_id
+        return {node: [entry for entry in held if entry[1].run == run] for node, held in inventories.items()}
 
     def _list_bucket(self) -> Listing:
         if self._listing is None:

@@ -21,6 +21,7 @@ from ktrain.snapshot.arena import NodeVolume
 from ktrain.state.apply import RestoreNeeds, apply, plan_restore
 from ktrain.state.topology import Topology
 from ktrain.state.train_state import TrainState
+from ktrain.tier.disk import NodeDisk, open_disk
 from ktrain.tier.location import open_tier
 
 
@@ -54,6 +55,10 @@ class Restorer:
         self._timeouts = settings.timeouts()
         self._clock = SYSTEM_CLOCK
         self._tier = open_tier(run, timeouts=self._timeouts)
+        self._disk: NodeDisk | None = None
+        if volume is not None:
+            root = settings.env(contract.ENV_DISK)
+            self._disk = open_disk(root, run=volume.run, node=volume.node, timeouts=self._timeouts)
         self._round = 0
         self._loaded: _Loaded | None = None
 
@@ -104,6 +109,7 @@ class Restorer:
         needs = plan_restore(self._state, manifests, self._topology)
         openers = Openers(
             volume=self._volume,
+            disk=self._disk,
             tier=self._tier,
             pull=self._pull,
             deadline_of=lambda nbytes: Deadline.after(self._timeouts.storage_s + nbytes / 1e6, self._clock),
@@ -144,6 +150,8 @@ class Restorer:
         )
         if copy.tier == contract.TIER_MEMORY and self._volume is not None:
             self._volume.discard(copy.rank, copy.identity, failure.reason)
+        elif copy.tier == contract.TIER_DISK and self._disk is not None:
+            self._disk.discard(copy.rank, copy.identity)
 
     def _apply(self, loaded: _Loaded) -> int:
         started = self._clock.monotonic()

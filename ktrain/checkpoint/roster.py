@@ -48,6 +48,7 @@ class Member:
     heard_s: float
     wire: str | None = None
     held: tuple[tuple[int, Identity], ...] = ()
+    on_disk: tuple[tuple[int, Identity], ...] = ()
     ranks: dict[int, dict[str, Any]] = field(default_factory=dict)
     manifests: dict[tuple[int, Identity], str] = field(default_factory=dict)
     events_taken: int = 0
@@ -70,6 +71,7 @@ class Roster:
         member.wire = said["wire"]
         member.freed = said["freed"]
         member.held = tuple((int(rank), Identity.from_json(identity)) for rank, identity in said["held"])
+        member.on_disk = tuple((int(rank), Identity.from_json(identity)) for rank, identity in said["on_disk"])
         for entry in said["manifests"]:
             member.manifests[(int(entry["rank"]), Identity.from_json(entry["identity"]))] = entry["text"]
         fresh = []
@@ -94,6 +96,13 @@ class Roster:
         found: dict[str, list[tuple[int, Identity]]] = {}
         for member in self._members.values():
             found.setdefault(member.node, []).extend(member.held)
+        return found
+
+    def disks(self) -> dict[str, list[tuple[int, Identity]]]:
+        """Node -> what its own disk holds, whole."""
+        found: dict[str, list[tuple[int, Identity]]] = {}
+        for member in self._members.values():
+            found.setdefault(member.node, []).extend(member.on_disk)
         return found
 
     def manifests(self) -> dict[tuple[str, int, Identity], str]:

@@ -17,6 +17,8 @@ from ktrain.errors import CorruptionError, KtrainError, NotFoundError, Unavailab
 from ktrain.format import record as records
 from ktrain.format.manifest import Manifest, bad_ranges_in
 from ktrain.snapshot.arena import NodeVolume, SlotReader
+from ktrain.tier.disk import NodeDisk
+from ktrain.tier.disk import payload_name as disk_payload_name
 
 Ranges = Sequence[tuple[int, int]]
 
@@ -161,12 +163,14 @@ class Openers:
         self,
         *,
         volume: NodeVolume | None,
+        disk: NodeDisk | None,
         tier: Tier,
         pull: Callable[[Copy], int],
         deadline_of: Callable[[int], Deadline],
         num_threads: int,
     ) -> None:
         self._volume = volume
+        self._disk = disk
         self._tier = tier
         self._pull = pull  # brings a peer's copy into the own volume; returns the bytes that crossed the wire
         self._deadline_of = deadline_of
@@ -178,6 +182,10 @@ class Openers:
             identity = copy.identity
             name = records.payload_name(identity.step, identity.epoch, copy.place, copy.rank)
             return TierReader(self._tier, name, manifest, self._deadline_of)
+        if copy.tier == contract.TIER_DISK:
+            if self._disk is None or self._disk.path.name != copy.place:
+                raise UnavailableError(f"rank {copy.rank}, {copy.identity}: only {copy.place} can read its disk")
+            return TierReader(self._disk.tier, disk_payload_name(copy.identity, copy.rank), manifest, self._deadline_of)
         if self._volume is None:
             raise UnavailableError(f"rank {copy.rank}, {copy.identity}: this process has no volume")
         if copy.tier == contract.TIER_PEER:

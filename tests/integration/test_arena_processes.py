@@ -222,9 +222,7 @@ def test_writer_killed_after_any_step_leaves_only_whole_snapshots(
 
 
 @pytest.mark.parametrize("step", ["leased", "grown", "mapped", "unsealed", "manifest-written"])
-def test_writer_killed_while_making_a_slot_leaves_the_others(
-    start: Start, volume: NodeVolume, step: str
-) -> None:
+def test_writer_killed_while_making_a_slot_leaves_the_others(start: Start, volume: NodeVolume, step: str) -> None:
     child = start()
     child.tell(f"save 10 1 {SAME}")
     child.tell(f"die_at {step}")

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import psutil  # type: ignore[import-untyped]
 
-from ktrain.base import atomic, contract, ids
+from ktrain.base import atomic, contract, ids, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
 from ktrain.base.job import NODE_ROLES, HeadCaller, JobSpec, WorkDir
 from ktrain.base.settings import Timeouts
@@ -318,6 +318,8 @@ class LocalLaunch:
             self._children.remove(child)
         for node in nodes:
             _remove(Path(self._spec.volume_root) / run_id / node)
+            if (disk := settings.env(contract.ENV_DISK)) is not None:
+                _remove(Path(disk) / run_id / node)
             _remove(self._work.node(node))
             self._work.node(node).mkdir(mode=0o700)
         for node_index in node_indexes:

@@ -54,21 +54,21 @@ def test_candidates_commit_that_is_not_recorded_yet_cuts_the_line_too(story: lis
     for choice, steps in story:
         history.attempt(choice, steps, recorded=False)
     inventories = {"node-0": [(rank, at) for at in history.made for rank in (0, 1)]}
-    found = lineage.candidates(inventories, [], history.attempts)
+    found = lineage.candidates(inventories, {}, [], history.attempts)
     assert {candidate.identity for candidate in found} == set(history.line.values())
 
 
 def test_candidates_incomplete_snapshots_do_not_count() -> None:
     whole, part = identity(10), identity(20)
     inventories = {"a": [(0, whole), (0, part)], "b": [(1, whole)]}
-    found = lineage.candidates(inventories, [], [])
+    found = lineage.candidates(inventories, {}, [], [])
     assert [candidate.identity for candidate in found] == [whole]
     assert found[0].copies[1] == (Copy(contract.TIER_MEMORY, "b", 1, whole),)
 
 
 def test_candidates_ranks_of_two_identities_never_join() -> None:
     inventories = {"a": [(0, identity(10, 1)), (1, identity(10, 2))]}
-    assert lineage.candidates(inventories, [], []) == []
+    assert lineage.candidates(inventories, {}, [], []) == []
 
 
 def candidate(step: int, **places: list[str]) -> Candidate:

@@ -17,13 +17,13 @@ def test_every_number_means_its_multiples(every: int, step: int) -> None:
 
 @pytest.mark.parametrize("values", [{"memory": 0}, {"memory": -3}, {"bucket": -1}])
 def test_every_impossible_is_refused_with_the_numbers(values: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match="expected memory >= 1 and bucket >= 0"):
+    with pytest.raises(ConfigError, match="expected memory >= 1, bucket >= 0 and disk >= 0"):
         Every(**values)
 
 
-@pytest.mark.parametrize("values", [{"bucket": 0}, {"memory": 2}, {"kept": 1}])
+@pytest.mark.parametrize("values", [{"bucket": 0}, {"memory": 2}, {"kept": 1}, {"disk": 0}])
 def test_keep_that_could_lose_the_last_copy_is_refused(values: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match="expected bucket >= 1, memory >= 3 and kept >= 2"):
+    with pytest.raises(ConfigError, match="expected bucket >= 1, memory >= 3, kept >= 2 and disk >= 1"):
         Keep(**values)
 
 

@@ -34,7 +34,7 @@ def plan(
     texts: dict[tuple[str, int, Identity], str] | None = None,
     agreement: RestoreAgreement | None = None,
 ) -> Outcome | None:
-    return Recall(catalog(tier)).plan(held or {}, texts or {}, agreement or RestoreAgreement(2, 60.0))
+    return Recall(catalog(tier)).plan(held or {}, {}, texts or {}, agreement or RestoreAgreement(2, 60.0))
 
 
 def step_of(outcome: Outcome | None) -> int:
@@ -70,19 +70,19 @@ def test_plan_manifests_in_memory_are_asked_for_and_awaited(bucket: FakeBucket) 
     recall = Recall(catalog(bucket))
     held = {"node-0": [(0, at)], "node-1": [(1, at)]}
     agreement = RestoreAgreement(2, 60.0)
-    assert recall.plan(held, {}, agreement) is None
+    assert recall.plan(held, {}, {}, agreement) is None
     assert recall.wanted_from("node-1") == [{"rank": 1, "identity": at.to_json()}]
     texts = {(f"node-{rank}", rank, at): snapshot(rank, at)[1].to_bytes().decode() for rank in (0, 1)}
-    assert recall.plan(held, {("node-0", 0, at): texts[("node-0", 0, at)]}, agreement) is None
+    assert recall.plan(held, {}, {("node-0", 0, at): texts[("node-0", 0, at)]}, agreement) is None
     assert recall.wanted_from("node-0") == []
-    assert step_of(recall.plan(held, texts, agreement)) == 30
+    assert step_of(recall.plan(held, {}, texts, agreement)) == 30
 
 
 def test_plan_node_that_lost_the_snapshot_meanwhile_is_not_awaited(bucket: FakeBucket) -> None:
     put_checkpoint(bucket, identity(20))
     recall, agreement, at = Recall(catalog(bucket)), RestoreAgreement(2, 60.0), identity(30)
-    assert recall.plan({"a": [(0, at), (1, at)]}, {}, agreement) is None
-    assert step_of(recall.plan({"a": [(0, at)]}, {}, agreement)) == 20
+    assert recall.plan({"a": [(0, at), (1, at)]}, {}, {}, agreement) is None
+    assert step_of(recall.plan({"a": [(0, at)]}, {}, {}, agreement)) == 20
 
 
 def test_plan_damaged_manifest_in_memory_is_named_and_the_bucket_is_used(bucket: FakeBucket) -> None:
@@ -157,8 +157,8 @@ def test_plan_store_that_cannot_be_asked_is_tried_again(bucket: FakeBucket, oper
     recall = Recall(catalog(FaultyTier(bucket, TierFault(operation, Fault.UNAVAILABLE, count=2))))
     for _ in range(2):
         with pytest.raises(UnavailableError):
-            recall.plan({}, {}, RestoreAgreement(2, 60.0))
-    assert step_of(recall.plan({}, {}, RestoreAgreement(2, 60.0))) == 20
+            recall.plan({}, {}, {}, RestoreAgreement(2, 60.0))
+    assert step_of(recall.plan({}, {}, {}, RestoreAgreement(2, 60.0))) == 20
 
 
 def test_plan_manifest_unreachable_does_not_give_its_step_up(bucket: FakeBucket) -> None:

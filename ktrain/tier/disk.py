@@ -1,0 +1,136 @@
+"""The disk tier of one node: a directory of its own, which survives processes and restarts of the machine.
+
+Like a volume it is reached by its own node alone, so a checkpoint on disks is made by joined inventories and needs no
+commit record (ADR 0009). A snapshot counts once its manifest is there, which is written after the payload.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from ktrain.abc.tier import Buffer, Tier
+from ktrain.base import contract
+from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
+from ktrain.base.settings import Timeouts
+from ktrain.errors import ConfigError, CorruptionError, NotFoundError
+from ktrain.format import record as records
+from ktrain.format.manifest import Identity, Manifest
+from ktrain.tier.files import FileTier
+
+_WRITE_ID = "node"  # names need no more than step, epoch and rank: nobody else writes here
+_MANIFEST = re.compile(
+    rf"{contract.CHECKPOINTS_DIR}/step-(\d{{8,19}})/data-(\d{{6,19}})-{_WRITE_ID}/rank-(\d{{5,}})\.json", re.ASCII
+)
+
+
+class NodeDisk:
+    """Snapshots of one node's ranks below `root/RUN_ID/NODE`. Safe from any thread."""
+
+    def __init__(self, root: Path, *, run: str, node: str, timeouts: Timeouts, clock: Clock = SYSTEM_CLOCK) -> None:
+        self.path = root / run / node
+        self.tier: Tier = FileTier(self.path, kind=contract.TIER_DISK)
+        self._run = run
+        self._timeouts = timeouts
+        self._clock = clock
+        self._known: dict[str, Manifest] = {}  # by name; a manifest is never rewritten with other bytes
+
+    def _deadline(self, nbytes: int = 0) -> Deadline:
+        return Deadline.after(self._timeouts.storage_s + nbytes / 1e6, self._clock)
+
+    def store(self, manifest: Manifest, payload: Buffer) -> None:
+        """Keeps a snapshot: payload, then manifest.
+
+        Raises:
+            CapacityError: the disk is full; what was there still is.
+            UnavailableError, DeadlineError: it could not be written; it does not count.
+        """
+        identity, rank = manifest.identity, manifest.rank
+        name = payload_name(identity, rank)
+        self.tier.write(name, payload, deadline=self._deadline(manifest.nbytes))
+        self.tier.write(_manifest_name(identity, rank), manifest.to_bytes(), deadline=self._deadline())
+
+    def scan(self) -> list[tuple[int, Identity]]:
+        """(rank, identity) of every snapshot whose manifest can be read; payloads are not touched."""
+        found = []
+        names = [stored.name for stored in self.tier.list(f"{contract.CHECKPOINTS_DIR}/", deadline=self._deadline())]
+        self._known = {name: manifest for name, manifest in self._known.items() if name in names}
+        for name in names:
+            match = _MANIFEST.fullmatch(name)
+            if match is None:
+                continue
+            try:
+                manifest = self._known.get(name) or self._read(name)
+            except (CorruptionError, ConfigError, NotFoundError):
+                continue  # torn, of a newer version, or collected meanwhile: it is not offered
+            same = (manifest.identity.step, manifest.identity.epoch, manifest.rank) == tuple(map(int, match.groups()))
+            if same and manifest.identity.run == self._run:
+                self._known[name] = manifest
+                found.append((manifest.rank, manifest.identity))
+        return found
+
+    def _read(self, name: str) -> Manifest:
+        return Manifest.from_bytes(self.tier.read(name, deadline=self._deadline()))
+
+    def manifest(self, rank: int, identity: Identity) -> Manifest:
+        """The manifest of a snapshot.
+
+        Raises:
+            NotFoundError: it is not on this disk.
+            CorruptionError: it is damaged.
+        """
+        return self._read(_manifest_name(identity, rank))
+
+    def discard(self, rank: int, identity: Identity) -> None:
+        """A copy that was proven bad does not count any more; its payload stays for people until it is collected."""
+        self.tier.delete(_manifest_name(identity, rank), deadline=self._deadline())
+
+    def collect(self, keep: int, protect: Collection[tuple[int, int]]) -> list[Identity]:
+        """Removes snapshots beyond the newest `keep` steps, manifest first; those of `protect` (step, epoch) stay."""
+        held = self.scan()
+        ages = sorted({(identity.epoch, identity.step) for _, identity in held}, reverse=True)
+        stay = {*ages[:keep], *((epoch, step) for step, epoch in protect)}
+        removed = [(rank, identity) for rank, identity in held if (identity.epoch, identity.step) not in stay]
+        for rank, identity in removed:
+            self.tier.delete(_manifest_name(identity, rank), deadline=self._deadline())
+            self.tier.delete(payload_name(identity, rank), deadline=self._deadline())
+        return list(dict.fromkeys(identity for _, identity in removed))
+
+    def remove(self) -> None:
+        """Removes everything of this run on this node, after its success."""
+        for rank, identity in self.scan():
+            self.tier.delete(_manifest_name(identity, rank), deadline=self._deadline())
+            self.tier.delete(payload_name(identity, rank), deadline=self._deadline())
+        for folder in (self.path, self.path.parent):
+            try:
+                folder.rmdir()
+            except OSError:
+                return  # something is left that this tier did not write, or another node shares the directory
+
+    def close(self) -> None:
+        """Ends the calls' threads. Idempotent."""
+        self.tier.close()
+
+
+def payload_name(identity: Identity, rank: int) -> str:
+    """The payload's name below the node's directory."""
+    return records.payload_name(identity.step, identity.epoch, _WRITE_ID, rank)
+
+
+def _manifest_name(identity: Identity, rank: int) -> str:
+    return records.manifest_name(identity.step, identity.epoch, _WRITE_ID, rank)
+
+
+def open_disk(root: str | None, *, run: str, node: str, timeouts: Timeouts) -> NodeDisk | None:
+    """The node's disk tier, or None where none is set.
+
+    Raises:
+        ConfigError: the path is not absolute: nodes and workers have other working directories.
+    """
+    if root is None:
+        return None
+    path = Path(root)
+    if not path.is_absolute():
+        raise ConfigError(f"{contract.ENV_DISK}: expected an absolute path, found {root!r}")
+    return NodeDisk(path, run=run, node=node, timeouts=timeouts)
