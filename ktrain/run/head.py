@@ -13,7 +13,8 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from ktrain.checkpoint import log
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.coordinate import Coordinator
 from ktrain.checkpoint.holder import Holder
-from ktrain.errors import KtrainError
+from ktrain.errors import DeadlineError, KtrainError, UnavailableError
 from ktrain.run import worker
 from ktrain.run.failure import Budgets, Exit, Verdict
 from ktrain.run.states import Action, Adopt, Allocate, Close, Finish, Machine, Say, State, SupervisorReport, View
@@ -113,22 +114,30 @@ class Head:
         self._work = work
         self._clock = clock
         self._timeouts = Timeouts(spec.patience_s)
-        self._catalog = RunCatalog.open(spec.run, timeouts=self._timeouts, clock=clock)
-        self._holder = Holder(self._catalog.tier, local_path=local_path(spec.run), timeouts=self._timeouts, clock=clock)
-        self._saved = self._read_saved()
-        self._fired = self._read_fired()
-        self._events = log.open_log(spec.run, self._catalog.tier, timeouts=self._timeouts, clock=clock)
-        self._coordinator = Coordinator(self._catalog, timeouts=self._timeouts, emit=self._events.emit, clock=clock)
         self._roster = Roster(clock)
         self._lock = threading.Lock()  # guards the machine and what is derived from it
-        self._machine = self._make_machine()
-        self._stop: str | None = self._saved.get("stop")
         self._wake = threading.Event()
         self._allocation: Deadline | None = None
+        self._saved = self._read_saved()
+        self._stop: str | None = self._saved.get("stop")
+        self._catalog = RunCatalog.open(spec.run, timeouts=self._timeouts, clock=clock)
+        with ExitStack() as undo:  # a store that fails in between must not leave us holding the run
+            self._holder = self._hold()
+            undo.callback(self._holder.close)
+            self._fired = self._read_fired()
+            self._events = log.open_log(spec.run, self._catalog.tier, timeouts=self._timeouts, clock=clock)
+            undo.callback(self._events.close)
+            self._coordinator = Coordinator(self._catalog, timeouts=self._timeouts, emit=self._events.emit, clock=clock)
+            self._machine = self._make_machine()
+            undo.pop_all()
         self._server = Server(self._handlers(), address="tcp:127.0.0.1:0", token=work.read_token())
         self._wire = self._make_wire()
 
     # Start
+
+    def _hold(self) -> Holder:
+        path = local_path(self._spec.run)
+        return Holder(self._catalog.tier, local_path=path, timeouts=self._timeouts, clock=self._clock)
 
     def _read_saved(self) -> dict[str, Any]:
         """What the last head of this launch left; empty for the first one."""
@@ -421,13 +430,35 @@ class Head:
             self._clock.sleep(_TICK_S / 2)
 
 
+def open_head(
+    spec: JobSpec, work: WorkDir, *, make: Callable[[JobSpec, WorkDir], Head] = Head, clock: Clock = SYSTEM_CLOCK
+) -> Head:
+    """A head for the job. One that replaces a dead one is patient with a store that is away: training goes on.
+
+    Raises:
+        KtrainError: the run cannot be used, or is held by somebody else.
+    """
+    timeouts = Timeouts(spec.patience_s)
+    saved = atomic.try_read_json(work.head_state)
+    first = saved is None or saved["launch_id"] != spec.launch_id
+    deadline = Deadline.after(0.0 if first else timeouts.drain_s, clock)
+    while True:
+        try:
+            return make(spec, work)
+        except (UnavailableError, DeadlineError) as error:
+            if deadline.expired():
+                raise
+            _LOG.warning("the run cannot be opened, trying again: %s", error)
+        clock.sleep(timeouts.beat_s)
+
+
 def main(argv: list[str]) -> int:
     work = WorkDir(Path(argv[0]))
     worker.die_with_parent(int(argv[1]))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     spec = work.read_spec()
     try:
-        head = Head(spec, work)
+        head = open_head(spec, work)
     except KtrainError as error:
         verdict = {"outcome": "failed", "exit_code": worker.exit_code(error), "reason": str(error), "step": None}
         atomic.write_json(work.verdict, {"launch_id": spec.launch_id, **verdict})
