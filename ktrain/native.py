@@ -169,9 +169,7 @@ def _columns(segments: Iterable[Segment] | Columns) -> tuple[Any, Any, Any]:
         for name, column in zip(("addresses", "sizes", "offsets"), segments, strict=True):
             view = memoryview(column)
             if view.format not in _WORD_FORMATS or view.itemsize != 8:
-                raise TypeError(
-                    f"the column of {name} has items of format {view.format!r}, expected 64-bit integers"
-                )
+                raise TypeError(f"the column of {name} has items of format {view.format!r}, expected 64-bit integers")
         return segments
     table: Sequence[Segment] = list(segments)
     return (

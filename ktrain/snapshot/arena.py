@@ -72,9 +72,7 @@ class NodeVolume:
         ConflictError: the folder is another run's, or is being removed.
     """
 
-    def __init__(
-        self, root: Path, *, node: str, run: str, uri: str = "", calls: SlotCalls | None = None
-    ) -> None:
+    def __init__(self, root: Path, *, node: str, run: str, uri: str = "", calls: SlotCalls | None = None) -> None:
         self.path = node_folder(root, run, node)
         self.node = node
         self.run = run
@@ -173,9 +171,7 @@ class NodeVolume:
 
     # -------------------------------------------------------------------------------------- what is written
 
-    def acquire(
-        self, rank: int, nbytes: int, *, protect: Collection[tuple[int, int]], limit: int
-    ) -> SlotWriter | None:
+    def acquire(self, rank: int, nbytes: int, *, protect: Collection[tuple[int, int]], limit: int) -> SlotWriter | None:
         """A slot of exactly `nbytes` to write the rank's next snapshot into, or None where none is free.
 
         Never taken are the rank's newest sealed slot (greatest epoch, then step), those of `protect` and of
@@ -322,9 +318,7 @@ class NodeVolume:
 
     def _close_slots(self, paths: list[Path]) -> None:
         with self._lock:
-            slots = [
-                self._slots.pop(path) for path in paths if path in self._slots and path not in self._busy
-            ]
+            slots = [self._slots.pop(path) for path in paths if path in self._slots and path not in self._busy]
         for slot in slots:
             slot.close()
 

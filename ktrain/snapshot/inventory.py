@@ -131,11 +131,7 @@ class Inventory:
                 continue
             # Looked at again: before the lease a writer may have changed it, from here on none can.
             manifest = _try_read_manifest(files)
-            if (
-                manifest is not None
-                and manifest.identity == identity
-                and isinstance(self.look(files, rank), Held)
-            ):
+            if manifest is not None and manifest.identity == identity and isinstance(self.look(files, rank), Held):
                 return files, manifest, lease_fd
             os.close(lease_fd)
         return None
@@ -193,8 +189,6 @@ def _unsealed(files: SlotFiles, rank: int) -> SlotProblem:
     with translated(f"look at {files.lock}"):
         fd = try_flock(files.lock, fcntl.LOCK_SH)
     if fd is None:
-        return SlotProblem(
-            rank, files.name, ProblemKind.WRITING, "no manifest; a living process has the slot"
-        )
+        return SlotProblem(rank, files.name, ProblemKind.WRITING, "no manifest; a living process has the slot")
     os.close(fd)
     return SlotProblem(rank, files.name, ProblemKind.TORN, "no manifest and no living writer")

@@ -337,9 +337,7 @@ class SlotWriter:
 
     def _require_open(self) -> None:
         if not self._open:
-            raise InternalError(
-                f"{self.slot}: its writer was sealed or abandoned before; acquire a slot again"
-            )
+            raise InternalError(f"{self.slot}: its writer was sealed or abandoned before; acquire a slot again")
 
     def __enter__(self) -> SlotWriter:
         return self

@@ -137,9 +137,7 @@ def open_folder(root: Path, folder: Path) -> int:
         if fd is not None:
             return fd
         if deadline.expired():
-            raise ConflictError(
-                f"volume {folder}: another process had it for itself for {_OPEN_S:g} s; try again"
-            )
+            raise ConflictError(f"volume {folder}: another process had it for itself for {_OPEN_S:g} s; try again")
         SYSTEM_CLOCK.sleep(0.01)
 
 
@@ -186,9 +184,7 @@ def remove_folder(folder: Path) -> int:
                 fd = try_flock(path, fcntl.LOCK_EX)
                 if fd is None:
                     what = path.relative_to(folder)
-                    raise ConflictError(
-                        f"remove volume {folder}: a living process holds {what}; end it first"
-                    )
+                    raise ConflictError(f"remove volume {folder}: a living process holds {what}; end it first")
                 locks.append(fd)
             nbytes = inventory.allocated_nbytes()
             # The record goes last: what a crash leaves half removed is still found by `list_volumes`.

@@ -14,9 +14,9 @@ from ktrain.base.clock import Deadline
 from ktrain.errors import CapacityError, CorruptionError, DeadlineError, ForbiddenError
 from ktrain.testing.fake_clock import FakeClock
 from ktrain.testing.tier_conformance import soon
-from ktrain.tier.location import open_tier
 from ktrain.tier.deadline import Call
 from ktrain.tier.files import FileTier
+from ktrain.tier.location import open_tier
 
 
 @pytest.fixture
