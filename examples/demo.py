@@ -3,8 +3,8 @@
     python examples/demo.py [--steps N]
 
 Trains examples/01_text_gpt.py on two "nodes" of two workers each, twice: undisturbed, and with a worker killed, a node
-lost and then all nodes lost. Every occurrence of every step's loss is compared bit for bit. The exit code is 0 only when
-the failures were restored from memory, peer and bucket, in this order, and no loss differs.
+lost and then all nodes lost. Every occurrence of every step's loss is compared bit for bit. The exit code is 0 only
+when the failures were restored from memory, peer and bucket, in this order, and no loss differs.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def faults(steps: int) -> list[str]:
 
 def launch(run: Path, steps: int, fault_specs: list[str]) -> None:
     """Runs the example to its end and shows what it says."""
-    command = [sys.executable, "-m", "ktrain.cli.main", "launch", str(EXAMPLE), "--nodes", "2", "--workers-per-node", "2"]
-    command += ["--run", str(run)]
+    command = [sys.executable, "-m", "ktrain.cli.main", "launch", str(EXAMPLE)]
+    command += ["--nodes", "2", "--workers-per-node", "2", "--run", str(run)]
     for spec in fault_specs:
         command += ["--fault", spec]
     command += ["--", "--run", str(run), "--steps", str(steps)]
@@ -62,8 +62,9 @@ def compare(untouched: dict[int, list[float]], disturbed: dict[int, list[float]]
     missing = [step for step in range(1, steps + 1) if step not in expected or step not in disturbed]
     different = [step for step, values in disturbed.items() for value in values if value != expected.get(step)]
     occurrences = sum(len(values) for values in disturbed.values())
-    print(f"compared {occurrences} losses of {len(disturbed)} steps ({occurrences - len(disturbed)} steps were done again)")
-    print(f"differences, bit for bit: {len(different)}" + (f", first at step {min(different)}" if different else ""))
+    print(f"compared {occurrences} losses of {len(disturbed)} steps ({occurrences - len(disturbed)} were done again)")
+    first = f", first at step {min(different)}" if different else ""
+    print(f"differences, bit for bit: {len(different)}{first}")
     if missing:
         print(f"steps without a loss: {missing[:10]}")
     return len(different) + len(missing)
@@ -93,7 +94,7 @@ def new_folder(root: Path) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=150, help="steps of the example (default: %(default)s)")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for the two runs (default: %(default)s)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the two runs go (default: %(default)s)")
     args = parser.parse_args()
     folder = new_folder(args.runs)
     print(f"1. the run that nobody touches: {folder / 'untouched'}")

@@ -63,9 +63,7 @@ def test_class_in_package_is_not_too_large() -> None:
             # A conformance suite's tests are no interface.
             num_public = sum(not method.name.startswith(("_", "test_")) for method in methods)
             if num_lines > MAX_CLASS_LINES or num_public > MAX_PUBLIC_METHODS:
-                found.append(
-                    f"{where(path, node)} {node.name}: {num_lines} lines, {num_public} public methods"
-                )
+                found.append(f"{where(path, node)} {node.name}: {num_lines} lines, {num_public} public methods")
     assert not found, "\n".join(found)
 
 
@@ -156,6 +154,4 @@ def test_import_of_command_line_or_launcher_loads_neither_torch_nor_ray(module: 
     path = PACKAGE.joinpath(*module.split(".")[1:])
     if not path.is_dir() and not path.with_suffix(".py").is_file():
         pytest.skip(f"{module} is not written yet")
-    assert modules_after(f"import {module}").isdisjoint(
-        {"torch", "ray", "kubernetes", "pydantic", "matplotlib"}
-    )
+    assert modules_after(f"import {module}").isdisjoint({"torch", "ray", "kubernetes", "pydantic", "matplotlib"})

@@ -63,9 +63,7 @@ def test_crc64_combine_of_many_gibibytes_equals_combining_twice() -> None:
 
 
 @given(data=st.binary(max_size=2000), chunk_nbytes=st.integers(1, 700), num_threads=st.integers(1, 4))
-def test_digest_chunks_of_any_bytes_equals_the_oracle(
-    data: bytes, chunk_nbytes: int, num_threads: int
-) -> None:
+def test_digest_chunks_of_any_bytes_equals_the_oracle(data: bytes, chunk_nbytes: int, num_threads: int) -> None:
     digests = native.digest_chunks(data, chunk_nbytes=chunk_nbytes, num_threads=num_threads)
     assert digests == oracle.digests(data, chunk_nbytes)
 

@@ -36,6 +36,4 @@ def test_native_kernels_under_sanitizer_are_clean(sanitizer: str, tmp_path: Path
     if sanitizer == "thread" and (setarch := shutil.which("setarch")):
         # Older runtimes find their shadow memory taken where addresses are randomised widely.
         program = [setarch, "--addr-no-randomize", *program]
-    _run(
-        program, env={**os.environ, "UBSAN_OPTIONS": "print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1"}
-    )
+    _run(program, env={**os.environ, "UBSAN_OPTIONS": "print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1"})

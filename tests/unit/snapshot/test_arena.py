@@ -128,9 +128,7 @@ def test_discard_unseals_keeps_the_bytes_and_says_the_reason(tmp_path: Path) -> 
         volume.discard(3, identity(10), "chunk 0 does not match")
         volume.discard(3, identity(10), "again")
         assert volume.scan() == []
-        assert [(p.kind, p.message) for p in volume.problems()] == [
-            (ProblemKind.BAD, "chunk 0 does not match")
-        ]
+        assert [(p.kind, p.message) for p in volume.problems()] == [(ProblemKind.BAD, "chunk 0 does not match")]
         assert (volume.path / "rank-00003/slot-0.safetensors").read_bytes() == payload
         save(volume, 20)
         assert (steps(volume), volume.problems()) == ([(20, 1)], [])
