@@ -237,7 +237,7 @@ class NodeKeeper:
     def _beat_message(self, batch: list[Event]) -> dict[str, Any]:
         held = [] if self._volume is None else self._volume.scan()
         wanted, now = self._wanted_manifests, self._clock.monotonic()
-        manifests = [text for want in wanted if (text := self._manifest_text(want)) is not None]
+        manifests = [text for want in wanted if (text := _manifest_text(want, self._volume, self._disk)) is not None]
         with self._lock:
             return {
                 "member": self._place.member,
@@ -269,23 +269,6 @@ class NodeKeeper:
                 "events_from": self._events_sent,
                 "events": [event.to_json() for event in batch],
             }
-
-    def _manifest_text(self, want: dict[str, Any]) -> dict[str, Any] | None:
-        rank, identity = int(want["rank"]), Identity.from_json(want["identity"])
-        try:
-            if self._volume is not None:
-                with self._volume.open(rank, identity) as slot:
-                    return {**want, "text": slot.manifest.to_bytes().decode()}
-        except NotFoundError:
-            pass  # it may be on the disk
-        try:
-            return (
-                None
-                if self._disk is None
-                else {**want, "text": self._disk.manifest(rank, identity).to_bytes().decode()}
-            )
-        except KtrainError:
-            return None
 
     def _take(self, answer: dict[str, Any]) -> None:
         if self._volume is None and not self._freed.is_set():
@@ -366,6 +349,21 @@ class NodeKeeper:
         self._disk = open_disk(settings.env(contract.ENV_DISK), run=run_id, node=place.node, timeouts=self._timeouts)
         self._carrier.look_at_disk()  # before any rank asks what there is to restore
         self._volume = volume
+
+
+def _manifest_text(want: dict[str, Any], volume: NodeVolume | None, disk: NodeDisk | None) -> dict[str, Any] | None:
+    """The manifest that the head asks for, with its text; None where neither volume nor disk has it."""
+    rank, identity = int(want["rank"]), Identity.from_json(want["identity"])
+    try:
+        if volume is not None:
+            with volume.open(rank, identity) as slot:
+                return {**want, "text": slot.manifest.to_bytes().decode()}
+    except NotFoundError:
+        pass  # it may be on the disk
+    try:
+        return None if disk is None else {**want, "text": disk.manifest(rank, identity).to_bytes().decode()}
+    except KtrainError:
+        return None
 
 
 def _announce(volume: NodeVolume, committed: Mapping[str, Any]) -> None:

@@ -43,6 +43,7 @@ class Saver:
         self._run_id = ""
         self._prepared = False
         self._failure: str | None = None
+        self._refused = False  # the volume is too small for all slots: said once, though single saves find room
         self.volume: NodeVolume | None = None
         self.saved_step: int | None = None
 
@@ -91,6 +92,7 @@ class Saver:
             volume.prepare(self._topology.rank, plan.layout.nbytes, self._num_slots)
         except _TIER_FAILURES as error:
             self._fail(error)
+            self._refused = True
 
     def save(self, step: int) -> bool:
         """Takes a snapshot of `step`; false where it had to be skipped, which is counted in the events."""
@@ -157,6 +159,8 @@ class Saver:
             self._pulse.emit("tier_failed", tier=contract.TIER_MEMORY, rank=self._topology.rank, reason=self._failure)
 
     def _recovered(self) -> None:
+        if self._refused:
+            return
         if self._failure is not None:
             self._pulse.emit("tier_recovered", tier=contract.TIER_MEMORY, rank=self._topology.rank)
         self._failure = None

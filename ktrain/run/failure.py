@@ -124,6 +124,24 @@ def crash(exits: Sequence[Exit], progress: Mapping[int, RankProgress]) -> Failur
     )
 
 
+def settle(
+    first: Failure, vanished: Failure | None, exits: Sequence[Exit], progress: Mapping[int, RankProgress]
+) -> Failure:
+    """The cause, now that all exits are known: a crash is what the root exit says.
+
+    Survivors often notice the loss of a node before anybody says so; their errors are its echo.
+    """
+    if first.cause != contract.CAUSE_CRASH:
+        return first
+    root = root_cause(exits)
+    if vanished is not None and (root is None or root.secondary):
+        return vanished
+    found = crash(exits, progress)
+    if found is None:
+        return first
+    return found if found.step is not None else replace(found, step=first.step)
+
+
 _PHASES = ("start", "restore", "train", "close")
 
 

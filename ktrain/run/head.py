@@ -15,7 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ from ktrain.checkpoint.holder import Holder
 from ktrain.errors import DeadlineError, KtrainError, UnavailableError
 from ktrain.run import worker
 from ktrain.run.failure import Budgets, Exit, Verdict
-from ktrain.run.states import Action, Adopt, Allocate, Close, Finish, Machine, Say, State, SupervisorReport, View
+from ktrain.run.states import Action, Adopt, Allocate, Close, Finish, Machine, Say, State
+from ktrain.run.watch import SupervisorReport, View
 from ktrain.run.wire import WireKeeper
 
 _LOG = logging.getLogger(__name__)
@@ -100,6 +101,15 @@ class Roster:
                 for node, silent_s in heard.items()
                 if node not in self._agents_gone_s or now - silent_s > self._agents_gone_s[node]
             }
+
+    def worker_pids(self, epoch: int) -> dict[str, int]:
+        """Rank -> process, for a fault plan."""
+        return {
+            str(rank): pid
+            for report in self.supervisors().values()
+            if report.epoch == epoch and report.state == "running"
+            for rank, pid in zip(report.ranks, report.pids, strict=True)
+        }
 
     def lost(self) -> frozenset[str]:
         with self._lock:
@@ -250,21 +260,12 @@ class Head:
                     }
                     for rank, item in sorted(progress.items())
                 },
-                "pids": self._pids(),
+                "pids": self._roster.worker_pids(self._machine.epoch),
                 "committed": {tier: list(pair) for tier, pair in self._coordinator.committed().items()},
                 "fired": dict(self._fired),
                 "stop": self._stop,
                 "spent": dict(machine.budgets.spent),
             }
-
-    def _pids(self) -> dict[str, int]:
-        """Rank -> process, for a fault plan."""
-        return {
-            str(rank): pid
-            for report in self._roster.supervisors().values()
-            if report.epoch == self._machine.epoch and report.state == "running"
-            for rank, pid in zip(report.ranks, report.pids, strict=True)
-        }
 
     # The loop
 
@@ -272,25 +273,15 @@ class Head:
         """Serves until the job has its verdict; returns the exit code."""
         with self._lock:
             self._save()
-        me = ProcessId.current()
-        address = {
-            "address": self._server.address,
-            "pid": me.pid,
-            "start_ticks": me.start_ticks,
-            "host": ids.host_name(),
-        }
-        atomic.write_json(self._work.head, address)
+        me = {**asdict(ProcessId.current()), "host": ids.host_name()}
+        atomic.write_json(self._work.head, {**me, "address": self._server.address})
         if not self._saved:
-            self._emit_now(
-                events.make(
-                    "run_started",
-                    clock=self._clock,
-                    nodes=self._spec.nodes,
-                    world_size=self._spec.world_size,
-                    version=ktrain.__version__,
-                    script=self._spec.script,
-                )
-            )
+            about: dict[str, Any] = {
+                "nodes": self._spec.nodes,
+                "world_size": self._spec.world_size,
+                "script": self._spec.script,
+            }
+            self._emit_now(events.make("run_started", clock=self._clock, version=ktrain.__version__, **about))
         if self._stop is not None:
             self._coordinator.request_stop(self._stop)
         self._coordinator.start()
@@ -372,12 +363,8 @@ class Head:
         self._coordinator.end_attempt()
         with self._lock:
             self._save()  # the failure is on the books before the next attempt begins
-        fields: dict[str, Any] = {
-            "outcome": action.outcome,
-            "cause": action.cause,
-            "step": action.step,
-            "reason": action.reason,
-        }
+        fields: dict[str, Any] = asdict(action)
+        del fields["epoch"]
         self._events.emit(events.make("attempt_ended", action.epoch, clock=self._clock, **fields))
         try:
             self._catalog.record(action.epoch, "end", fields)

@@ -11,7 +11,7 @@ output, no clock of its own: time comes with the view.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -20,8 +20,10 @@ from ktrain.base.job import JobSpec
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.roster import RankProgress
 from ktrain.run import failure as failures
+from ktrain.run import watch
 from ktrain.run.failure import Budgets, Exit, Failure, Verdict
 from ktrain.run.rendezvous import assign_ranks
+from ktrain.run.watch import View
 
 
 class State(StrEnum):
@@ -30,36 +32,6 @@ class State(StrEnum):
     RUNNING = "running"
     STOPPING = "stopping"  # every supervisor ends its workers of the epoch
     ENDED = "ended"
-
-
-@dataclass(frozen=True, slots=True)
-class SupervisorReport:
-    """What a node's supervisor said last."""
-
-    node: str
-    host: str
-    pid: int
-    epoch: int
-    state: str  # idle, running, succeeded, failed, stopped
-    ranks: tuple[int, ...] = ()
-    pids: tuple[int, ...] = ()  # of its workers, in the order of `ranks`
-    exits: tuple[Exit, ...] = ()
-    store: str | None = None
-    silent_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """Everything the machine decides from, at one moment."""
-
-    now_s: float
-    supervisors: Mapping[str, SupervisorReport]  # a supervisor known to be dead is not in it
-    agents: Mapping[str, float]  # node -> seconds since its agent was heard of; known dead: not in it
-    lost: frozenset[str] = frozenset()  # nodes that somebody saw die, until they are heard of again
-    progress: Mapping[int, RankProgress] = field(default_factory=dict)  # ranks that use a Checkpointer
-    holdings: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
-    committed: int | None = None  # newest committed step; None where nothing commits
-    stop: str | None = None  # reason of a request to stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +98,7 @@ class Machine:
         self._vanished: Failure | None = None  # nodes or supervisors that turned out to be gone meanwhile
         self._stop_said_s: float | None = None
         self._pids: dict[str, int] = {}  # supervisors of the running attempt
-        self._agents_gone: set[str] = set()
+        self._agents = watch.AgentWatch()
         self._store: str | None = None
         self._adopted = False
         self._last_step: int | None = None  # newest step of the attempt, also when its ranks are forgotten
@@ -182,7 +154,7 @@ class Machine:
         self._store = None  # the last attempt's store is not this one's
         self._unended = None
         self._adopted = False
-        self._agents_gone = set()
+        self._agents = watch.AgentWatch()
         self._last_step = None
         self._go(State.STARTING, now_s)
 
@@ -210,7 +182,7 @@ class Machine:
             adopted = self._try_adopt(view)
             if adopted is not None:
                 return adopted
-        missing = self._missing(view)
+        missing = watch.missing(view, self._spec.node_names, self._timeouts)
         if missing:
             if self._in_state_s(view) > self._timeouts.start_s:
                 said = f"not joined within {self._timeouts.start_s:g} s: {', '.join(missing)}"
@@ -223,17 +195,6 @@ class Machine:
             return actions  # they are told to stop; the start waits for it
         assignment = assign_ranks(self._spec.node_names, self._spec.workers_per_node, view.holdings)
         return [*actions, Allocate(assignment)]
-
-    def _missing(self, view: View) -> list[str]:
-        lease_s = self._timeouts.lease_s
-        late = []
-        for node in self._spec.node_names:
-            report = view.supervisors.get(node)
-            if report is None or report.silent_s > lease_s:
-                late.append(f"supervisor of {node}")
-            if view.agents.get(node, lease_s + 1) > lease_s:
-                late.append(f"agent of {node}")
-        return late
 
     def _try_adopt(self, view: View) -> list[Action] | None:
         reports = view.supervisors.values()
@@ -285,7 +246,8 @@ class Machine:
         broken = self._broken(view)
         if broken is not None:
             return self._stop_attempt(view, broken)
-        actions = self._watch_agents(view)
+        said = self._agents.tick(view, self.assignment, self._timeouts.lease_s)
+        actions: list[Action] = [Say(kind, self.epoch, fields) for kind, fields in said]
         states = {view.supervisors[node].state for node in self.assignment if node in view.supervisors}
         if states == {"succeeded"}:
             return [
@@ -298,19 +260,6 @@ class Machine:
         if view.stop is not None:
             return actions + self._await_stop(view)
         return actions + self._watch_steps(view)
-
-    def _watch_agents(self, view: View) -> list[Action]:
-        actions: list[Action] = []
-        for node in self.assignment:
-            silent_s = view.agents.get(node)
-            if silent_s is None or silent_s > self._timeouts.lease_s:
-                if node not in self._agents_gone:
-                    self._agents_gone.add(node)
-                    actions.append(Say("agent_lost", self.epoch, {"node": node, "silent_s": silent_s}))
-            elif node in self._agents_gone:
-                self._agents_gone.discard(node)
-                actions.append(Say("node_joined", self.epoch, {"node": node, "what": "agent"}))
-        return actions
 
     def _broken(self, view: View) -> Failure | None:
         """The first sign that the attempt cannot go on; its cause is settled once every worker has ended."""
@@ -325,51 +274,11 @@ class Machine:
         return None
 
     def _find_vanished(self, view: View) -> Failure | None:
-        """Nodes or supervisors that are gone, as a failure."""
-        step = self._step(view)
-        lost = [node for node in self.assignment if self._is_lost(node, view)]
-        if lost:
-            names = ", ".join(lost)
-            if len(lost) == len(self.assignment):
-                return Failure(contract.CAUSE_ALL_LOST, f"all nodes are gone: {names}", step=step)
-            return Failure(contract.CAUSE_NODE_LOST, f"the processes of {names} are gone", node=lost[0], step=step)
-        for node in self.assignment:
-            report = view.supervisors.get(node)
-            pid = self._pids.get(node)
-            if pid is not None and (report is None or report.pid != pid):
-                return Failure(contract.CAUSE_CRASH, f"the supervisor of {node} died", node=node, step=step)
-        return None
-
-    def _is_lost(self, node: str, view: View) -> bool:
-        if node in view.lost:
-            return True
-        report = view.supervisors.get(node)
-        if report is None:
-            return False  # seen to die alone: the launcher starts it again
-        lease_s = self._timeouts.lease_s
-        agent_silent_s = view.agents.get(node, report.silent_s)
-        return report.silent_s > lease_s and (agent_silent_s > lease_s or report.silent_s > 3 * lease_s)
+        return watch.find_vanished(view, self.assignment, self._pids, self._timeouts, self._step(view))
 
     def _watch_steps(self, view: View) -> list[Action]:
-        if not view.progress:
-            return []  # a script without a Checkpointer: nothing is known of its steps
-        expected = set(range(self._spec.world_size))
-        unheard = sorted(expected - set(view.progress))
-        if unheard and self._in_state_s(view) > self._timeouts.start_s:
-            said = f"not heard of within {self._timeouts.start_s:g} s of the start"
-            silent_s = self._in_state_s(view)
-            late = RankProgress(self._node_of(unheard[0]), "", 0, "start", silent_s, silent_s, closed=False)
-            return self._hang(view, unheard[0], late, said)
-        found = failures.find_hang(view.progress, self._timeouts)
-        if found is None:
-            return []
-        rank, item = found
-        how = (
-            "its process is silent, stopped or stuck"
-            if item.silent_s > self._timeouts.lease_s
-            else "its process is alive"
-        )
-        return self._hang(view, rank, item, f"no step for {item.step_silent_s:.1f} s; {how}")
+        found = watch.find_late(view, self.assignment, self._timeouts, self._in_state_s(view))
+        return [] if found is None else self._hang(view, *found)
 
     def _hang(self, view: View, rank: int, item: RankProgress, said: str) -> list[Action]:
         node = self._node_of(rank)
@@ -424,24 +333,27 @@ class Machine:
         self._go(State.STOPPING, view.now_s)
         if failure is not None and failure.cause in (contract.CAUSE_NODE_LOST, contract.CAUSE_ALL_LOST):
             return [
-                Say("node_lost", self.epoch, {"node": node}) for node in self.assignment if self._is_lost(node, view)
+                Say("node_lost", self.epoch, {"node": node})
+                for node in self.assignment
+                if watch.is_lost(node, view, self._timeouts)
             ]
         return []
 
     def _settle(self, view: View) -> list[Action]:
         self._vanished = self._find_vanished(view) or self._vanished
+        here = [report for report in view.supervisors.values() if report.epoch == self.epoch]
         running = [
             report.node
-            for report in view.supervisors.values()
-            if report.epoch == self.epoch and report.state == "running" and not self._is_lost(report.node, view)
+            for report in here
+            if report.state == "running" and not watch.is_lost(report.node, view, self._timeouts)
         ]
         if running and self._in_state_s(view) <= self._timeouts.stop_s:
             return []
-        exits = [item for report in view.supervisors.values() if report.epoch == self.epoch for item in report.exits]
+        exits = [item for report in here for item in report.exits]
         said: list[Action] = [Say("worker_exit", self.epoch, _exit_fields(item)) for item in exits if item.failed]
         if self._failure is None:
             return said + self._stopped(view)
-        failure = self._settled_failure(view, exits)
+        failure = failures.settle(self._failure, self._vanished, exits, view.progress)
         self._failure = failure
         said.append(Say("failure", self.epoch, failure.fields()))
         said.append(self._closing(view, "failed", failure.cause, failure.describe()))
@@ -456,22 +368,6 @@ class Machine:
             return said + self._finish(view, verdict)
         self._go(State.JOINING, view.now_s)
         return said
-
-    def _settled_failure(self, view: View, exits: Sequence[Exit]) -> Failure:
-        """The cause, now that all exits are known: a crash is what the root exit says.
-
-        Survivors often notice the loss of a node before anybody says so; their errors are its echo.
-        """
-        assert self._failure is not None
-        root = failures.root_cause(exits)
-        if self._failure.cause != contract.CAUSE_CRASH:
-            return self._failure
-        if self._vanished is not None and (root is None or root.secondary):
-            return self._vanished
-        found = failures.crash(exits, view.progress)
-        if found is None:
-            return self._failure
-        return found if found.step is not None else replace(found, step=self._failure.step)
 
     # ENDED
 

@@ -9,7 +9,8 @@ from ktrain.base.job import JobSpec
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.roster import RankProgress
 from ktrain.run.failure import Budgets, Exit
-from ktrain.run.states import Action, Allocate, Machine, SupervisorReport, View
+from ktrain.run.states import Action, Allocate, Machine
+from ktrain.run.watch import SupervisorReport, View
 
 TIMEOUTS = Timeouts(patience_s=30.0)
 

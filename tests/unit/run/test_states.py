@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ktrain.base import contract
-from ktrain.run.states import Action, Adopt, Allocate, Close, Finish, Say, State, SupervisorReport
+from ktrain.run.states import Action, Adopt, Allocate, Close, Finish, Say, State
+from ktrain.run.watch import SupervisorReport
 from tests.unit.run.builders import TIMEOUTS, World, ended, job, rank
 
 

@@ -1,0 +1,89 @@
+"""One process in plain python: killed anywhere, it goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from ktrain.base.faults import POINTS
+from ktrain.testing.fault_plan import FaultPlan
+from tests.integration.plain import Place, same_losses
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+IN_EVERY_RUN = ("save.staged", "drain.manifest", "commit.record")
+KILLED = -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A run that was never disturbed."""
+    place = Place(tmp_path_factory.mktemp("whole"))
+    outcome = place.train()
+    assert outcome.code == 0, outcome.err
+    return place
+
+
+def test_plain_run_that_succeeds_frees_its_memory_and_leaves_its_last_step(whole: Place) -> None:
+    assert [path for path in whole.volume.rglob("*") if path.is_file()] == []
+    assert list(whole.run.glob("checkpoints/step-00000010/commit-*.json"))
+    assert whole.events("run_ended")[0].fields["outcome"] == "succeeded"
+
+
+def points() -> list[object]:
+    return [point if point in IN_EVERY_RUN else pytest.param(point, marks=pytest.mark.chaos) for point in POINTS]
+
+
+@pytest.mark.parametrize("point", points())
+def test_plain_run_killed_resumes_bit_for_bit(point: str, whole: Place, tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    in_restore = point.startswith("restore.")
+    plan = FaultPlan().fail_at("step", step=7) if in_restore else FaultPlan().fail_at(point)
+    if point in ("step", "save.begin", "save.staged", "save.sealed"):
+        plan = FaultPlan().fail_at(point, step=6)
+    assert place.train(plan, await_bucket=[4]).code == KILLED
+    if in_restore:
+        assert place.train(FaultPlan().fail_at(point, epoch=2)).code == KILLED
+    outcome = place.train()
+    assert outcome.code == 0, outcome.err
+    same_losses(place.losses(), whole.losses())
+    if point not in ("drain.payload", "drain.manifest", "commit.begin", "commit.record", "save.begin", "step"):
+        assert outcome.said["restored"] >= 4
+    assert [path for path in place.volume.rglob("*") if path.is_file()] == []
+
+
+def test_plain_run_second_live_one_is_refused_naming_the_holder(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    first = place.start(hold_at=2)
+    try:
+        assert first.stdout is not None
+        while "held" not in json.loads(first.stdout.readline()):
+            pass
+        second = place.train()
+        assert second.code == 4 and f"held by process {first.pid} on host" in second.err, second.err
+        out, err = first.communicate(timeout=150)
+        assert first.returncode == 0, err
+    finally:
+        first.kill()
+    assert sorted(place.losses()) == list(range(1, 11))
+
+
+def test_plain_run_told_to_end_saves_and_goes_on_there(whole: Place, tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    process = place.start(steps=10**6, every=10**6, linger_s=0.01)
+    try:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline()) == {"restored": 0}
+        os.kill(process.pid, signal.SIGTERM)
+        _, err = process.communicate(timeout=150)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    stopped_at = max(place.losses())
+    outcome = place.train(steps=stopped_at + 2)
+    assert outcome.code == 0 and outcome.said["restored"] == stopped_at, outcome.err
+    both = {step: values for step, values in place.losses().items() if step in whole.losses()}
+    assert both and all(set(values) == set(whole.losses()[step]) for step, values in both.items())

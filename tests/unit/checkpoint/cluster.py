@@ -1,0 +1,321 @@
+"""A whole job in one process without threads or torch: a coordinator, a keeper per node, and workers that seal.
+
+Everything moves only when a test says so: `turn()` is one pulse of each worker, one beat of each node, one round of
+the coordinator's storage work and one round of carrying.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ktrain.base import contract
+from ktrain.base.clock import Deadline
+from ktrain.base.control import Caller, LocalCaller
+from ktrain.base.events import Event
+from ktrain.base.settings import Timeouts
+from ktrain.checkpoint.catalog import RunCatalog
+from ktrain.checkpoint.coordinate import Coordinator
+from ktrain.checkpoint.lineage import Copy
+from ktrain.checkpoint.node import NodeKeeper, NodePlace
+from ktrain.checkpoint.policy import Every, Keep, Policies
+from ktrain.checkpoint.source import NearestSource, Openers
+from ktrain.errors import CorruptionError, KtrainError, UnavailableError
+from ktrain.format.manifest import Identity, Manifest
+from ktrain.snapshot.arena import NodeVolume
+from ktrain.testing.fake_clock import FakeClock
+from ktrain.testing.local_transport import LocalTransport, LocalWire
+from tests.unit.checkpoint.builders import snapshot
+
+NUM_SLOTS = 4
+
+
+class Head:
+    """The way to the head; a test may cut it, or put another head there."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self.coordinator = coordinator
+        self.lose_answers = 0
+
+    def call(self, name: str, params: dict[str, Any], *, timeout_s: float) -> dict[str, Any]:
+        answer = LocalCaller(self.coordinator.handlers()).call(name, params, timeout_s=timeout_s)
+        if self.lose_answers:
+            self.lose_answers -= 1
+            raise UnavailableError("the answer was lost")
+        return answer
+
+
+@dataclass
+class Worker:
+    """One rank, as its keeper sees it."""
+
+    rank: int
+    epoch: int
+    caller: Caller
+    volume: NodeVolume
+    step: int = 0
+    phase: str = "start"
+    closed: bool = False
+    stop_wanted: str | None = None
+    stop_ack: list[Any] | None = None
+    restore: dict[str, Any] | None = None
+    policies: Policies = Policies()
+    answer: dict[str, Any] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    restored: int | None = None
+    error: tuple[str, str] | None = None
+    tiers: dict[int, str] = field(default_factory=dict)
+    ready_round: int = 0
+
+    def pulse(self) -> None:
+        said = {
+            "rank": self.rank,
+            "epoch": self.epoch,
+            "step": self.step,
+            "phase": self.phase,
+            "closed": self.closed,
+            "stop_ack": self.stop_ack,
+            "restore": self.restore,
+            "stop_wanted": self.stop_wanted,
+            "policies": self.policies.to_json(),
+            "news": False,
+            "instance": f"{self.rank}/{self.epoch}",
+            "events_from": 0,
+            "events": self.events,
+        }
+        self.answer = self.caller.call("pulse", said, timeout_s=1.0)
+
+    def save(self, run_id: str, step: int, world_size: int) -> bool:
+        """Seals a snapshot; false where no slot is free."""
+        payload, manifest = snapshot(self.rank, Identity(run_id, step, self.epoch, world_size))
+        protect = [(int(at), int(epoch)) for at, epoch in self.answer.get("protect", [])]
+        writer = self.volume.acquire(self.rank, len(payload), protect=protect, limit=NUM_SLOTS)
+        if writer is None:
+            return False
+        writer.memory[:] = payload
+        writer.seal(manifest)
+        self.step = step
+        return True
+
+    def take_part(self, cluster: Cluster) -> None:
+        """One look at the head's word on the restore, as `checkpoint.restore` does it."""
+        word = self.answer.get("restore")
+        if word is None or self.restored is not None or self.error is not None:
+            return
+        number, state = int(word["round"]), word["state"]
+        if state == "failed":
+            self.error = (word["error"]["kind"], word["error"]["message"])
+        elif state == "fresh":
+            self.restored = 0
+            self.restore = applied(number, "none")
+        elif state == "loading" and self.ready_round != number and "sources" in word:
+            self.ready_round = number
+            self._load(word, cluster, number)
+        elif state == "go" and number == self.ready_round:
+            self.restored = self.step = int(word["identity"]["step"])
+            self.phase = "train"
+            self.restore = applied(number, max(self.tiers.values(), key=contract.TIERS.index))
+
+    def _load(self, word: dict[str, Any], cluster: Cluster, number: int) -> None:
+        manifests = {int(rank): Manifest.from_bytes(text.encode()) for rank, text in word["manifests"].items()}
+        copies = {int(rank): [Copy.from_json(value) for value in values] for rank, values in word["sources"].items()}
+        openers = Openers(
+            volume=self.volume,
+            tier=cluster.catalog.tier,
+            disk=None,
+            pull=lambda copy: self.caller.call("fetch", {"copy": copy.to_json(), "timeout_s": 5.0}, timeout_s=5.0)[
+                "wire_nbytes"
+            ],
+            deadline_of=lambda nbytes: Deadline.after(10.0),
+            num_threads=1,
+        )
+        source = NearestSource(manifests, copies, openers, lambda failure: self._refused(failure, cluster))
+        try:
+            source.fetch({self.rank: [(0, manifests[self.rank].nbytes)]}, deadline=Deadline.after(10.0))
+            expected, _ = snapshot(self.rank, manifests[self.rank].identity)
+            assert bytes(source.view(self.rank, 0, len(expected))) == expected, "bytes that nobody saved were loaded"
+            self.tiers = dict(source.tiers)
+            self.restore = {"round": number, "status": "ready"}
+        except (CorruptionError, UnavailableError):
+            failures = [failure.to_json() for failure in source.failures]
+            self.restore = {"round": number, "status": "failed", "copies": failures}
+        finally:
+            source.close()
+
+    def _refused(self, failure: Any, cluster: Cluster) -> None:
+        cluster.refused.append(failure)
+        if failure.corrupt and failure.copy.tier == contract.TIER_MEMORY:
+            self.volume.discard(failure.copy.rank, failure.copy.identity, failure.reason)
+
+
+def applied(number: int, tier: str) -> dict[str, Any]:
+    return {"round": number, "status": "applied", "tier": tier, "nbytes": 1, "wire_nbytes": 0, "seconds": 0.1}
+
+
+class Node:
+    """A machine: a volume root, a keeper, and the workers that run there now."""
+
+    def __init__(self, cluster: Cluster, name: str) -> None:
+        self.name = name
+        self.root = cluster.folder / name
+        run_id = cluster.catalog.run_id
+        self.transport = LocalTransport(cluster.wire, NodeVolume(self.root, node=name, run=run_id))
+        place = NodePlace(name, name, self.root, host=name)
+        self.keeper = NodeKeeper(
+            cluster.url,
+            place=place,
+            head=cluster.head,
+            transport=self.transport,
+            timeouts=cluster.timeouts,
+            clock=cluster.clock,
+        )
+        self.volume = NodeVolume(self.root, node=name, run=run_id)  # the workers' own
+        self.drained: dict[Any, Any] = {}
+        self.pulled: dict[Any, Any] = {}
+
+    def carry(self, *, drain: bool) -> None:
+        carrier = self.keeper._carrier  # its threads are not started here
+        carrier._pull_once(self.pulled)
+        if drain:
+            carrier._drain_once(self.drained)
+
+    def held(self) -> list[tuple[int, Identity]]:
+        return [(held.rank, held.identity) for held in self.volume.scan()]
+
+    def close(self) -> None:
+        self.volume.close()
+        self.keeper.close()
+        self.transport._volume.close()
+
+
+class Cluster:
+    """`num_nodes` nodes with `per_node` ranks each, and a run at `url`."""
+
+    def __init__(self, folder: Path, *, num_nodes: int = 2, per_node: int = 1, url: str | None = None) -> None:
+        self.folder = folder
+        self.url = url or str(folder / "run")
+        self.timeouts = Timeouts(patience_s=20)
+        self.clock = FakeClock()
+        self.events: list[Event] = []
+        self.refused: list[Any] = []
+        self.wire = LocalWire()
+        self.policies = Policies(Every(10), Keep(bucket=3))
+        self.catalog = RunCatalog.open(self.url, timeouts=self.timeouts, clock=self.clock)
+        self.per_node = per_node
+        self.world_size = num_nodes * per_node
+        self.head = Head(self.new_coordinator())
+        self.nodes = [Node(self, contract.node_name(index)) for index in range(num_nodes)]
+        self.workers: list[Worker] = []
+        self.epoch = 0
+        self.drains = True
+
+    def new_coordinator(self) -> Coordinator:
+        return Coordinator(self.catalog, timeouts=self.timeouts, emit=self.events.append, clock=self.clock)
+
+    @property
+    def coordinator(self) -> Coordinator:
+        return self.head.coordinator
+
+    @property
+    def assignment(self) -> dict[str, range]:
+        each = self.per_node
+        return {node.name: range(index * each, (index + 1) * each) for index, node in enumerate(self.nodes)}
+
+    def begin(self) -> None:
+        """A new attempt with fresh workers on all nodes."""
+        self.epoch = self.catalog.next_epoch({"by": "test"})
+        self.coordinator.begin_attempt(self.epoch, self.assignment)
+        self.workers = [
+            Worker(rank, self.epoch, LocalCaller(node.keeper.handlers()), node.volume, policies=self.policies)
+            for node, ranks in zip(self.nodes, self.assignment.values(), strict=True)
+            for rank in ranks
+        ]
+        for worker in self.workers:
+            worker.restore = {"round": 0, "status": "waiting"}
+
+    def turn(self, count: int = 1) -> None:
+        for _ in range(count):
+            for worker in self.workers:
+                worker.pulse()
+                worker.take_part(self)
+            for node in self.nodes:
+                node.keeper.flush()
+            try:
+                self.coordinator._work_once()
+            except KtrainError:
+                self.clock.advance(1.0)
+            for node in self.nodes:
+                node.carry(drain=self.drains)
+            self.clock.advance(0.5)
+
+    def restore(self, turns: int = 60) -> int:
+        """A new attempt up to the step that all ranks agree on; an error of theirs is raised."""
+        self.begin()
+        for _ in range(turns):
+            self.turn()
+            if all(worker.restored is not None for worker in self.workers):
+                self.turn(2)
+                (step,) = {worker.restored for worker in self.workers}
+                assert step is not None
+                return step
+            errors = [worker.error for worker in self.workers if worker.error is not None]
+            if len(errors) == len(self.workers):
+                raise RestoreFailed(*errors[0])
+        raise AssertionError(f"no end: {[worker.restore for worker in self.workers]}")
+
+    def save(self, step: int) -> None:
+        for worker in self.workers:
+            assert worker.save(self.catalog.run_id, step, self.world_size), f"no slot for step {step}"
+
+    def save_and_settle(self, step: int) -> None:
+        """A save that reaches memory, peers and (unless drains are off) the bucket."""
+        self.save(step)
+        self.turn(8)
+
+    def lose_node(self, index: int) -> None:
+        """The machine is gone with its memory; an empty one of the same name takes its place."""
+        node = self.nodes[index]
+        node.close()
+        shutil.rmtree(node.root)
+        self.coordinator.forget_node(node.name)
+        self.nodes[index] = Node(self, node.name)
+
+    def spoil_memory(self, index: int, rank: int, step: int) -> None:
+        """Flips a bit of what a node holds of a rank's step."""
+        volume = self.nodes[index].volume
+        (slot,) = [held.slot for held in volume.scan() if (held.rank, held.identity.step) == (rank, step)]
+        flip_file(volume.path / f"{slot}.safetensors")
+
+    def spoil_bucket(self, step: int, rank: int) -> None:
+        for commit in self.catalog.listing().commits:
+            if commit.identity.step == step:
+                name = commit.ranks[rank].payload
+                deadline = Deadline.after(10.0)
+                data = bytearray(self.catalog.tier.read(name, deadline=deadline))
+                data[len(data) // 2] ^= 1
+                self.catalog.tier.write(name, bytes(data), deadline=deadline)
+
+    def committed(self) -> dict[str, int]:
+        return {tier: step for tier, (step, _) in self.coordinator.committed().items()}
+
+    def said(self, kind: str) -> list[dict[str, Any]]:
+        return [event.fields for event in self.events if event.kind == kind]
+
+    def close(self) -> None:
+        for node in self.nodes:
+            node.close()
+
+
+class RestoreFailed(Exception):
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(f"{kind}: {message}")
+        self.kind = kind
+
+
+def flip_file(path: Path) -> None:
+    with open(path, "r+b") as file:
+        data = file.read()
+        file.seek(len(data) // 2)
+        file.write(bytes([data[len(data) // 2] ^ 1]))
