@@ -40,6 +40,7 @@ _PART_NBYTES = 16 << 20  # a part is copied once to bytes; parts in flight bound
 _NUM_PARTS_IN_FLIGHT = 8
 _MAX_NUM_PARTS = 9_000  # S3 takes 10,000
 _CLOSE_S = 1.0
+_CANCEL_S = 0.05
 _MEMORY = threading.Lock()  # memory:// hands one seekable object to all its readers
 
 
@@ -184,6 +185,7 @@ class BucketTier:
         call: Call,
         meaning: Callable[[Exception, str], KtrainError],
     ) -> _T:
+        connection.free.clear()
         try:
             call.check()
             if self._protocol == "memory":
@@ -194,6 +196,8 @@ class BucketTier:
             raise
         except Exception as error:  # noqa: BLE001 -- top of the call's thread; any client library may stand behind it
             raise meaning(error, call.what) from error
+        finally:
+            connection.free.set()
 
     def _put_back(self, connection: _Connection, clean: bool) -> None:
         with self._lock:
@@ -246,6 +250,8 @@ class _Connection:
         self._closed = False  # guarded by _lock
         self._lock = threading.Lock()
         self._filesystem: Any = None
+        self.free = threading.Event()  # no call's thread is using the object
+        self.free.set()
 
     def filesystem(self) -> Any:
         """The object, made at its first use: that may take a while, so it happens on the call's thread."""
@@ -271,7 +277,7 @@ class _Connection:
         asyncio.set_event_loop(loop)
         loop.run_forever()  # until close()
         try:
-            loop.run_until_complete(_cancel_all())
+            loop.run_until_complete(self._cancel_until_free())
             client = getattr(self._filesystem, "_s3", None)
             if client is not None:
                 loop.run_until_complete(asyncio.wait_for(client.close(), _CLOSE_S))
@@ -280,6 +286,13 @@ class _Connection:
         finally:
             self._filesystem = None
             loop.close()
+
+    async def _cancel_until_free(self) -> None:
+        """Cancels also what begins late: a call that was still making the object would wait for ever otherwise."""
+        await _cancel_all()
+        while not self.free.is_set():
+            await asyncio.sleep(_CANCEL_S)
+            await _cancel_all()
 
 
 async def _cancel_all() -> None:
