@@ -1,0 +1,174 @@
+"""One case per kind of fault: the cause that the events name, the tier that the run continues from, the same losses."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from ktrain.base import contract, events
+from ktrain.base.clock import SYSTEM_CLOCK
+from ktrain.base.events import Event
+from ktrain.testing import invariants
+from ktrain.testing.s3_servers import RcloneServer, find_program
+from tests.chaos import harness
+from tests.integration.launching import Place, place
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+
+STEPS = "60"
+
+
+@pytest.fixture
+def here() -> Iterator[Place]:
+    with place() as made:
+        harness.put_script(made)
+        yield made
+
+
+@pytest.mark.parametrize(
+    ("spec", "cause", "tier"),
+    [
+        ("kill-worker@step=20,rank=1,after=memory", contract.CAUSE_CRASH, contract.TIER_MEMORY),
+        ("stop-worker@step=20,rank=1,after=memory", contract.CAUSE_HANG, contract.TIER_MEMORY),
+        ("lose-node@step=20,node=1,after=peer", contract.CAUSE_NODE_LOST, contract.TIER_PEER),
+        ("lose-node@step=20,node=0,after=peer", contract.CAUSE_NODE_LOST, contract.TIER_PEER),
+        ("lose-all@step=20,after=bucket", contract.CAUSE_ALL_LOST, contract.TIER_BUCKET),
+    ],
+)
+def test_launch_fault_that_ends_an_attempt_names_cause_and_tier(here: Place, spec: str, cause: str, tier: str) -> None:
+    patience = "8" if spec.startswith("stop") else "60"
+
+    code = here.end(here.launch("--nodes", "2", "--patience", patience, "--fault", spec, args=(STEPS, "0.2")))
+
+    assert code == contract.EXIT_OK, here.output()
+    assert [event.fields["cause"] for event in harness.of_kind(here, "failure")] == [cause]
+    assert [event.fields["tier"] for event in harness.of_kind(here, "restored")] == [tier]
+    assert invariants.check_faults_once(harness.read_events(here), [spec]) == []
+    harness.check(here, last=int(STEPS))
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("kill-agent@step=20,node=0", "agent_lost"),
+        ("kill-agent@step=20,node=1", "agent_lost"),
+        ("kill-head@step=20", "head_adopted"),
+    ],
+)
+def test_launch_fault_beside_training_does_not_end_the_attempt(here: Place, spec: str, said: str) -> None:
+    code = here.end(here.launch("--nodes", "2", "--patience", "60", "--fault", spec, args=(STEPS, "0.2")))
+
+    assert code == contract.EXIT_OK, here.output()
+    assert harness.of_kind(here, "failure") == [] and len(harness.of_kind(here, "attempt_started")) == 1
+    assert harness.of_kind(here, said)
+    assert invariants.check_faults_once(harness.read_events(here), [spec]) == []
+    harness.check(here, last=int(STEPS))
+
+
+def test_launch_ray_killed_on_all_nodes_trains_on_and_replicates_in_a_new_cluster(here: Place) -> None:
+    launch = here.launch("--nodes", "2", args=(str(harness.MANY_STEPS), "0.1"))
+    here.await_that("replicas", lambda: harness.newest_committed(here, contract.TIER_PEER))
+
+    killed = 0
+    for found in invariants.find_processes(str(here.root)):
+        if "raylet" in found.command or "gcs_server" in found.command:
+            killed += _kill(found.pid)
+    assert killed >= 3, "two raylets or more, and the cluster's own store"
+
+    here.await_that("word of it", lambda: _tier_events(here, contract.TIER_PEER) == ["tier_failed", "tier_recovered"])
+    before = harness.newest_step(here)
+    here.await_that("new replicas", lambda: harness.newest_committed(here, contract.TIER_PEER) > before)
+    harness.release(here)
+    assert here.end(launch) == contract.EXIT_OK, here.output()
+    assert harness.of_kind(here, "failure") == []
+    assert _tier_events(here, contract.TIER_PEER) == ["tier_failed", "tier_recovered"]
+    harness.check(here)
+
+
+def test_launch_bucket_folder_gone_for_a_while_trains_on_and_drains_again(here: Place) -> None:
+    launch = here.launch("--nodes", "2", args=(str(harness.MANY_STEPS), "0.1"))
+    here.await_that("a commit", lambda: harness.newest_committed(here, contract.TIER_BUCKET))
+
+    checkpoints, aside = here.run / contract.CHECKPOINTS_DIR, here.run / "aside"
+    checkpoints.rename(aside)
+    checkpoints.touch()  # neither can a folder be made there
+    here.await_that("word of it", lambda: _tier_events(here, contract.TIER_BUCKET) == ["tier_failed"])
+    at = harness.newest_step(here)
+    here.await_that("steps that go on", lambda: harness.newest_step(here) > at + 20)
+    checkpoints.unlink()
+    aside.rename(checkpoints)
+    here.await_that("word of it", lambda: _tier_events(here, contract.TIER_BUCKET) == ["tier_failed", "tier_recovered"])
+
+    harness.release(here)
+    assert here.end(launch) == contract.EXIT_OK, here.output()
+    assert harness.of_kind(here, "failure") == [] and len(harness.of_kind(here, "attempt_started")) == 1
+    assert harness.newest_committed(here, contract.TIER_BUCKET) == harness.newest_step(here)
+    harness.check(here)
+
+
+@pytest.mark.skipif(find_program("rclone") is None, reason="rclone is not installed")
+def test_launch_s3_server_stopped_for_a_while_trains_on_and_drains_again(here: Place) -> None:
+    with RcloneServer() as server:
+        server.make_bucket("runs")
+        run = "s3://runs/stopped"
+        command = ("--nodes", "2", "--run", run, "--patience", "12")
+        launch = here.launch(*command, args=(str(harness.MANY_STEPS), "0.1"), **server.environment())
+
+        def said() -> list[Event]:
+            folder = server.folder / "buckets" / "runs" / "stopped" / contract.EVENTS_DIR
+            lines = [
+                line
+                for path in sorted(folder.glob("*.jsonl"), key=_sequence)
+                for line in path.read_bytes().splitlines()
+            ]
+            return events.parse_lines(lines)
+
+        def steps() -> int:
+            return max((event.fields["step"] for event in said() if event.kind == "step"), default=0)
+
+        def bucket() -> list[str]:
+            kinds = ("tier_failed", "tier_recovered")
+            return [event.kind for event in said() if event.kind in kinds and event.fields["tier"] == "bucket"]
+
+        here.await_that("a commit", lambda: any(event.fields.get("tier") == "bucket" for event in said()))
+        at = steps()
+        server.pause()
+        SYSTEM_CLOCK.sleep(25.0)  # its calls must run into their deadlines meanwhile
+        server.resume()
+        here.await_that("recovery", lambda: bucket() == ["tier_failed", "tier_recovered"])
+        harness.release(here)
+        assert here.end(launch) == contract.EXIT_OK, here.output()
+
+        found = said()
+        assert [event for event in found if event.kind == "failure"] == []
+        assert steps() > at + 50, "training went on while the server was stopped"
+        wrong = [
+            *invariants.check_losses(found),
+            *invariants.check_order(found),
+            *invariants.check_said_once(found),
+            *invariants.check_steps(found, steps()),
+            *harness.check_as_untouched(found),
+            *harness.await_nothing_runs(here),
+            *invariants.check_volume_freed(here.volume),
+        ]
+        assert wrong == []
+
+
+def _sequence(path: os.PathLike[str]) -> str:
+    return os.fspath(path).rpartition("/")[2].split("-")[1]
+
+
+def _kill(pid: int) -> int:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return 0
+    return 1
+
+
+def _tier_events(here: Place, tier: str) -> list[str]:
+    kinds = ("tier_failed", "tier_recovered")
+    return [event.kind for event in harness.read_events(here) if event.kind in kinds and event.fields["tier"] == tier]
