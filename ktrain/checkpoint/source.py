@@ -5,6 +5,7 @@ Invariant: no byte leaves `view` that was not digested after its last hop (desig
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -102,12 +103,12 @@ class TierReader:
         self._manifest = manifest
         self._deadline_of = deadline_of
         self._pieces: list[tuple[int, memoryview]] = []
+        self._joined: list[bytes] = []
 
     def fetch(self, ranges: Ranges, deadline: Deadline) -> int:
         total = 0
         stride = max(1, self._READ_NBYTES // self._manifest.chunk_nbytes) * self._manifest.chunk_nbytes
         for begin, end in merged_cover(self._manifest, ranges):
-            piece = bytearray(end - begin)
             for low in range(begin, end, stride):
                 high = min(low + stride, end)
                 deadline.check(f"read {self._name}")
@@ -119,19 +120,28 @@ class TierReader:
                         end,
                     )
                 _prove(self._manifest, data, low, self._name)
-                piece[low - begin : high - begin] = data
+                self._pieces.append((low, memoryview(data)))
                 total += high - low
-            self._pieces.append((begin, memoryview(piece).toreadonly()))
+        self._pieces.sort(key=lambda piece: piece[0])
         return total
 
     def view(self, begin: int, end: int) -> memoryview:
-        for start, piece in self._pieces:
-            if start <= begin and end <= start + len(piece):
-                return piece[begin - start : end - start]
-        raise AssertionError(f"{self._name}: bytes {begin} to {end} were not fetched")
+        """The bytes; copied only where a tensor lies across the border of two reads."""
+        first = max(0, bisect.bisect_right(self._pieces, begin, key=lambda piece: piece[0]) - 1)
+        parts, at = [], begin
+        for start, piece in self._pieces[first:]:
+            if at >= end or not start <= at < start + len(piece):
+                break
+            parts.append(piece[at - start : min(end - start, len(piece))])
+            at += len(parts[-1])
+        assert at >= end, f"{self._name}: bytes {begin} to {end} were not fetched"
+        if len(parts) == 1:
+            return parts[0]
+        self._joined.append(b"".join(parts))  # a view is valid until close(): whoever has one may go by its address
+        return memoryview(self._joined[-1])
 
     def close(self) -> None:
-        self._pieces = []
+        self._pieces, self._joined = [], []
 
 
 @dataclass(frozen=True, slots=True)
