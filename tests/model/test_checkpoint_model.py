@@ -1,0 +1,173 @@
+"""Anything may happen to a job of two nodes, in any order; what must be restorable is restored.
+
+The model knows which copies are good: it looks at what the nodes and the bucket hold and remembers what it spoilt.
+A restore must choose the newest step of the line that has a good copy of every rank, never load a bad byte (the
+workers compare them), never call a run fresh that has committed, and never remove the last good copy.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from ktrain.base import ids
+from ktrain.format.manifest import Identity
+from tests.unit.checkpoint.cluster import Cluster, RestoreFailed
+
+NODES = st.integers(0, 1)
+Key = tuple[int, int]  # step, epoch
+
+
+def key(identity: Identity) -> Key:
+    return identity.step, identity.epoch
+
+
+class Job(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        logging.getLogger("ktrain").setLevel(logging.CRITICAL)  # what is spoilt is warned of, many times
+        self.folder = Path(tempfile.mkdtemp(prefix="ktrain-model-"))
+        self.cluster = Cluster(self.folder, url=f"memory://{ids.random_id()}")
+        self.step = 0
+        self.line: set[Key] = set()  # what a restore may choose, complete or not
+        self.spoilt: set[tuple[str, int, Key]] = set()  # (place, rank, key)
+        self.durable: set[Key] = set()  # committed in the bucket, as the job was told
+        self.is_over = False  # no good copy is left, or none can be told
+
+    def teardown(self) -> None:
+        self.cluster.close()
+        shutil.rmtree(self.folder)
+
+    # What the model knows
+
+    def places(self) -> dict[str, set[tuple[int, Key]]]:
+        """Place -> (rank, key) of the copies that lie there now."""
+        found = {node.name: {(rank, key(at)) for rank, at in node.held()} for node in self.cluster.nodes}
+        commits = self.cluster.catalog.listing().commits
+        found["bucket"] = {(files.rank, key(commit.identity)) for commit in commits for files in commit.ranks}
+        return found
+
+    def restorable(self) -> set[Key]:
+        """Steps of the line with a good copy of every rank."""
+        good: dict[Key, set[int]] = {}
+        for place, copies in self.places().items():
+            for rank, at in copies:
+                if at in self.line and (place, rank, at) not in self.spoilt:
+                    good.setdefault(at, set()).add(rank)
+        return {at for at, ranks in good.items() if ranks == {0, 1}}
+
+    def forget_reused(self) -> None:
+        """A copy that is gone is spoilt no more: the same place may get a good one again."""
+        places = self.places()
+        self.spoilt = {(place, rank, at) for place, rank, at in self.spoilt if (rank, at) in places[place]}
+
+    # What may happen
+
+    @initialize()
+    def start(self) -> None:
+        assert self.cluster.restore() == 0
+
+    @precondition(lambda self: not self.is_over)
+    @rule(drains=st.booleans())
+    def train_and_save(self, drains: bool) -> None:
+        self.step += 10
+        self.cluster.drains = drains
+        if all(worker.save(self.cluster.catalog.run_id, self.step, 2) for worker in self.cluster.workers):
+            self.line.add((self.step, self.cluster.epoch))
+        self.cluster.turn(5)
+        self.note_durable()
+
+    @precondition(lambda self: not self.is_over)
+    @rule(rank=NODES)
+    def one_rank_saves_and_all_processes_die(self, rank: int) -> None:
+        self.cluster.workers[rank].save(self.cluster.catalog.run_id, self.step + 10, 2)
+        self.restart()
+
+    @precondition(lambda self: not self.is_over)
+    @rule()
+    def all_processes_die(self) -> None:
+        self.restart()
+
+    @precondition(lambda self: not self.is_over)
+    @rule(node=NODES)
+    def node_is_lost(self, node: int) -> None:
+        self.cluster.lose_node(node)
+        self.restart()
+
+    @precondition(lambda self: not self.is_over)
+    @rule()
+    def head_is_replaced_by_an_empty_one(self) -> None:
+        self.cluster.head.coordinator = self.cluster.new_coordinator()
+        self.cluster.coordinator.adopt_attempt(self.cluster.epoch, self.cluster.assignment)
+        self.cluster.turn(3)
+        self.note_durable()
+
+    @precondition(lambda self: not self.is_over)
+    @rule(node=NODES, rank=NODES)
+    def newest_copy_in_memory_is_spoilt(self, node: int, rank: int) -> None:
+        held = [at for found, at in self.cluster.nodes[node].held() if found == rank]
+        place = self.cluster.nodes[node].name
+        if held:
+            newest = max(held, key=lambda at: (at.epoch, at.step))
+            if (place, rank, key(newest)) not in self.spoilt:
+                self.cluster.spoil_memory(node, rank, newest.step)
+                self.spoilt.add((place, rank, key(newest)))
+
+    @precondition(lambda self: not self.is_over)
+    @rule(rank=NODES)
+    def newest_copy_in_the_bucket_is_spoilt(self, rank: int) -> None:
+        commits = self.cluster.catalog.listing().commits
+        if commits and ("bucket", rank, key(commits[-1].identity)) not in self.spoilt:
+            newest = key(commits[-1].identity)
+            if [key(commit.identity) for commit in commits].count(newest) == 1:
+                self.cluster.spoil_bucket(newest[0], rank)
+                self.spoilt.add(("bucket", rank, newest))
+
+    # What must hold
+
+    def note_durable(self) -> None:
+        found = self.cluster.coordinator.committed().get("bucket")
+        if found is not None:
+            self.durable.add(found)
+        self.forget_reused()
+
+    def restart(self) -> None:
+        self.cluster.turn(0)
+        self.forget_reused()
+        expected = max(self.restorable(), default=None)
+        ever_durable = bool(self.durable)
+        try:
+            found = self.cluster.restore()
+        except RestoreFailed as error:
+            assert expected is None, f"step {expected} has good copies of every rank: {error}"
+            assert error.kind == "corruption"
+            self.is_over = True
+            return
+        assert found == (0 if expected is None else expected[0])
+        if expected is None:
+            assert not ever_durable, "the run has committed, and was called fresh"
+        self.line = {at for at in self.line if at[0] <= found}
+        self.step = found
+        self.note_durable()
+
+    @invariant()
+    def every_record_names_files_that_are_there(self) -> None:
+        names = {stored.name for stored in self.stored()}
+        for commit in self.cluster.catalog.listing().commits:
+            assert all({files.payload, files.manifest} <= names for files in commit.ranks)
+
+    def stored(self) -> list:  # type: ignore[type-arg]
+        catalog = self.cluster.catalog
+        return catalog.tier.list("checkpoints", deadline=catalog.transfer_deadline(0))
+
+
+TestJob = Job.TestCase
+TestJob.settings = settings(
+    max_examples=40, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
+)
