@@ -285,7 +285,8 @@ class Cluster:
     def spoil_memory(self, index: int, rank: int, step: int) -> None:
         """Flips a bit of what a node holds of a rank's step."""
         volume = self.nodes[index].volume
-        (slot,) = [held.slot for held in volume.scan() if (held.rank, held.identity.step) == (rank, step)]
+        found = [held for held in volume.scan() if (held.rank, held.identity.step) == (rank, step)]
+        slot = max(found, key=lambda held: held.identity.epoch).slot  # of the newest attempt that made this step
         flip_file(volume.path / f"{slot}.safetensors")
 
     def spoil_bucket(self, step: int, rank: int) -> None:
