@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ktrain.errors import ConfigError
 from ktrain.state.plan import plan_save
 from ktrain.state.rng import rng_part
 from ktrain.state.train_state import TrainState
@@ -210,3 +212,37 @@ def test_restore_of_a_module_copies_every_byte_once() -> None:
     with _Copies() as copies:
         restore(state, {0: taken})
     assert copies.nbytes == sum(value.nbytes for value in model.state_dict().values())
+
+
+def test_plan_of_many_tensors_holds_the_garbage_collector_off() -> None:
+    state = TrainState({"model": nn.ParameterList(torch.zeros(1) for _ in range(2000))})
+    plan_save(state, ALONE)
+    collected: list[int] = []  # generations
+
+    def watch(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            collected.append(info["generation"])
+
+    gc.callbacks.append(watch)
+    try:
+        gc.collect()
+        del collected[:]
+        plan = plan_save(state, ALONE)
+        seen = list(collected)
+    finally:
+        gc.callbacks.remove(watch)
+    assert seen in ([], [0])  # the newest objects once, when it is over
+    assert len(plan.items) == 2000 and gc.isenabled()
+
+
+def test_plan_that_fails_leaves_the_garbage_collector_as_it_was() -> None:
+    state = TrainState({"model": nn.LazyLinear(3)})
+    for was in (True, False):
+        (gc.enable if was else gc.disable)()
+        try:
+            with pytest.raises(ConfigError):
+                plan_save(state, ALONE)
+            found = gc.isenabled()
+        finally:
+            gc.enable()
+        assert found == was
