@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import fsspec
 import pytest
+from fsspec.asyn import _runner
 from fsspec.implementations.memory import MemoryFileSystem
 
 from ktrain.abc.tier import Tier
 from ktrain.base.clock import Deadline
 from ktrain.errors import ConfigError, DeadlineError, ForbiddenError, UnavailableError
 from ktrain.testing.tier_conformance import soon
+from ktrain.tier.bucket import _Connection
 from ktrain.tier.location import open_tier
 
 
@@ -105,3 +108,19 @@ def test_write_over_a_folder_is_unavailable_and_not_not_found(tier: Tier) -> Non
     tier.write("folder/a", b"x", deadline=soon())
     with pytest.raises(UnavailableError, match="write folder"):
         tier.write("folder", b"x", deadline=soon())
+
+
+def test_call_that_had_not_begun_when_its_loop_was_ended_wakes_its_thread() -> None:
+    connection = _Connection(lambda loop: None, is_async=True)
+    connection.free.clear()
+    woken = threading.Event()
+
+    async def end_before_it_begins() -> None:
+        call = asyncio.ensure_future(
+            _runner(woken, asyncio.sleep(60), [None])
+        )  # what a thread in fsspec's sync waits for
+        call.add_done_callback(lambda _: connection.free.set())
+        await connection._cancel_until_free()
+
+    asyncio.run(end_before_it_begins())
+    assert woken.is_set()
