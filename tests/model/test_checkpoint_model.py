@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from ktrain.base import ids
 from ktrain.format.manifest import Identity
-from tests.unit.checkpoint.cluster import Cluster, RestoreFailed
+from tests.unit.checkpoint.cluster import Cluster, Node, RestoreFailed
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]  # young: it has not yet proven itself in the main suite
 NODES = st.integers(0, 1)
@@ -35,8 +35,11 @@ class Job(RuleBasedStateMachine):
         super().__init__()
         logging.getLogger("ktrain").setLevel(logging.CRITICAL)  # what is spoilt is warned of, many times
         self.folder = Path(tempfile.mkdtemp(prefix="ktrain-model-"))
-        self.cluster = Cluster(self.folder, url=f"memory://{ids.random_id()}")
+        self.machines = 0
+        self.spoilt_away: set[tuple[int, str, int, Key]] = set()
+        self.cluster = Cluster(self.folder / "0", url=f"memory://{ids.random_id()}")
         self.step = 0
+        self.base = 0  # what this attempt continued from
         self.line: set[Key] = set()  # what a restore may choose, complete or not
         self.spoilt: set[tuple[str, int, Key]] = set()  # (place, rank, key)
         self.durable: set[Key] = set()  # committed in the bucket, as the job was told
@@ -81,7 +84,8 @@ class Job(RuleBasedStateMachine):
         self.step += 10
         self.cluster.drains = drains
         if all(worker.save(self.cluster.catalog.run_id, self.step, 2) for worker in self.cluster.workers):
-            self.line.add((self.step, self.cluster.epoch))
+            epoch = self.cluster.epoch  # its first commit cuts off what older attempts had made beyond its start
+            self.line = {at for at in self.line if at[0] <= self.base or at[1] == epoch} | {(self.step, epoch)}
         self.cluster.turn(5)
         self.note_durable()
 
@@ -100,6 +104,24 @@ class Job(RuleBasedStateMachine):
     @rule(node=NODES)
     def node_is_lost(self, node: int) -> None:
         self.cluster.lose_node(node)
+        self.restart()
+
+    @precondition(lambda self: not self.is_over)
+    @rule()
+    def job_moves_to_other_machines(self) -> None:
+        """There are two sets of machines; what lies in the memory of the other set is found when the job comes back."""
+        cluster = self.cluster
+        for node in cluster.nodes:
+            node.close()
+            cluster.coordinator.forget_node(node.name)
+        away = {(self.machines, place, rank, at) for place, rank, at in self.spoilt if place != "bucket"}
+        self.spoilt_away |= away
+        self.machines = 1 - self.machines
+        cluster.folder = self.folder / str(self.machines)
+        cluster.nodes = [Node(cluster, node.name) for node in cluster.nodes]
+        here = {entry[1:] for entry in self.spoilt_away if entry[0] == self.machines}
+        self.spoilt = {entry for entry in self.spoilt if entry[0] == "bucket"} | here
+        self.spoilt_away = {entry for entry in self.spoilt_away if entry[0] != self.machines}
         self.restart()
 
     @precondition(lambda self: not self.is_over)
@@ -154,9 +176,14 @@ class Job(RuleBasedStateMachine):
         assert found == (0 if expected is None else expected[0])
         if expected is None:
             assert not ever_durable, "the run has committed, and was called fresh"
-        self.line = {at for at in self.line if at[0] <= found}
-        self.step = found
+        self.step = self.base = found
         self.note_durable()
+
+    @invariant()
+    def newest_durable_step_of_the_line_is_in_the_bucket(self) -> None:
+        told = self.durable & self.line
+        if told:
+            assert max(told) in {key(commit.identity) for commit in self.cluster.catalog.listing().commits}
 
     @invariant()
     def every_record_names_files_that_are_there(self) -> None:
