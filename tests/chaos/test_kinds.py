@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,7 @@ from tests.integration.launching import Place, place
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 
 STEPS = "60"
+_HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and the flag of renameat2, see its manual
 
 
 @pytest.fixture
@@ -93,13 +96,13 @@ def test_launch_bucket_folder_gone_for_a_while_trains_on_and_drains_again(here: 
     here.await_that("a commit", lambda: harness.newest_committed(here, contract.TIER_BUCKET))
 
     checkpoints, aside = here.run / contract.CHECKPOINTS_DIR, here.run / "aside"
-    checkpoints.rename(aside)
-    checkpoints.touch()  # neither can a folder be made there
+    aside.touch()
+    _exchange(checkpoints, aside)  # where a file lies no folder can be made
     here.await_that("word of it", lambda: _tier_events(here, contract.TIER_BUCKET) == ["tier_failed"])
     at = harness.newest_step(here)
     here.await_that("steps that go on", lambda: harness.newest_step(here) > at + 20)
-    checkpoints.unlink()
-    aside.rename(checkpoints)
+    _exchange(checkpoints, aside)
+    aside.unlink()
     here.await_that("word of it", lambda: _tier_events(here, contract.TIER_BUCKET) == ["tier_failed", "tier_recovered"])
 
     harness.release(here)
@@ -159,6 +162,13 @@ def test_launch_s3_server_stopped_for_a_while_trains_on_and_drains_again(here: P
 
 def _sequence(path: os.PathLike[str]) -> str:
     return os.fspath(path).rpartition("/")[2].split("-")[1]
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Swaps two names at once: between two renames the drain would make its folder anew."""
+    swap = ctypes.CDLL(None, use_errno=True).renameat2
+    if swap(_HERE, bytes(first), _HERE, bytes(second), _RENAME_EXCHANGE):
+        raise OSError(ctypes.get_errno(), f"exchange {first} and {second}")
 
 
 def _kill(pid: int) -> int:
