@@ -86,7 +86,13 @@ class BoundedCalls:
                 f"{what}: no answer within {deadline.total_s:g} s; the outcome is unknown: look or retry"
             )
         if call.error is not None:
-            raise call.error
+            # The error must not be reachable from the frames that it knows: such a cycle would keep the caller's
+            # buffer, perhaps a leased slot, until the garbage collector comes by.
+            failure, call.error = call.error, None
+            try:
+                raise failure
+            finally:
+                del failure
         result: _T = call.result
         return result
 

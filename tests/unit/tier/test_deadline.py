@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -110,3 +113,26 @@ def test_run_after_close_is_refused() -> None:
     calls.close()
     with pytest.raises(UnavailableError, match="closed"):
         calls.run("read x", lambda call: None, deadline=Deadline.after(10))
+
+
+def test_call_that_fails_lets_go_of_the_callers_buffer_at_once() -> None:
+    class Buffer(bytearray):
+        """One that can be watched."""
+
+    buffer = Buffer(8)
+
+    def fail(call: Call, data: Buffer = buffer) -> None:
+        raise UnavailableError(f"{call.what}: {len(data)} bytes were not taken")
+
+    watched = weakref.ref(buffer)
+    gc.disable()  # a slot's lease must not wait for it
+    try:
+        with contextlib.suppress(UnavailableError):
+            BoundedCalls().run("write", fail, deadline=Deadline.after(10))
+        for thread in threading.enumerate():
+            if thread.name.startswith("ktrain-tier"):
+                thread.join(10)  # it has said its last word, and is about to end
+        del buffer, fail
+        assert watched() is None
+    finally:
+        gc.enable()
