@@ -323,7 +323,7 @@ class NodeKeeper:
             try:
                 self._volume.remove()
             except ConflictError as error:
-                _LOG.debug("free: %s", error)
+                _LOG.info("free: %s", error)
                 return
         if self._disk is not None:
             self._carrier.forget_disk()

@@ -177,9 +177,10 @@ class Supervisor:
         self._store_epoch = 0
         self._store_address: str | None = None
         self._leaving = threading.Event()
+        self._dismissed = False  # by the head; a signal may come from anybody
 
     def run(self) -> int:
-        """Follows the head until it says exit, or a signal does."""
+        """Follows the head until it says exit (code 0), or a signal does (130)."""
         self._take_signals()
         while not self._leaving.is_set():
             if self._group is not None and self._group.state == "running":
@@ -190,7 +191,7 @@ class Supervisor:
                 continue  # something changed: the head should know at once
             SYSTEM_CLOCK.wait(self._leaving, _POLL_S)
         self._end_workers()
-        return contract.EXIT_OK
+        return contract.EXIT_OK if self._dismissed else contract.EXIT_STOPPED
 
     def _take_signals(self) -> None:
         def leave(signum: int, frame: FrameType | None) -> None:
@@ -224,6 +225,7 @@ class Supervisor:
         """Brings about what the head wants; true when that changed something."""
         action, epoch = desired["action"], desired["epoch"]
         if action == "exit":
+            self._dismissed = True
             self._leaving.set()
             return False
         running = self._group is not None and self._group.state == "running"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import signal
 from collections.abc import Iterator
@@ -81,3 +82,17 @@ def test_launch_interrupted_saves_the_step_and_the_same_command_continues(here: 
     assert_same_losses(here, 60)
     here.await_nothing_left()
     assert here.leftovers() == []
+
+
+@pytest.mark.slow
+def test_launch_that_cannot_free_its_volume_says_so_and_succeeds(here: Place) -> None:
+    launch = here.launch("--patience", "120", args=("30", "0.1"))
+    here.await_that("a snapshot", lambda: here.events("committed"))
+    with open(next(here.volume.rglob("slot-0.lease"))) as lease:
+        fcntl.flock(lease, fcntl.LOCK_SH)  # a reader of another program, that stays
+        code = here.end(launch)
+
+    assert code == contract.EXIT_OK, here.output()
+    assert any("freed its volume" in event["message"] for event in here.events("notice"))
+    assert_same_losses(here, 30)
+    here.await_nothing_left()

@@ -116,6 +116,8 @@ class LocalLaunch:
         self._timeouts = Timeouts(spec.patience_s)
         self._head = HeadCaller(self._work)
         self._children: list[_Child] = []
+        self._dismissed: list[_Child] = []  # supervisors that the head has sent home: its verdict is near
+        self._verdict_due = Deadline.after(0.0, clock)  # counts while any is dismissed
         self._faults = [parse_fault(text, nodes=spec.nodes, world_size=spec.world_size) for text in spec.faults]
         self._signals: list[int] = []
         self._stop_told = False
@@ -216,6 +218,10 @@ class LocalLaunch:
                 self._children.remove(child)
                 return verdict
             self._children.remove(child)
+            if child.role == "supervisor" and exitcode == contract.EXIT_OK:
+                self._dismissed.append(child)
+                self._verdict_due = Deadline.after(self._timeouts.drain_s, self._clock)
+                continue
             now = self._clock.monotonic()
             child.starts_s.append(now)
             while child.starts_s and now - child.starts_s[0] > _STARTS_WINDOW_S:
@@ -233,7 +239,17 @@ class LocalLaunch:
                     {"node": child.node, "role": child.role, "pid": child.process.pid, "exitcode": exitcode}
                 )
             self._start(child.role, child.node_index, child.starts_s)
+            if child.role == "head":
+                self._call_back()
+        if self._dismissed and self._verdict_due.expired():
+            self._call_back()  # dismissed by a head that died in that very moment
         return None
+
+    def _call_back(self) -> None:
+        """A head that died without a verdict is followed by one that needs the dismissed supervisors again."""
+        dismissed, self._dismissed = self._dismissed, []
+        for child in dismissed:
+            self._start(child.role, child.node_index, child.starts_s)
 
     def _verdict(self) -> Outcome | None:
         found = atomic.try_read_json(self._work.verdict)
