@@ -14,8 +14,8 @@ from itertools import accumulate
 
 from ktrain.format.shard import Box
 
-# A cut may lie this part of a mean share from its even place, so that a share is at most 5 % from the mean.
-_SLACK_DIVISOR = 40
+# A cut may lie this part of a mean share from its even place, so that a share is at most 2 % from the mean.
+_SLACK_DIVISOR = 100
 # Below this, a further entry in the manifest costs more than an even share gains.
 _MIN_SLACK_NBYTES = 2048
 

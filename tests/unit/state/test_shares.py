@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -45,18 +46,42 @@ def check_even(found: list[Block], num: int) -> None:
     total = sum(block.numel * block.item_nbytes for block in found)
     item = max(block.item_nbytes for block in found)
     for share in shares_of(found, num):
-        assert abs(nbytes_of(found, share) - total / num) <= max(0.05 * total / num, PAGE) + item
+        assert abs(nbytes_of(found, share) - total / num) <= max(0.02 * total / num, PAGE) + item
 
 
 @given(models, num_shares)
 @example([Block((2, 2**30), 4)], 7)  # one row is more than a share
 @example([Block((128256, 8192), 10), *[Block((4096,), 10)] * 64], 8)
-def test_share_is_at_most_a_twentieth_or_a_page_from_the_mean(found: list[Block], num: int) -> None:
+def test_share_is_at_most_a_fiftieth_or_a_page_from_the_mean(found: list[Block], num: int) -> None:
     check_even(found, num)
 
 
 @given(st.lists(st.integers(1, 2**34).map(lambda numel: Block((numel,), 2)), min_size=1, max_size=60), num_shares)
-def test_share_of_any_sizes_is_at_most_a_twentieth_or_a_page_from_the_mean(found: list[Block], num: int) -> None:
+def test_share_of_any_sizes_is_at_most_a_fiftieth_or_a_page_from_the_mean(found: list[Block], num: int) -> None:
+    check_even(found, num)
+
+
+def llama(hidden: int, inner: int, keys: int, num_layers: int) -> list[Block]:
+    """Untied tables of 128256 rows; bfloat16 parameters with float32 masters and two moments."""
+    wide = [(hidden, hidden), (keys, hidden), (keys, hidden), (hidden, hidden)]
+    layer = [*wide, (inner, hidden), (inner, hidden), (hidden, inner), (hidden,), (hidden,)]
+    table = (128256, hidden)
+    return [Block(shape, 14) for shape in [table, *layer * num_layers, (hidden,), table]]
+
+
+def gpt(hidden: int, num_layers: int) -> list[Block]:
+    wide = [(hidden, 3 * hidden), (hidden, hidden), (hidden, 4 * hidden), (4 * hidden, hidden)]
+    layer = [*wide, (3 * hidden,), (4 * hidden,), (hidden,), (hidden,)]
+    return [Block(shape, 12) for shape in [(50257, hidden), (1024, hidden), *layer * num_layers, (hidden,)]]
+
+
+@pytest.mark.parametrize("num", [2, 4, 8])
+@pytest.mark.parametrize(
+    "found",
+    [llama(4096, 14336, 1024, 32), llama(2048, 8192, 512, 16), gpt(768, 12), [Block((8, 14336, 4096), 10)] * 6],
+    ids=["llama-8b", "llama-1b", "gpt2", "experts"],
+)
+def test_share_of_a_real_model_is_even(found: list[Block], num: int) -> None:
     check_even(found, num)
 
 
@@ -75,7 +100,7 @@ def test_part_of_a_block_with_small_rows_is_one_box_of_whole_rows(found: list[Bl
     for share in shares_of(found, num):
         for block, boxes in zip(found, share, strict=True):
             row = math.prod(block.lengths[1:])
-            if row * block.item_nbytes <= 0.05 * total / num - 1:
+            if row * block.item_nbytes <= 0.02 * total / num - 1:
                 assert len(boxes) <= 1
                 assert all(box.lengths[1:] == block.lengths[1:] for box in boxes)
 
