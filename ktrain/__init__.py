@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ktrain.checkpoint.checkpointer import Checkpointer as Checkpointer
     from ktrain.state.train_state import per_rank as per_rank
+    from ktrain.state.train_state import trainable as trainable
     from ktrain.train.loss import Loss as Loss
     from ktrain.train.report import Report as Report
     from ktrain.train.session import session as session
@@ -24,9 +25,10 @@ _HOMES = {
     "Loss": "ktrain.train.loss",
     "Report": "ktrain.train.report",
     "session": "ktrain.train.session",
+    "trainable": "ktrain.state.train_state",
     "Trainer": "ktrain.train.trainer",
 }
-__all__ = ["Checkpointer", "Loss", "Report", "Trainer", "__version__", "per_rank", "session"]
+__all__ = ["Checkpointer", "Loss", "Report", "Trainer", "__version__", "per_rank", "session", "trainable"]
 
 
 def __getattr__(name: str) -> Any:

@@ -23,7 +23,7 @@ class RestoreNeeds:
     """What one rank reads of a checkpoint, and into what.
 
     `ranges` are absolute byte ranges of the payloads by saved rank, sorted and merged. `notices` say in words
-    what will not be as it was (per-rank parts on another world size).
+    what will not be as it was (per-rank parts on another world size, frozen parameters that were not stored).
     """
 
     ranges: dict[int, list[tuple[int, int]]]
@@ -61,11 +61,12 @@ def plan_restore(state: TrainState, manifests: Mapping[int, Manifest], topology:
             part.plan(context, wishes)
     if wishes.problems:
         raise _misfit(identity, wishes.problems)
-    notices = tuple(
+    wishes.notices.extend(
         f"part {name!r} belongs to a rank; it was stored by {saved.world_size} ranks and there are "
         f"{topology.world_size} now, so it is made anew"
         for name in seeds
     )
+    notices = tuple(wishes.notices)
     return RestoreNeeds(_ranges(wishes.targets.values()), notices, context, wishes.targets, objects, seeds)
 
 

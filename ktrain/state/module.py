@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -18,18 +19,27 @@ from ktrain.state.tensors import Leaf, box_of, dtype_name, is_dtensor, local_of
 
 _EXTRA_STATE = "_extra_state"  # torch's name for what get_extra_state() returns
 _COMPILED = "_orig_mod."
+_CHECKPOINTED = "_checkpoint_wrapped_module."  # its module leaves it out of state dicts, not of parameters' names
+
+
+class Stored(Enum):
+    """What of a module is stored: all of it, or all but the parameters that require no gradient."""
+
+    ALL = "all"
+    TRAINABLE = "trainable"
 
 
 class ModulePart:
     """A module, whatever wraps it: names have neither DDP's `module.` nor torch.compile's `_orig_mod.`.
 
     A tensor that the module holds under two names (tied weights) is stored once; the other names are aliases.
+    Where frozen parameters are left out, the part's JSON names them, so that nobody takes them for lost.
     """
 
     kind = "module"
     is_per_rank = False
 
-    def __init__(self, name: str, module: torch.nn.Module) -> None:
+    def __init__(self, name: str, module: torch.nn.Module, stored: Stored = Stored.ALL) -> None:
         if any(type(child).__name__ == "FullyShardedDataParallel" for child in module.modules()):
             raise ConfigError(
                 f"part {name!r}: FullyShardedDataParallel (FSDP1) is not supported; "
@@ -37,6 +47,7 @@ class ModulePart:
             )
         self.name = name
         self._module = module
+        self._stored = stored
 
     def describe(self, context: Context) -> tuple[list[Leaf], dict[str, Any]]:
         # First the state dict: fully_shard puts its sharded parameters back in a hook of it.
@@ -44,6 +55,7 @@ class ModulePart:
         names = self._clean_names(state)
         replicated = self._replicated(context)
         first = self._learn_parameters(context, names, replicated)
+        left_out = self._left_out()
         collector = Collector(context)
         aliases: dict[str, str] = {}
         extra: dict[str, Any] = {}
@@ -51,11 +63,15 @@ class ModulePart:
             leaf = f"{self.name}/{names[raw]}"
             if _is_extra(raw) or not isinstance(value, torch.Tensor):
                 extra[names[raw]] = collector.encode(value, leaf)
+            elif raw in left_out:
+                continue
             elif raw in first:
                 aliases[names[raw]] = names[first[raw]]
             else:
                 collector.add(leaf, value, Role.REPLICATED if raw in replicated else Role.RANK)
         about = {"kind": self.kind, "keys": list(names.values()), "aliases": aliases, "extra": extra}
+        if self._stored is Stored.TRAINABLE:
+            about["frozen"] = [names[raw] for raw in state if raw in left_out]
         return collector.leaves, about
 
     def plan(self, context: Context, wishes: Wishes) -> None:
@@ -69,13 +85,27 @@ class ModulePart:
         if saved.is_same_world or all(other.get("keys") == keys for other in saved.all_objects(self.name)):
             for key in sorted(set(keys) - set(names.values())):
                 wishes.problems.append(f"{self.name}/{key}: stored, but the module has no such tensor")
+        frozen, left_out, kept = set(about.get("frozen", ())), self._left_out(), 0
         for raw, value in state.items():
             name = names[raw]
             if _is_extra(raw) or not isinstance(value, torch.Tensor):
                 if name not in about.get("extra", {}):
                     wishes.problems.append(f"{self.name}/{name}: expected extra state, found none stored")
                 continue
+            if name in frozen:
+                kept += 1
+                if raw not in left_out:
+                    wishes.problems.append(
+                        f"{self.name}/{name}: frozen when it was saved, and so left out of the checkpoint; load it "
+                        "yourself and give ktrain.trainable(module) with it frozen"
+                    )
+                continue
             self._wish(_source_name(self.name, name, about, saved), f"{self.name}/{name}", value, wishes)
+        if kept:
+            wishes.notices.append(
+                f"part {self.name!r}: {kept} frozen parameters are not in the checkpoint; "
+                "they stay as the program made them"
+            )
         for value in about.get("extra", {}).values():
             wishes.add_all(value)
 
@@ -83,14 +113,14 @@ class ModulePart:
         del context
         # The live tensors themselves, not views of them: then load_state_dict below copies none onto itself.
         state = self._module.state_dict(keep_vars=True)
-        extra = saved_objects["extra"]
+        extra, frozen = saved_objects["extra"], set(saved_objects.get("frozen", ()))
         filled: dict[str, Any] = {}
         for raw, name in self._clean_names(state).items():
             value = state[raw]
             if name in extra:
                 device = value.device if isinstance(value, torch.Tensor) else torch.device("cpu")
                 value = objects.decode(extra[name], tensor=partial(reader.create, device=device))
-            else:
+            elif name not in frozen:
                 reader.fill(f"{self.name}/{name}", local_of(value))
             filled[raw] = value
         # The live tensors have their values already; this runs the module's load hooks and its extra state.
@@ -142,8 +172,15 @@ class ModulePart:
             prefix = f"{path}.module." if path else "module."
             for key, parameter in child.module.named_parameters(remove_duplicate=False):
                 if key not in child.parameters_to_ignore and not is_dtensor(parameter):
-                    replicated.add(prefix + key)
+                    replicated.add(_state_key(prefix + key))
         return replicated
+
+    def _left_out(self) -> set[str]:
+        """Raw keys of the parameters that are not stored."""
+        if self._stored is Stored.ALL:
+            return set()
+        parameters = self._module.named_parameters(remove_duplicate=False)
+        return {_state_key(path) for path, parameter in parameters if not parameter.requires_grad}
 
     def _learn_parameters(self, context: Context, names: Mapping[str, str], replicated: set[str]) -> dict[str, str]:
         """Tells the context this module's parameters; returns raw keys that repeat another key's tensor."""
@@ -154,7 +191,8 @@ class ModulePart:
             *self._module.named_parameters(remove_duplicate=False),
             *self._module.named_buffers(remove_duplicate=False),
         ]
-        for raw, tensor in tensors:
+        for path, tensor in tensors:
+            raw = _state_key(path)
             if raw not in names:
                 continue
             first = seen.setdefault(id(tensor), raw)
@@ -172,6 +210,11 @@ def _source_name(part: str, name: str, about: Mapping[str, Any], saved: Saved) -
     own = f"{part}/{name}"
     alias = about.get("aliases", {}).get(name)
     return own if alias is None or saved.shape_and_dtype(own) is not None else f"{part}/{alias}"
+
+
+def _state_key(path: str) -> str:
+    """The key in the state dict of a parameter of that path."""
+    return path.replace(_CHECKPOINTED, "")
 
 
 def _is_extra(key: str) -> bool:

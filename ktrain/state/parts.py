@@ -11,7 +11,7 @@ import torch
 from ktrain.format import objects
 from ktrain.format.shard import Role
 from ktrain.state.saved import Reader, Wishes
-from ktrain.state.tensors import Leaf, holders_of, is_dtensor, require_shape
+from ktrain.state.tensors import Leaf, holders_of, is_dtensor, require_base_type, require_shape
 from ktrain.state.topology import Topology
 
 
@@ -82,4 +82,5 @@ class Collector:
         if not isinstance(value, torch.Tensor):
             return None
         self.add(path, value)
+        require_base_type(path, value)
         return path

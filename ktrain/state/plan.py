@@ -7,19 +7,23 @@ import gc
 import json
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 
 from ktrain.errors import ConfigError
 from ktrain.format.digest import digest_text
 from ktrain.format.payload import Layout, lay_out
-from ktrain.format.shard import Shard
+from ktrain.format.shard import Box, Shard
 from ktrain.state.parts import Context
+from ktrain.state.shares import Block, share_out
 from ktrain.state.tensors import Leaf, box_of, dtype_name, is_dtensor, local_of, require_storable
 from ktrain.state.topology import Topology
 from ktrain.state.train_state import TrainState
+
+_Cut: TypeAlias = tuple[slice, ...]
+"""The part of a rank's local tensor that it stores, where other ranks of its node store the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ class _Memo:
 
     topology: Topology
     signatures: tuple[tuple[Any, ...], ...]  # of all leaves
-    stored: tuple[int, ...]  # indices of leaves, in the order of the layout
+    stored: tuple[tuple[int, _Cut | None], ...]  # leaf and cut of every entry of the layout
     layout: Layout
     digest: str
 
@@ -63,8 +67,8 @@ class _Memo:
 def plan_save(state: TrainState, topology: Topology) -> SavePlan:
     """What this rank stores of the state as it is now. No communication; changes nothing.
 
-    Every node stores a whole copy of what its ranks hold, so that it restores from itself: a tensor that
-    several ranks of the node hold is stored by one of them, chosen so that their bytes are even.
+    Every node stores a whole copy of what its ranks hold, so that it restores from itself: what several ranks of
+    the node hold is divided between them, evenly, large tensors by rows.
 
     Raises:
         ConfigError: a part holds something that cannot be stored; names it.
@@ -100,10 +104,15 @@ def _plan(state: TrainState, topology: Topology) -> SavePlan:
     if not isinstance(memo, _Memo) or not memo.fits(leaves, topology):
         memo = state.memo = _make_memo(leaves, topology)
     items = tuple(
-        Item(entry.shard, local_of(leaves[index].tensor))
-        for entry, index in zip(memo.layout.entries, memo.stored, strict=True)
+        Item(entry.shard, _local(leaves[index].tensor, cut))
+        for entry, (index, cut) in zip(memo.layout.entries, memo.stored, strict=True)
     )
     return SavePlan(items, memo.layout, objects, memo.digest)
+
+
+def _local(tensor: torch.Tensor, cut: _Cut | None) -> torch.Tensor:
+    local = local_of(tensor)
+    return local if cut is None else local[cut]
 
 
 def _signature(leaf: Leaf) -> tuple[Any, ...]:
@@ -118,14 +127,9 @@ def _make_memo(leaves: Sequence[Leaf], topology: Topology) -> _Memo:
         require_storable(leaf.name, leaf.tensor)
     shards = [_shard(leaf) for leaf in leaves]
     _require_distinct(shards)
-    owners = _choose_owners(leaves, topology)
-    mine = {
-        shard.name: index
-        for index, (leaf, shard) in enumerate(zip(leaves, shards, strict=True))
-        if owners.get((_here(leaf, topology), leaf.anchor), topology.rank) == topology.rank and _has_bytes_here(shard)
-    }
-    layout = lay_out([shards[index] for index in mine.values()])
-    stored = tuple(mine[entry.shard.name] for entry in layout.entries)
+    own = _own_shards(leaves, shards, topology)
+    layout = lay_out(list(own))
+    stored = tuple(own[entry.shard] for entry in layout.entries)
     signatures = tuple(map(_signature, leaves))
     return _Memo(topology, signatures, stored, layout, _digest([entry.shard for entry in layout.entries]))
 
@@ -145,27 +149,43 @@ def _here(leaf: Leaf, topology: Topology) -> tuple[int, ...]:
     return tuple(rank for rank in leaf.holders if rank in topology.node_ranks)
 
 
-def _choose_owners(leaves: Iterable[Leaf], topology: Topology) -> dict[tuple[tuple[int, ...], str], int]:
-    """Which rank of this node stores what several of its ranks hold: the largest first, to the emptiest rank.
+def _own_shards(
+    leaves: Sequence[Leaf], shards: Sequence[Shard], topology: Topology
+) -> dict[Shard, tuple[int, _Cut | None]]:
+    """What this rank stores, in the order of the leaves: each shard with its leaf's index and its cut.
 
-    By holders and anchor.
-
-    All holders come to the same result, since they see the same leaves.
+    What several ranks of this node hold is divided evenly between them. All of these see the same leaves, and so
+    come to the same cuts. A parameter and its optimizer state have one anchor and are cut alike.
     """
-    groups: dict[tuple[int, ...], dict[str, int]] = {}
-    for leaf in leaves:
+    own: dict[Shard, tuple[int, _Cut | None]] = {}
+    shared: dict[tuple[int, ...], dict[tuple[str, tuple[int, ...]], list[int]]] = {}
+    for index, (leaf, shard) in enumerate(zip(leaves, shards, strict=True)):
         here = _here(leaf, topology)
+        if not _has_bytes_here(shard):
+            continue
         if len(here) > 1:
-            weights = groups.setdefault(here, {})
-            weights[leaf.anchor] = weights.get(leaf.anchor, 0) + local_of(leaf.tensor).nbytes
-    owners: dict[tuple[tuple[int, ...], str], int] = {}
-    for holders, weights in groups.items():
-        loads = dict.fromkeys(holders, 0)
-        for anchor in sorted(weights, key=lambda name: (-weights[name], name)):
-            owner = min(holders, key=lambda rank: (loads[rank], rank))
-            loads[owner] += weights[anchor]
-            owners[holders, anchor] = owner
-    return owners
+            shared.setdefault(here, {}).setdefault((leaf.anchor, shard.box.lengths), []).append(index)
+        else:
+            own[shard] = index, None
+    for holders, groups in shared.items():
+        rows = sorted(groups.items())
+        blocks = [Block(key[1], sum(leaves[i].tensor.dtype.itemsize for i in indices)) for key, indices in rows]
+        share = share_out(blocks, len(holders), holders.index(topology.rank))
+        for (_, indices), boxes in zip(rows, share, strict=True):
+            own.update((_part(shards[i], box), (i, _cut(shards[i], box))) for i in indices for box in boxes)
+    return dict(sorted(own.items(), key=lambda item: item[1][0]))
+
+
+def _part(shard: Shard, inner: Box) -> Shard:
+    """A box of a shard's box, as a shard."""
+    offsets = tuple(a + b for a, b in zip(shard.box.offsets, inner.offsets, strict=True))
+    return replace(shard, box=Box(offsets, inner.lengths))
+
+
+def _cut(shard: Shard, inner: Box) -> _Cut | None:
+    if inner.lengths == shard.box.lengths:
+        return None
+    return tuple(slice(at, at + length) for at, length in zip(inner.offsets, inner.lengths, strict=True))
 
 
 def _digest(shards: Iterable[Shard]) -> str:

@@ -115,12 +115,16 @@ class Saved:
 
 
 class Wishes:
-    """What a restore needs and everything that stands against it, gathered before anything is changed."""
+    """What a restore needs and everything that stands against it, gathered before anything is changed.
+
+    `notices` say in words what will not come out of the checkpoint.
+    """
 
     def __init__(self, saved: Saved) -> None:
         self.saved = saved
         self.targets: dict[str, Target] = {}
         self.problems: list[str] = []
+        self.notices: list[str] = []
 
     def add(self, name: str, box: Box, *, as_name: str | None = None) -> None:
         """Asks for a box of a saved tensor, read under `as_name`; what no rank stored becomes a problem."""

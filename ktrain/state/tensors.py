@@ -116,14 +116,29 @@ def like(template: DTensor, local: torch.Tensor) -> DTensor:
 
 
 def require_shape(name: str, tensor: torch.Tensor) -> None:
-    """Refuses the parameters of lazy modules.
+    """Refuses the parameters of lazy modules, and nested tensors.
 
     Raises:
-        ConfigError: the tensor has no shape yet.
+        ConfigError: the tensor has no shape, or none yet.
     """
+    if tensor.is_nested:
+        raise ConfigError(f"tensor {name!r} cannot be stored: it is nested; store its values and offsets instead")
     if torch.nn.parameter.is_lazy(tensor):
         raise ConfigError(
             f"tensor {name!r} cannot be stored: it has no shape yet; run its module once before the first save"
+        )
+
+
+def require_base_type(name: str, tensor: torch.Tensor) -> None:
+    """Refuses a tensor of a class of its own where a new one would be made of the stored bytes.
+
+    Raises:
+        ConfigError: it would come back as a plain tensor.
+    """
+    if type(tensor) not in _PLAIN and not is_dtensor(tensor):
+        raise ConfigError(
+            f"tensor {name!r} cannot be stored: it is a {type(tensor).__name__} and would come back as a plain tensor; "
+            "return plain tensors or DTensors from state_dict()"
         )
 
 
@@ -131,7 +146,7 @@ def require_storable(name: str, tensor: torch.Tensor) -> None:
     """Refuses tensors whose bytes are not plainly there.
 
     Raises:
-        ConfigError: the tensor is sparse, without data, a pending sum, or a wrapper around others.
+        ConfigError: the tensor is sparse, without memory, a pending sum, or a wrapper around others.
     """
     reason = _unstorable(tensor)
     if reason is not None:
@@ -143,7 +158,7 @@ def _unstorable(tensor: torch.Tensor) -> str | None:
         if any(placement.is_partial() for placement in tensor.placements):
             return f"placements {tensor.placements} hold a pending sum; redistribute it first"
         return _unstorable(tensor.to_local())
-    if hasattr(tensor, "__tensor_flatten__") or type(tensor).__name__ == "ShardedTensor":
+    if _is_wrapper(type(tensor)):
         return f"it is a {type(tensor).__name__} around other tensors; give plain tensors or DTensors"
     if tensor.layout != torch.strided:
         return f"its layout is {tensor.layout}; expected torch.strided; store its indices and values instead"
@@ -151,7 +166,21 @@ def _unstorable(tensor: torch.Tensor) -> str | None:
         return "it is on the meta device and has no data; materialize the module first"
     if not is_dtype(dtype_name(tensor.dtype)):
         return f"its dtype is {tensor.dtype}; convert it first"
+    if tensor.device.type == "cpu" and tensor.numel() and not _has_memory(tensor):
+        return "it has no memory of its own; was it freed, or is it of a tracer?"
     return None
+
+
+def _is_wrapper(kind: type[torch.Tensor]) -> bool:
+    """Whether tensors of a class answer operators themselves, and so need not have their bytes in their own memory."""
+    return kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ or kind.__name__ == "ShardedTensor"
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    try:
+        return tensor.untyped_storage().data_ptr() != 0
+    except (RuntimeError, NotImplementedError):  # torch's answer for tensors of its transforms
+        return False
 
 
 def _require_contiguous(tensor: DTensor) -> None:

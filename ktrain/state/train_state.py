@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ktrain.errors import ConfigError
-from ktrain.state.module import ModulePart
+from ktrain.state.module import ModulePart, Stored
 from ktrain.state.optimizer import OptimizerPart
 from ktrain.state.parts import Part
 from ktrain.state.plain import PlainPart
@@ -29,6 +29,23 @@ class PerRank:
 def per_rank(value: Any) -> PerRank:
     """Marks a part whose value differs between ranks, such as a data loader at its rank's own position."""
     return PerRank(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Trainable:
+    """A module of which only what trains is stored."""
+
+    module: torch.nn.Module
+
+
+def trainable(module: torch.nn.Module) -> Trainable:
+    """Marks a module whose frozen parameters (`requires_grad` is false) are left out of snapshots.
+
+    For adapters (LoRA) on a base that the program loads itself, before the restore, on every start. Buffers and
+    extra state are stored as ever. A restore fills what the checkpoint has; frozen parameters that it left out stay as
+    they are, which is said, and one that trains now is refused.
+    """
+    return Trainable(module)
 
 
 class TrainState:
@@ -56,7 +73,11 @@ def _make_part(name: Any, value: Any) -> Part:
         raise ConfigError(
             f"state: part {name!r}: expected a name of letters, digits, _ and - that begins with a letter; rename it"
         )
-    inner = value.value if isinstance(value, PerRank) else value
+    inner = value.value if isinstance(value, PerRank) else value.module if isinstance(value, Trainable) else value
+    if isinstance(value, Trainable) and not isinstance(inner, torch.nn.Module):
+        raise ConfigError(
+            f"state: part {name!r}: ktrain.trainable takes a torch.nn.Module, found {type(inner).__qualname__}"
+        )
     for method in ("state_dict", "load_state_dict"):
         if not callable(getattr(inner, method, None)):
             raise ConfigError(
@@ -65,6 +86,8 @@ def _make_part(name: Any, value: Any) -> Part:
             )
     if isinstance(value, PerRank | Generators):
         return PlainPart(name, inner, is_per_rank=True)
+    if isinstance(value, Trainable):
+        return ModulePart(name, value.module, Stored.TRAINABLE)
     if isinstance(value, torch.nn.Module):
         return ModulePart(name, value)
     if isinstance(value, torch.optim.Optimizer):

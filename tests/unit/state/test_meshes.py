@@ -39,7 +39,7 @@ def fake_rank(rank: int, size: int) -> Iterator[None]:
 def distribute(full: torch.Tensor, mesh: Any, placements: Sequence[Placement], value: float | None = None) -> Any:
     """This rank's part of a full tensor, without collectives."""
     empty = DTensor.from_local(
-        torch.empty(0), mesh, placements, run_check=False, shape=full.shape, stride=full.stride()
+        torch.empty((0,) * full.dim()), mesh, placements, run_check=False, shape=full.shape, stride=full.stride()
     )
     box = box_of(empty)
     local = full[tuple(slice(at, at + n) for at, n in zip(box.offsets, box.lengths, strict=True))].clone()
@@ -103,16 +103,69 @@ def test_save_of_a_hybrid_mesh_stores_each_box_once_a_node(per_node: int, copies
     assert stored == copies * (FULL.nbytes + SMALL.nbytes)
 
 
-def test_save_on_one_node_spreads_the_bytes_evenly() -> None:
-    sizes = []
-    for rank in range(2):
-        with fake_rank(rank, 2):
-            mesh = mesh_of((2,))
-            value = {str(n): distribute(torch.zeros(n), mesh, [Replicate()]) for n in (100, 90, 80, 70, 60, 40)}
-            plan = plan_save(TrainState({"part": Holder(value)}), Topology(rank, 2, rank, 2))
-            sizes.append(sum(item.tensor.numel() for item in plan.items))
-    assert sum(sizes) == 440
-    assert abs(sizes[0] - sizes[1]) <= 20
+def holder_of_copies(mesh: Any, fill: float | None = None) -> Holder:
+    """A table larger than all else beside it, a short one, a single item, one without items, one that is not dense."""
+    full = {
+        "table": torch.arange(40 * 1000.0).reshape(40, 1000),
+        "short": torch.arange(600.0),
+        "item": torch.tensor(3.0),
+        "none": torch.empty(0, 5),
+        "turned": torch.arange(3000.0).reshape(60, 50).t(),
+    }
+    copies = [Replicate()] * mesh.ndim
+    return Holder({name: distribute(value, mesh, copies, fill) for name, value in full.items()})
+
+
+def save_copies(size: int, per_node: int) -> dict[int, tuple[Manifest, bytes]]:
+    saved = {}
+    for rank in range(size):
+        with fake_rank(rank, size):
+            state = TrainState({"part": holder_of_copies(mesh_of((size,)))})
+            saved[rank] = snapshot(state, Topology(rank, size, rank % per_node, per_node))
+    return saved
+
+
+@pytest.mark.parametrize("per_node", [2, 3, 4])
+def test_save_divides_a_large_table_between_the_ranks_of_a_node(per_node: int) -> None:
+    saved = save_copies(per_node, per_node)
+    sizes = [sum(entry.end - entry.begin for entry in manifest.entries) for manifest, _ in saved.values()]
+    assert sum(sizes) == 4 * (40 * 1000 + 600 + 1 + 3000)
+    assert max(sizes) - min(sizes) <= 4096
+    names = [entry.shard.name for manifest, _ in saved.values() for entry in manifest.entries]
+    assert names.count("part/table") == per_node
+    assert names.count("part/item") == names.count("part/none") == 1
+
+
+@pytest.mark.parametrize(("size", "per_node"), [(2, 2), (6, 3), (4, 1)])
+def test_restore_joins_what_the_ranks_of_a_node_divided(size: int, per_node: int) -> None:
+    saved = save_copies(size, per_node)
+    check_coverage([manifest for manifest, _ in saved.values()])
+    for rank in range(size):
+        with fake_rank(rank, size):
+            mesh, node = mesh_of((size,)), rank // per_node * per_node
+            fresh, expected = holder_of_copies(mesh, -1.0), holder_of_copies(mesh)
+            topology = Topology(rank, size, rank % per_node, per_node)
+            needs = restore(TrainState({"part": fresh}), saved, topology)
+            assert set(needs.ranges) <= set(range(node, node + per_node))  # a node restores from itself
+            for name, value in expected.value.items():
+                assert torch.equal(fresh.value[name].to_local(), value.to_local())
+
+
+def test_parameter_and_its_optimizer_state_are_divided_alike() -> None:
+    with fake_rank(0, 2):
+        torch.manual_seed(5)
+        mesh = mesh_of((2,))
+        model = torch.nn.Linear(3000, 5, bias=False)
+        model.weight = torch.nn.Parameter(distribute(model.weight.detach(), mesh, [Replicate()]))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step()
+        plan = plan_save(TrainState({"model": model, "optimizer": optimizer}), Topology(0, 2, 0, 2))
+    boxes = {item.shard.name: [other.shard.box for other in plan.items if other.shard.name == item.shard.name]
+             for item in plan.items if item.tensor.dim()}  # fmt: skip
+    assert len(boxes) == 3
+    assert len({tuple(found) for found in boxes.values()}) == 1
+    assert sum(box.numel for box in boxes["model/weight"]) == 3000 * 5 / 2
 
 
 def test_restore_reads_only_own_snapshot_when_the_layout_is_the_same() -> None:

@@ -44,12 +44,30 @@ class Loop:
         return loss.item()
 
 
-OPTIMIZERS = {
+def _matrices(parameters: Any) -> list[nn.Parameter]:
+    return [parameter for parameter in parameters if parameter.dim() == 2]
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
-    "fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
-    "amsgrad-foreach": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True, foreach=True),
-    "tensor-lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01)),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "adam-amsgrad-foreach": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True, foreach=True),
+    "adamw-tensor-lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01)),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "radam": lambda p: torch.optim.RAdam(p, lr=0.01),
+    "adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
+    "muon": lambda p: torch.optim.Muon(_matrices(p), lr=0.01),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.01),
     "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
+    "sgd-nesterov-foreach": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True, foreach=True),
+    "sgd-momentum-fused": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, fused=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
+    "adagrad-fused": lambda p: torch.optim.Adagrad(p, lr=0.01, fused=True),
+    "adadelta": lambda p: torch.optim.Adadelta(p),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
+    "asgd": lambda p: torch.optim.ASGD(p, lr=0.01),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
 }
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.masked import masked_tensor
 
 from ktrain.errors import ConfigError
 from ktrain.state.plan import plan_save
@@ -17,7 +19,8 @@ from tests.unit.state.worlds import ALONE, Holder, restore, save_and_restore, sn
 DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32,
     torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn,
-    torch.float8_e5m2, torch.float8_e4m3fnuz, torch.complex32, torch.complex64, torch.complex128,
+    torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu,
+    torch.complex32, torch.complex64, torch.complex128,
 ]  # fmt: skip
 
 
@@ -161,19 +164,58 @@ def test_frozen_parts_and_unowned_parameters_come_back() -> None:
     assert fresh_optimizer.param_groups[1]["lr"] == 0.5
 
 
-@pytest.mark.parametrize(
-    ("tensor", "reason"),
-    [
-        (torch.eye(3).to_sparse(), "layout"),
-        (torch.empty(2, device="meta"), "meta"),
-        (nn.parameter.UninitializedParameter(), "no shape"),
-        (torch.empty(2, dtype=torch.bits8), "dtype"),
-    ],
-    ids=["sparse", "meta", "lazy", "unknown-dtype"],
-)
-def test_tensor_without_plain_bytes_is_refused_by_name(tensor: torch.Tensor, reason: str) -> None:
+class Named(torch.Tensor):
+    """A class of a user whose tensors have plain bytes."""
+
+
+def freed(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+REFUSED: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
+    "sparse": (lambda: torch.eye(3).to_sparse(), "layout"),
+    "sparse-rows": (lambda: torch.eye(3).to_sparse_csr(), "layout"),
+    "meta": (lambda: torch.empty(2, device="meta"), "meta"),
+    "lazy": (lambda: nn.parameter.UninitializedParameter(), "no shape"),
+    "unknown-dtype": (lambda: torch.empty(2, dtype=torch.bits8), "dtype is torch.bits8"),
+    "quantized": (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "dtype is torch.qint8"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "nested"),
+    "jagged": (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), "nested"),
+    "masked": (lambda: masked_tensor(torch.ones(2), torch.tensor([True, False])), "MaskedTensor"),
+    "users-class": (lambda: torch.ones(2).as_subclass(Named), "Named and would come back as a plain tensor"),
+    "functional": (lambda: torch._to_functional_tensor(torch.ones(2)), "no memory of its own"),
+    "freed": (lambda: freed(torch.ones(2)), "no memory of its own"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+@pytest.mark.filterwarnings("ignore:.*(deprecated|prototype|beta).*:UserWarning")
+@pytest.mark.parametrize("case", REFUSED)
+def test_tensor_without_plain_bytes_is_refused_by_name(case: str) -> None:
+    make, reason = REFUSED[case]
     with pytest.raises(ConfigError, match=f"part/t.*{reason}"):
-        plan_save(TrainState({"part": Holder({"t": tensor})}), ALONE)
+        plan_save(TrainState({"part": Holder({"t": make()})}), ALONE)
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype.*:UserWarning")
+def test_module_that_holds_wrapped_tensors_is_refused_by_name() -> None:
+    model = nn.Module()
+    model.register_buffer("scale", masked_tensor(torch.ones(2), torch.tensor([True, False])))
+    with pytest.raises(ConfigError, match="m/scale.*MaskedTensor around other tensors"):
+        plan_save(TrainState({"m": model}), ALONE)
+
+
+def test_parameter_of_a_users_class_is_filled_in_place() -> None:
+    def make(value: float) -> nn.Module:
+        model = nn.Module()
+        model.weight = nn.Parameter(torch.full((3,), value).as_subclass(Named))
+        return model
+
+    fresh = make(0.0)
+    save_and_restore({"m": make(2.5)}, {"m": fresh})
+    assert fresh.weight.tolist() == [2.5] * 3
+    assert isinstance(fresh.weight, Named)
 
 
 @pytest.mark.parametrize(
