@@ -22,9 +22,9 @@ from ktrain.base.events import Event, ListSink, make
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.carry import Carrier, Ends, Wanted
 from ktrain.checkpoint.lineage import Copy
-from ktrain.errors import ConflictError, CorruptionError, KtrainError, NotFoundError
+from ktrain.errors import ConflictError, CorruptionError, KtrainError
 from ktrain.format.manifest import Identity
-from ktrain.snapshot.arena import NodeVolume, ProblemKind
+from ktrain.snapshot.arena import NodeVolume, ProblemKind, SlotProblem
 from ktrain.tier.disk import NodeDisk, open_disk
 
 _LOG = logging.getLogger(__name__)
@@ -88,6 +88,7 @@ class NodeKeeper:
         self._volume: NodeVolume | None = None
         self._disk: NodeDisk | None = None
         self._volume_failure: str | None = None  # why there is none
+        self._said_damaged: set[SlotProblem | tuple[int, int, int]] = set()  # slots, and snapshots on the disk
         self._head_away = False
         self._wake = threading.Event()
         self._closed = threading.Event()
@@ -274,7 +275,8 @@ class NodeKeeper:
         if self._volume is None and not self._freed.is_set():
             self._open_volume(str(answer["run"]))
         with self._lock:
-            if answer["epoch"] != self._view.get("epoch"):
+            is_new = answer["epoch"] != self._view.get("epoch")
+            if is_new:
                 self._ranks, self._drained, self._restore, self._restore_round = {}, [], None, -1
             fresh_manifests = answer["want_manifests"] != self._wanted_manifests
             self._wanted_manifests = answer["want_manifests"]
@@ -282,6 +284,8 @@ class NodeKeeper:
             self._view = answer
             self._take_restore(answer["restore"])
         if self._volume is not None:
+            if is_new:
+                self._say_damage(self._volume)  # as found by those who restore now
             for rank in moved:
                 self._volume.release(rank)  # kept for another node so far: now its own process writes these slots
         if self.on_wire is not None and answer["wire"] is not None:
@@ -342,13 +346,23 @@ class NodeKeeper:
                 _LOG.warning("volume of %s: %s", place.node, error)
             self._volume_failure = str(error)
             return
-        for problem in volume.problems():
-            if problem.kind in _DAMAGED:
-                where = {"rank": problem.rank, "tier": contract.TIER_MEMORY, "where": f"{place.node} {problem.slot}"}
-                self.emit("bad_copy", step=None, reason=f"{problem.kind}: {problem.message}", **where)
         self._disk = open_disk(settings.env(contract.ENV_DISK), run=run_id, node=place.node, timeouts=self._timeouts)
         self._carrier.look_at_disk()  # before any rank asks what there is to restore
+        self._say_damage(volume)
         self._volume = volume
+
+    def _say_damage(self, volume: NodeVolume) -> None:
+        """Names the slots that cannot be offered, each once: nobody else will come across them."""
+        for problem in volume.problems():
+            if problem.kind in _DAMAGED and problem not in self._said_damaged:
+                self._said_damaged.add(problem)
+                where = {"rank": problem.rank, "tier": contract.TIER_MEMORY, "where": f"{volume.node} {problem.slot}"}
+                self.emit("bad_copy", step=None, reason=f"{problem.kind}: {problem.message}", **where)
+        for (step, epoch, rank), reason in {} if self._disk is None else self._disk.damaged.items():
+            if (step, epoch, rank) not in self._said_damaged:
+                self._said_damaged.add((step, epoch, rank))
+                where = {"rank": rank, "tier": contract.TIER_DISK, "where": volume.node}
+                self.emit("bad_copy", step=step, reason=reason, **where)
 
 
 def _manifest_text(want: dict[str, Any], volume: NodeVolume | None, disk: NodeDisk | None) -> dict[str, Any] | None:
@@ -358,8 +372,8 @@ def _manifest_text(want: dict[str, Any], volume: NodeVolume | None, disk: NodeDi
         if volume is not None:
             with volume.open(rank, identity) as slot:
                 return {**want, "text": slot.manifest.to_bytes().decode()}
-    except NotFoundError:
-        pass  # it may be on the disk
+    except KtrainError:
+        pass  # it is not in memory, or not whole there; it may be on the disk
     try:
         return None if disk is None else {**want, "text": disk.manifest(rank, identity).to_bytes().decode()}
     except KtrainError:
