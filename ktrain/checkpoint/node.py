@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ktrain.checkpoint.carry import Carrier, Ends, Wanted
 from ktrain.checkpoint.lineage import Copy
 from ktrain.errors import ConflictError, CorruptionError, KtrainError
 from ktrain.format.manifest import Identity
-from ktrain.snapshot.arena import NodeVolume, ProblemKind, SlotProblem
+from ktrain.snapshot.arena import NodeVolume, ProblemKind
 from ktrain.tier.disk import NodeDisk, open_disk
 
 _LOG = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class NodeKeeper:
         self._volume: NodeVolume | None = None
         self._disk: NodeDisk | None = None
         self._volume_failure: str | None = None  # why there is none
-        self._said_damaged: set[SlotProblem | tuple[int, int, int]] = set()  # slots, and snapshots on the disk
+        self._damage = _Damage(self.emit)
         self._head_away = False
         self._wake = threading.Event()
         self._closed = threading.Event()
@@ -285,7 +285,7 @@ class NodeKeeper:
             self._take_restore(answer["restore"])
         if self._volume is not None:
             if is_new:
-                self._say_damage(self._volume)  # as found by those who restore now
+                self._damage.look(self._volume, self._disk)  # as found by those who restore now
             for rank in moved:
                 self._volume.release(rank)  # kept for another node so far: now its own process writes these slots
         if self.on_wire is not None and answer["wire"] is not None:
@@ -348,21 +348,33 @@ class NodeKeeper:
             return
         self._disk = open_disk(settings.env(contract.ENV_DISK), run=run_id, node=place.node, timeouts=self._timeouts)
         self._carrier.look_at_disk()  # before any rank asks what there is to restore
-        self._say_damage(volume)
         self._volume = volume
+        self._damage.look(volume, self._disk)
 
-    def _say_damage(self, volume: NodeVolume) -> None:
-        """Names the slots that cannot be offered, each once: nobody else will come across them."""
-        for problem in volume.problems():
-            if problem.kind in _DAMAGED and problem not in self._said_damaged:
-                self._said_damaged.add(problem)
-                where = {"rank": problem.rank, "tier": contract.TIER_MEMORY, "where": f"{volume.node} {problem.slot}"}
-                self.emit("bad_copy", step=None, reason=f"{problem.kind}: {problem.message}", **where)
-        for (step, epoch, rank), reason in {} if self._disk is None else self._disk.damaged.items():
-            if (step, epoch, rank) not in self._said_damaged:
-                self._said_damaged.add((step, epoch, rank))
-                where = {"rank": rank, "tier": contract.TIER_DISK, "where": volume.node}
-                self.emit("bad_copy", step=step, reason=reason, **where)
+
+class _Damage:
+    """Names the copies of a node that cannot be offered, each once: nobody else will come across them."""
+
+    def __init__(self, emit: Callable[..., None]) -> None:
+        self._emit = emit
+        self._said: set[Any] = set()
+
+    def look(self, volume: NodeVolume, disk: NodeDisk | None) -> None:
+        for copy, fields in _damaged(volume, disk):
+            if copy not in self._said:
+                self._said.add(copy)
+                self._emit("bad_copy", **fields)
+
+
+def _damaged(volume: NodeVolume, disk: NodeDisk | None) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """What names a damaged copy, and the fields of its event. An unreadable manifest says nothing of the step."""
+    for problem in volume.problems():
+        if problem.kind in _DAMAGED:
+            where = {"rank": problem.rank, "tier": contract.TIER_MEMORY, "where": f"{volume.node} {problem.slot}"}
+            yield problem, {"step": None, "reason": f"{problem.kind}: {problem.message}", **where}
+    for (step, epoch, rank), reason in {} if disk is None else disk.damaged.items():
+        where = {"rank": rank, "tier": contract.TIER_DISK, "where": volume.node}
+        yield (step, epoch, rank), {"step": step, "reason": reason, **where}
 
 
 def _manifest_text(want: dict[str, Any], volume: NodeVolume | None, disk: NodeDisk | None) -> dict[str, Any] | None:
