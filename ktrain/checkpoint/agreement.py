@@ -7,15 +7,18 @@ rank has promised so, because ranks report late.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from ktrain.base import contract
 from ktrain.base.clock import Deadline
 from ktrain.checkpoint.lineage import Candidate
 
 CopyKey = tuple[str, str, int, int, int]
+_BUCKET_TRIES = 3  # rounds in which a copy in the bucket that cannot be read is tried; a peer has waited already
 
 
 class RestoreState(StrEnum):
@@ -43,6 +46,7 @@ class RestoreAgreement:
     error: dict[str, str] | None = None
     excluded: set[CopyKey] = field(default_factory=set)  # copies that failed in this attempt
     corrupt: set[CopyKey] = field(default_factory=set)  # those among them that are proven bad
+    unreachable: Counter[CopyKey] = field(default_factory=Counter)  # rounds in which a copy could not be reached
     reports: dict[int, dict[str, Any]] = field(default_factory=dict)  # rank -> {"round", "status", ...}
     deadline: Deadline | None = None
 
@@ -70,12 +74,13 @@ class RestoreAgreement:
 
     def _settle(self) -> None:
         failed = [said for said in self.reports.values() if said["status"] == "failed"]
-        for said in failed:
-            for entry in said["copies"]:
-                key: CopyKey = tuple(entry["key"])
-                self.excluded.add(key)
-                if entry["corrupt"]:
-                    self.corrupt.add(key)
+        entries = [entry for said in failed for entry in said["copies"]]
+        self.corrupt |= {tuple(entry["key"]) for entry in entries if entry["corrupt"]}
+        self.unreachable.update({tuple(entry["key"]) for entry in entries if not entry["corrupt"]})
+        given_up = {
+            key for key, rounds in self.unreachable.items() if key[0] != contract.TIER_BUCKET or rounds >= _BUCKET_TRIES
+        }
+        self.excluded |= self.corrupt | given_up
         self.state = RestoreState.PLANNING if failed else RestoreState.SETTLED
 
     def load(self, candidate: Candidate, manifests: dict[int, str]) -> None:

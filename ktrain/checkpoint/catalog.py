@@ -16,7 +16,14 @@ from ktrain.abc.tier import Tier
 from ktrain.base import contract, ids
 from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
 from ktrain.base.settings import Timeouts
-from ktrain.errors import ConfigError, ConflictError, CorruptionError, KtrainError, NotFoundError
+from ktrain.errors import (
+    ConfigError,
+    ConflictError,
+    CorruptionError,
+    KtrainError,
+    NotFoundError,
+    UnavailableError,
+)
 from ktrain.format import record as records
 from ktrain.format.manifest import Manifest, bad_ranges_in
 from ktrain.format.record import CommitRecord, RankFiles
@@ -180,6 +187,7 @@ class RunCatalog:
             try:
                 data = self.tier.read(stored.name, deadline=self._deadline())
             except NotFoundError:
+                self._require_unlisted(stored.name)
                 continue  # collected between the listing and the read
             try:
                 commits.append(self._parse_commit(stored.name, data))
@@ -191,6 +199,14 @@ class RunCatalog:
                     newer.append(stored.name)
         commits.sort(key=lambda commit: (commit.identity.step, commit.identity.epoch))
         return Listing(tuple(commits), tuple(broken), tuple(lost), tuple(newer))
+
+    def _require_unlisted(self, name: str) -> None:
+        """Raises UnavailableError where the store lists what it says it has not: one of its answers is wrong."""
+        folder = name.rpartition("/")[0]
+        if any(stored.name == name for stored in self.tier.list(folder, deadline=self._deadline())):
+            raise UnavailableError(
+                f"run {self.tier.url}: {name} is listed, and not found when it is read; the store contradicts itself"
+            )
 
     def _parse_commit(self, name: str, data: bytes) -> CommitRecord:
         commit = CommitRecord.from_bytes(data)

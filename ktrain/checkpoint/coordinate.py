@@ -298,5 +298,10 @@ class Coordinator:
         if not commits.durable_is_recorded:
             self._catalog.record(epoch, "durable", {"step": drain.identity.step})
             commits.durable_is_recorded = True
-        for commit in collect(self._catalog, keep=keep):
+        try:
+            removed = collect(self._catalog, keep=keep)
+        except KtrainError as error:
+            self._emit("notice", message=f"retention in the bucket: {error}; tried again after the next commit")
+            return
+        for commit in removed:
             self._emit("collected", tier=contract.TIER_BUCKET, step=commit.identity.step)

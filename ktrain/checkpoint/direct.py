@@ -132,7 +132,7 @@ class RestoreDirector:
     def _plan(self) -> None:
         """Chooses the step and brings its manifests together; without one decides between fresh and an error."""
         with self._lock:
-            recall = self._recall = self._recall or Recall(self._catalog)
+            recall = self._recall = self._recall or Recall(self._catalog, self._epoch)
             volumes, disks, manifests = self._roster.inventories(), self._roster.disks(), self._roster.manifests()
         outcome = recall.plan(volumes, disks, manifests, self._agreement)
         if outcome is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ktrain.base.events import Event, ListSink, make
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.carry import Carrier, Ends, Wanted
 from ktrain.checkpoint.lineage import Copy
-from ktrain.errors import ConflictError, CorruptionError, KtrainError, NotFoundError
+from ktrain.errors import ConflictError, CorruptionError, KtrainError
 from ktrain.format.manifest import Identity
 from ktrain.snapshot.arena import NodeVolume, ProblemKind
 from ktrain.tier.disk import NodeDisk, open_disk
@@ -88,6 +88,7 @@ class NodeKeeper:
         self._volume: NodeVolume | None = None
         self._disk: NodeDisk | None = None
         self._volume_failure: str | None = None  # why there is none
+        self._damage = _Damage(self.emit)
         self._head_away = False
         self._wake = threading.Event()
         self._closed = threading.Event()
@@ -274,7 +275,8 @@ class NodeKeeper:
         if self._volume is None and not self._freed.is_set():
             self._open_volume(str(answer["run"]))
         with self._lock:
-            if answer["epoch"] != self._view.get("epoch"):
+            is_new = answer["epoch"] != self._view.get("epoch")
+            if is_new:
                 self._ranks, self._drained, self._restore, self._restore_round = {}, [], None, -1
             fresh_manifests = answer["want_manifests"] != self._wanted_manifests
             self._wanted_manifests = answer["want_manifests"]
@@ -282,6 +284,8 @@ class NodeKeeper:
             self._view = answer
             self._take_restore(answer["restore"])
         if self._volume is not None:
+            if is_new:
+                self._damage.look(self._volume, self._disk)  # as found by those who restore now
             for rank in moved:
                 self._volume.release(rank)  # kept for another node so far: now its own process writes these slots
         if self.on_wire is not None and answer["wire"] is not None:
@@ -342,13 +346,35 @@ class NodeKeeper:
                 _LOG.warning("volume of %s: %s", place.node, error)
             self._volume_failure = str(error)
             return
-        for problem in volume.problems():
-            if problem.kind in _DAMAGED:
-                where = {"rank": problem.rank, "tier": contract.TIER_MEMORY, "where": f"{place.node} {problem.slot}"}
-                self.emit("bad_copy", step=None, reason=f"{problem.kind}: {problem.message}", **where)
         self._disk = open_disk(settings.env(contract.ENV_DISK), run=run_id, node=place.node, timeouts=self._timeouts)
         self._carrier.look_at_disk()  # before any rank asks what there is to restore
         self._volume = volume
+        self._damage.look(volume, self._disk)
+
+
+class _Damage:
+    """Names the copies of a node that cannot be offered, each once: nobody else will come across them."""
+
+    def __init__(self, emit: Callable[..., None]) -> None:
+        self._emit = emit
+        self._said: set[Any] = set()
+
+    def look(self, volume: NodeVolume, disk: NodeDisk | None) -> None:
+        for copy, fields in _damaged(volume, disk):
+            if copy not in self._said:
+                self._said.add(copy)
+                self._emit("bad_copy", **fields)
+
+
+def _damaged(volume: NodeVolume, disk: NodeDisk | None) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """What names a damaged copy, and the fields of its event. An unreadable manifest says nothing of the step."""
+    for problem in volume.problems():
+        if problem.kind in _DAMAGED:
+            where = {"rank": problem.rank, "tier": contract.TIER_MEMORY, "where": f"{volume.node} {problem.slot}"}
+            yield problem, {"step": None, "reason": f"{problem.kind}: {problem.message}", **where}
+    for (step, epoch, rank), reason in {} if disk is None else disk.damaged.items():
+        where = {"rank": rank, "tier": contract.TIER_DISK, "where": volume.node}
+        yield (step, epoch, rank), {"step": step, "reason": reason, **where}
 
 
 def _manifest_text(want: dict[str, Any], volume: NodeVolume | None, disk: NodeDisk | None) -> dict[str, Any] | None:
@@ -358,8 +384,8 @@ def _manifest_text(want: dict[str, Any], volume: NodeVolume | None, disk: NodeDi
         if volume is not None:
             with volume.open(rank, identity) as slot:
                 return {**want, "text": slot.manifest.to_bytes().decode()}
-    except NotFoundError:
-        pass  # it may be on the disk
+    except KtrainError:
+        pass  # it is not in memory, or not whole there; it may be on the disk
     try:
         return None if disk is None else {**want, "text": disk.manifest(rank, identity).to_bytes().decode()}
     except KtrainError:

@@ -11,7 +11,7 @@ from ktrain.checkpoint import lineage
 from ktrain.checkpoint.agreement import RestoreAgreement
 from ktrain.checkpoint.catalog import AttemptRecord, Listing, RunCatalog
 from ktrain.checkpoint.lineage import Candidate, Copy
-from ktrain.errors import ConfigError, CorruptionError, KtrainError, NotFoundError
+from ktrain.errors import ConfigError, CorruptionError, KtrainError, NotFoundError, UnavailableError
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.format.record import CommitRecord, parse_commit_name
 
@@ -34,8 +34,10 @@ class Outcome:
 class Recall:
     """One search. The bucket is listed once; manifests that lie in nodes' memory are asked for and awaited."""
 
-    def __init__(self, catalog: RunCatalog) -> None:
+    def __init__(self, catalog: RunCatalog, epoch: int | None = None) -> None:
+        """`epoch`: of the attempt that restores, whose start is in the run directory."""
         self._catalog = catalog
+        self._epoch = epoch
         self._listing: Listing | None = None
         self._attempts: list[AttemptRecord] = []
         self._wanted: dict[str, list[dict[str, Any]]] = {}
@@ -91,6 +93,11 @@ class Recall:
     def _list_bucket(self) -> Listing:
         if self._listing is None:
             self._attempts = self._catalog.attempts()
+            if self._epoch is not None and self._epoch not in {attempt.epoch for attempt in self._attempts}:
+                raise UnavailableError(
+                    f"run {self._catalog.tier.url}: the listing lacks attempt {self._epoch}, which has begun; it lags, "
+                    "so that nothing can be told by what is absent"
+                )
             self._listing = self._catalog.listing()
         return self._listing
 

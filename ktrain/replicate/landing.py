@@ -69,7 +69,8 @@ def land(volume: NodeVolume, source: ChunkSource, wanted: Wanted, *, deadline: D
             raise CorruptionError(
                 f"pull of {wanted}: the source sent the manifest of rank {manifest.rank}, {manifest.identity}"
             )
-        writer = volume.acquire(wanted.rank, manifest.nbytes, protect=set(wanted.protect), limit=wanted.slots)
+        protect, epoch = set(wanted.protect), wanted.identity.epoch
+        writer = volume.acquire(wanted.rank, manifest.nbytes, protect=protect, limit=wanted.slots, epoch=epoch)
         if writer is None:
             raise CapacityError(
                 f"pull of {wanted}: all {wanted.slots} slots are protected or in use; try again after the next commit"

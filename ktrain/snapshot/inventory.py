@@ -18,7 +18,7 @@ from ktrain.format.manifest import Identity, Manifest
 from ktrain.snapshot.slots import Held, SlotFiles, allocated_nbytes, slot_indices, translated, try_flock
 
 _RANK_FOLDER = re.compile(r"rank-([0-9]{5,})")
-_Stamp = tuple[int, int, int]
+_Stamp = tuple[int, int, int, int]
 
 
 class ProblemKind(StrEnum):
@@ -98,7 +98,7 @@ class Inventory:
     def look(self, files: SlotFiles, rank: int) -> Held | SlotProblem | None:
         """What the slot's manifest says, from memory where the file is the same; None where there is none."""
         try:
-            stamp = _stamp(files.manifest)
+            stamp = _stamp(files)
             with self._lock:
                 known = self._known.get(files.manifest)
             if known is not None and known[0] == stamp:
@@ -113,7 +113,7 @@ class Inventory:
     def learn(self, files: SlotFiles, held: Held) -> None:
         """Spares `look` the reading of a manifest that this process just sealed."""
         try:
-            stamp = _stamp(files.manifest)
+            stamp = _stamp(files)
         except FileNotFoundError:
             return
         with self._lock:
@@ -155,10 +155,10 @@ class Inventory:
         return (int(match[1]) for name in names if (match := _RANK_FOLDER.fullmatch(name)))
 
 
-def _stamp(path: Path) -> _Stamp:
-    """Differs for every manifest that was ever sealed in a slot, because each is a new file."""
-    stat = os.stat(path)
-    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+def _stamp(files: SlotFiles) -> _Stamp:
+    """Differs for every manifest that was ever sealed in a slot (each is a new file), and when bytes are lost."""
+    stat = os.stat(files.manifest)
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size, _file_nbytes(files.payload)
 
 
 def _file_nbytes(path: Path) -> int:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ktrain import native
-from ktrain.errors import CapacityError, ForbiddenError, InternalError, KtrainError, UnavailableError
+from ktrain.errors import CapacityError, CorruptionError, ForbiddenError, InternalError, KtrainError, UnavailableError
 from ktrain.format.digest import digest_text
 from ktrain.format.manifest import Identity, Manifest
 
@@ -209,7 +209,10 @@ class Slot:
         What can fail comes while a snapshot that lies here is still sealed; growing the file keeps its bytes.
         """
         assert self._lock_fd is not None
-        if self.mapped_nbytes == nbytes:
+        if self._payload_fd is not None and os.fstat(self._payload_fd).st_nlink == 0:
+            os.close(self._payload_fd)  # removed behind our back: what is written there nobody would find
+            self._payload_fd, self._mapping = None, None
+        if self.mapped_nbytes == nbytes and not self._is_cut(nbytes):
             return
         if self._payload_fd is None:
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
@@ -222,6 +225,10 @@ class Slot:
         weakref.finalize(mapping, os.close, os.dup(self._lock_fd)).atexit = False
         self._mapping = mapping
         self._calls.reached("mapped")
+
+    def _is_cut(self, nbytes: int) -> bool:
+        """Whether somebody has cut the file below our mapping: to write there would end this process by SIGBUS."""
+        return self._payload_fd is not None and os.fstat(self._payload_fd).st_size < nbytes
 
     def _reserve(self, fd: int, nbytes: int) -> None:
         before = os.fstat(fd)
@@ -354,6 +361,12 @@ class SlotReader:
         try:
             fd = os.open(files.payload, os.O_RDONLY | os.O_NOFOLLOW)
             try:
+                nbytes = os.fstat(fd).st_size
+                if nbytes < manifest.nbytes:
+                    raise CorruptionError(
+                        f"{files.payload}: expected a payload of {manifest.nbytes} bytes, found {nbytes}; "
+                        "try another copy"
+                    )
                 mapping = mmap.mmap(fd, manifest.nbytes, access=mmap.ACCESS_READ)
             finally:
                 os.close(fd)

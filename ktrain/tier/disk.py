@@ -35,6 +35,7 @@ class NodeDisk:
         self._timeouts = timeouts
         self._clock = clock
         self._known: dict[str, Manifest] = {}  # by name; a manifest is never rewritten with other bytes
+        self.damaged: dict[tuple[int, int, int], str] = {}  # (step, epoch, rank) that `scan` left out -> why
 
     def _deadline(self, nbytes: int = 0) -> Deadline:
         return Deadline.after(self._timeouts.storage_s + nbytes / 1e6, self._clock)
@@ -53,21 +54,29 @@ class NodeDisk:
 
     def scan(self) -> list[tuple[int, Identity]]:
         """(rank, identity) of every snapshot whose manifest can be read; payloads are not touched."""
-        found = []
+        found: list[tuple[int, Identity]] = []
+        damaged: dict[tuple[int, int, int], str] = {}
         names = [stored.name for stored in self.tier.list(f"{contract.CHECKPOINTS_DIR}/", deadline=self._deadline())]
         self._known = {name: manifest for name, manifest in self._known.items() if name in names}
         for name in names:
             match = _MANIFEST.fullmatch(name)
             if match is None:
                 continue
+            named = (int(match[1]), int(match[2]), int(match[3]))
             try:
                 manifest = self._known.get(name) or self._read(name)
-            except (CorruptionError, ConfigError, NotFoundError):
-                continue  # torn, of a newer version, or collected meanwhile: it is not offered
-            same = (manifest.identity.step, manifest.identity.epoch, manifest.rank) == tuple(map(int, match.groups()))
-            if same and manifest.identity.run == self._run:
+            except NotFoundError:
+                continue  # collected meanwhile
+            except (CorruptionError, ConfigError) as error:  # torn, or of a newer version: it is not offered
+                damaged[named] = str(error)
+                continue
+            identity = manifest.identity
+            if (identity.step, identity.epoch, manifest.rank) == named and identity.run == self._run:
                 self._known[name] = manifest
-                found.append((manifest.rank, manifest.identity))
+                found.append((manifest.rank, identity))
+            else:
+                damaged[named] = f"the manifest inside is of rank {manifest.rank}, {identity}"
+        self.damaged = damaged
         return found
 
     def _read(self, name: str) -> Manifest:

@@ -17,7 +17,8 @@ from tests.unit.checkpoint.builders import identity
 WORLD = 3
 COPY = Copy(contract.TIER_MEMORY, "node-0", 1, identity(10, world_size=WORLD))
 BAD = {"key": list(COPY.key()), "corrupt": True, "reason": "flipped"}
-AWAY = {"key": ["bucket", "0a1b", 2, 10, 1], "corrupt": False, "reason": "503"}
+AWAY_KEY = ("bucket", "0a1b", 2, 10, 1)
+AWAY = {"key": list(AWAY_KEY), "corrupt": False, "reason": "503"}
 
 
 def agreement() -> RestoreAgreement:
@@ -61,12 +62,25 @@ def test_restore_answers_of_an_older_round_do_not_count() -> None:
     assert found.state is RestoreState.SETTLED
 
 
-def test_restore_unreachable_copy_is_left_out_but_not_called_bad() -> None:
+def test_restore_copy_in_the_bucket_that_cannot_be_read_is_tried_thrice_and_never_called_bad() -> None:
+    """Else one refused request would cost the steps since the checkpoint before."""
+    found = loading()
+    for number in (1, 2, 3):
+        assert AWAY_KEY not in found.excluded
+        tell(found, 0, "ready", number)
+        tell(found, 1, "failed", number, copies=[BAD, AWAY])
+        tell(found, 2, "failed", number, copies=[AWAY])  # two ranks say it of the same round
+        found.load(Candidate(identity(10, world_size=WORLD)), {})
+    assert found.corrupt == {COPY.key()} and found.excluded == {COPY.key(), AWAY_KEY}
+
+
+def test_restore_peer_that_cannot_be_reached_is_left_out_at_once_and_not_called_bad() -> None:
+    """A rank has waited for it as long as is reasonable before it says so."""
     found = loading()
     tell(found, 0, "ready", 1)
-    tell(found, 1, "failed", 1, copies=[BAD])
-    tell(found, 2, "failed", 1, copies=[AWAY])
-    assert found.corrupt == {COPY.key()} and len(found.excluded) == 2
+    tell(found, 1, "failed", 1, copies=[{**BAD, "corrupt": False}])
+    tell(found, 2, "ready", 1)
+    assert found.corrupt == set() and found.excluded == {COPY.key()}
 
 
 def test_restore_nothing_is_planned_before_every_rank_asked() -> None:

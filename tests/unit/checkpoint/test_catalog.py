@@ -176,11 +176,21 @@ def reseal(data: bytes) -> bytes:
 
 
 def test_listing_record_collected_meanwhile_is_left_out(bucket: FakeBucket) -> None:
+    faulty = FaultyTier(bucket, clock=FakeClock())
     put_checkpoint(bucket, identity(10))
-    name = commit_name(put_checkpoint(bucket, identity(20)))
-    faulty = FaultyTier(bucket, TierFault("read", Fault.NOT_FOUND, name=name))
+    name = commit_name(put_checkpoint(faulty, identity(20)))
+    faulty.add(TierFault("read", Fault.NOT_FOUND, name=name))
+    faulty.add(TierFault("list", Fault.LAGGING, nth=2, seconds=60.0))  # when it is looked for again it is gone
     found = catalog(faulty).listing()
     assert [commit.identity.step for commit in found.commits] == [10] and found.broken == ()
+
+
+def test_listing_record_that_is_listed_and_not_found_is_no_older_run(bucket: FakeBucket) -> None:
+    """Else one wrong answer of the store would cost the steps since the checkpoint before."""
+    put_checkpoint(bucket, identity(10))
+    name = commit_name(put_checkpoint(bucket, identity(20)))
+    with pytest.raises(UnavailableError, match="listed, and not found"):
+        catalog(FaultyTier(bucket, TierFault("read", Fault.NOT_FOUND, name=name))).listing()
 
 
 @pytest.mark.parametrize("fault", [Fault.UNAVAILABLE, Fault.FORBIDDEN, Fault.HANG])

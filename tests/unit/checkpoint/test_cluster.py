@@ -266,6 +266,17 @@ def test_bad_slot_is_not_drained_and_is_named(cluster: Cluster) -> None:
     assert cluster.committed()["bucket"] == 20 and len(cluster.said("tier_recovered")) == 1
 
 
+def test_replica_of_a_step_off_the_line_does_not_hold_its_slot_for_ever(trained: Cluster) -> None:
+    """What one node replicated and another did not, a restart passes over; but it is the newest that is kept."""
+    trained.drains = False
+    trained.save(30)
+    trained.spoil_memory(0, 0, 30)
+    trained.turn(4)
+    assert trained.restore() == 20
+    trained.save_and_settle(40)
+    assert trained.committed() == {"memory": 40, "peer": 40, "bucket": 20}
+
+
 def test_committed_file_damaged_is_mended_by_the_next_beat(trained: Cluster) -> None:
     volume = trained.nodes[0].volume
     (volume.path / "committed.json").write_text("{")

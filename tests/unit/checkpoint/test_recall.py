@@ -17,7 +17,7 @@ from ktrain.format.manifest import Identity
 from ktrain.testing.fake_bucket import FakeBucket
 from ktrain.testing.fake_clock import FakeClock
 from ktrain.testing.faulty_tier import Fault, FaultyTier, TierFault
-from tests.unit.checkpoint.builders import Log, catalog, commit_name, flip, identity, put_checkpoint, snapshot
+from tests.unit.checkpoint.builders import Log, catalog, commit_name, deadline, flip, identity, put_checkpoint, snapshot
 from tests.unit.checkpoint.test_catalog import reseal
 
 ALWAYS = 10**6
@@ -207,6 +207,7 @@ class Scene:
         self.log = Log()
         timeouts = Timeouts(patience_s=20)
         self.desk = Desk(catalog(tier, self.clock), Roster(), threading.RLock(), self.log, timeouts, self.clock)
+        tier.write("attempts/attempt-000002-start.json", b"{}", deadline=deadline())
         self.director = RestoreDirector(self.desk, Attempt.of(2, {"node-0": [0], "node-1": [1]}))
         for rank in range(rank_count):
             self.tell(rank, "waiting", 0)

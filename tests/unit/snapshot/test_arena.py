@@ -421,3 +421,42 @@ def test_acquire_with_a_damaged_announcement_takes_nothing(tmp_path: Path, text:
 def test_translated_of_an_unknown_system_error_is_unavailable() -> None:
     with pytest.raises(UnavailableError, match=r"look: .*\(EIO\)"), translated("look"):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize("remove", [False, True])
+def test_acquire_file_cut_or_removed_behind_our_back_is_made_whole_again(tmp_path: Path, remove: bool) -> None:
+    """Writing beyond the end of a mapped file would end the trainer by SIGBUS; an unlinked one nobody would find."""
+    with volume_at(tmp_path) as volume:
+        slot = save(volume, 10, limit=1).slot
+        payload = volume.path / f"{slot}.safetensors"
+        if remove:
+            payload.unlink()
+        else:
+            os.truncate(payload, 100)
+        (volume.path / f"{slot}.manifest.json").unlink()
+        assert save(volume, 20, limit=1).slot == slot
+        assert steps(volume) == [(20, 1)]
+
+
+def test_scan_payload_cut_after_it_was_seen_is_not_offered_and_named(tmp_path: Path) -> None:
+    with volume_at(tmp_path) as volume:
+        payload = volume.path / f"{save(volume, 10).slot}.safetensors"
+        assert [held.identity.step for held in volume.scan()] == [10]
+        os.truncate(payload, 100)
+        assert volume.scan() == []
+        assert [problem.kind for problem in volume.problems()] == [ProblemKind.SHORT]
+        with pytest.raises(NotFoundError):
+            volume.open(3, identity(10))
+
+
+def test_acquire_newest_of_an_older_epoch_gives_way_to_a_committed_snapshot_alone(tmp_path: Path) -> None:
+    with volume_at(tmp_path) as volume:
+        save(volume, 20, 1)
+        save(volume, 30, 1)
+        kept = {"protect": ((20, 1),), "limit": 2}
+        assert volume.acquire(3, 5000, **kept) is None  # type: ignore[arg-type]
+        assert volume.acquire(3, 5000, **kept, epoch=1) is None  # type: ignore[arg-type]
+        writer = volume.acquire(3, 5000, **kept, epoch=2)  # type: ignore[arg-type]
+        assert writer is not None
+        writer.abandon()
+        assert steps(volume) == [(20, 1)]

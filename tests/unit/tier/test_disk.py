@@ -61,10 +61,9 @@ def test_node_disk_with_torn_manifest_offers_the_others(disk: NodeDisk) -> None:
         disk.store(*snapshot(step))
     torn = next(path for path in disk.path.rglob("rank-00000.json") if "step-00000020" in str(path))
     torn.write_bytes(torn.read_bytes()[:-40])
-    assert [
-        identity.step
-        for _, identity in NodeDisk(disk.path.parents[1], run=RUN, node="node-0", timeouts=Timeouts()).scan()
-    ] == [10]
+    again = NodeDisk(disk.path.parents[1], run=RUN, node="node-0", timeouts=Timeouts())
+    assert [identity.step for _, identity in again.scan()] == [10]
+    assert list(again.damaged) == [(20, 1, 0)]  # named, so that nobody wonders where it went
 
 
 def test_node_disk_of_another_run_is_not_offered(disk: NodeDisk) -> None:
@@ -74,6 +73,7 @@ def test_node_disk_of_another_run_is_not_offered(disk: NodeDisk) -> None:
     (other.path.parent).mkdir(parents=True)
     disk.path.rename(other.path)
     assert other.scan() == []
+    assert "rank 0" in other.damaged[10, 1, 0]
 
 
 def test_collect_keeps_the_newest_and_the_protected(disk: NodeDisk) -> None:
