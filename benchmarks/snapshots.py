@@ -19,6 +19,7 @@ from ktrain.format.payload import CHUNK_NBYTES
 from ktrain.snapshot.arena import Held, NodeVolume
 from ktrain.snapshot.staging import stage
 from ktrain.state.apply import apply, plan_restore
+from ktrain.state.landing import land
 from ktrain.state.plan import SavePlan, plan_save
 from ktrain.state.topology import Topology
 from ktrain.state.train_state import TrainState
@@ -135,32 +136,43 @@ class Snapshotter:
 class Restored:
     """A second state of the same shapes, and restores into it as a rank does them."""
 
-    def __init__(self, saved: Snapshotter, *, run_url: str, volume: NodeVolume | None = None) -> None:
+    def __init__(
+        self, saved: Snapshotter, *, run_url: str, volume: NodeVolume | None = None, num_threads: int = 1
+    ) -> None:
         self._saved = saved
+        self._num_threads = num_threads
         shapes = [value.numel() for value in saved.module.parameters()]
         self.module = Tensors(len(shapes), shapes[0] * 4, seed=99)
         self._state = TrainState({"model": self.module})
         self._volume = volume or saved.volume
         self._tier = open_tier(run_url, timeouts=Timeouts())
+        self.phases: dict[str, list[float]] = {"plan": [], "read and prove": [], "apply": []}
 
     def load(self, copy: Copy) -> None:
         """Plans, reads, proves and applies one copy, into the live tensors."""
         manifests = {0: self._saved.manifest()}
+        begin = time.perf_counter()
         needs = plan_restore(self._state, manifests, ALONE)
+        landing = land(needs.targets)
+        planned = time.perf_counter()
         openers = Openers(
             disk=None,
             volume=self._volume,
             tier=self._tier,
             pull=lambda copy: 0,
             deadline_of=lambda nbytes: Deadline.after(_PATIENCE_S),
-            num_threads=1,
+            num_threads=self._num_threads,
         )
         source = NearestSource(manifests, {0: [copy]}, openers, lambda failure: None)
         try:
-            source.fetch(needs.ranges, deadline=Deadline.after(_PATIENCE_S))
-            apply(self._state, needs, source)
+            source.fetch(landing.views, into=landing.runs, deadline=Deadline.after(_PATIENCE_S))
+            read = time.perf_counter()
+            apply(self._state, needs, source, landing)
         finally:
             source.close()
+        seconds = (planned - begin, read - planned, time.perf_counter() - read)
+        for phase, taken in zip(self.phases.values(), seconds, strict=True):
+            phase.append(taken)
 
     def prove(self, copy: Copy, proofs: Proofs) -> None:
         """Proves that a restore gives the saved values, starting from others."""

@@ -41,6 +41,26 @@ Columns: TypeAlias = "tuple[Buffer, Buffer, Buffer]"
 """Segments as three arrays of 64-bit integers: addresses, sizes in bytes, offsets."""
 
 
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Where bytes of a payload belong in this process's memory: six arrays of 64-bit integers, one row for each box.
+
+    Row i is `count` runs of `nbytes` bytes: the first one from byte `offset` of the payload to `address`, every next
+    one `source_step` and `target_step` bytes further. Rows are sorted by offset; they may overlap in the payload, not
+    in memory. Whoever makes them keeps the memory alive, and leaves it alone while they are used.
+    """
+
+    address: Buffer
+    nbytes: Buffer
+    offset: Buffer
+    count: Buffer
+    source_step: Buffer
+    target_step: Buffer
+
+
+NO_RUNS = Runs(*[array.array("Q")] * 6)
+
+
 def crc64(data: Buffer, value: int = 0) -> int:
     """Returns the digest of contiguous bytes, continuing from `value` as `zlib.crc32` does.
 
@@ -117,6 +137,32 @@ def gather_digest(
         raise _refused("gather", error) from error
 
 
+def prove_scatter(
+    source: Buffer, runs: Runs, *, begin: int, chunk_nbytes: int, expected: Buffer, num_threads: int = 1
+) -> list[int]:
+    """Digests every chunk of `source` and copies what `runs` want of the chunks that match; memory is read once.
+
+    Args:
+        source: the payload's bytes from `begin` on, where a chunk begins.
+        runs: what lies outside of the source is left to other calls.
+        expected: a digest for each chunk of the source, as an array of 64-bit integers.
+
+    Returns:
+        The indices of the chunks of `source` that do not match. Nothing of them was written anywhere.
+
+    Raises:
+        ConfigError: the arguments do not fit one another, or a row is not sorted or overlaps itself. Nothing was
+            copied.
+    """
+    _require_positive(chunk_nbytes=chunk_nbytes, num_threads=num_threads)
+    columns = (runs.address, runs.nbytes, runs.offset, runs.count, runs.source_step, runs.target_step)
+    try:
+        _require_words(runs.__slots__, columns)
+        return _native.prove_scatter(source, begin, chunk_nbytes, expected, columns, num_threads)
+    except (ValueError, TypeError, BufferError, OverflowError) as error:
+        raise _refused("scatter", error) from error
+
+
 def isa() -> str:
     """Returns the name of the digest variant in use: "portable", "pclmul" or "vpclmul"."""
     return _native.isa()
@@ -166,10 +212,7 @@ def set_parent_death_signal(signum: int) -> None:
 def _columns(segments: Iterable[Segment] | Columns) -> tuple[Any, Any, Any]:
     """Returns three buffers of 64-bit integers, lent or made."""
     if isinstance(segments, tuple) and len(segments) == 3 and not isinstance(segments[0], Segment):
-        for name, column in zip(("addresses", "sizes", "offsets"), segments, strict=True):
-            view = memoryview(column)
-            if view.format not in _WORD_FORMATS or view.itemsize != 8:
-                raise TypeError(f"the column of {name} has items of format {view.format!r}, expected 64-bit integers")
+        _require_words(("addresses", "sizes", "offsets"), segments)
         return segments
     table: Sequence[Segment] = list(segments)
     return (
@@ -177,6 +220,13 @@ def _columns(segments: Iterable[Segment] | Columns) -> tuple[Any, Any, Any]:
         array.array("Q", [segment.nbytes for segment in table]),
         array.array("Q", [segment.offset for segment in table]),
     )
+
+
+def _require_words(names: Iterable[str], columns: tuple[Any, ...]) -> None:
+    for name, column in zip(names, columns, strict=True):
+        view = memoryview(column)
+        if view.format not in _WORD_FORMATS or view.itemsize != 8:
+            raise TypeError(f"the column of {name} has items of format {view.format!r}, expected 64-bit integers")
 
 
 def _require_positive(**numbers: int) -> None:

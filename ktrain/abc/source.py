@@ -7,6 +7,7 @@ from typing import Protocol
 
 from ktrain.base.clock import Deadline
 from ktrain.format.manifest import Manifest
+from ktrain.native import Runs
 
 
 class SnapshotSource(Protocol):
@@ -20,11 +21,19 @@ class SnapshotSource(Protocol):
     def manifests(self) -> Mapping[int, Manifest]:
         """All manifests of the checkpoint, by saved rank."""
 
-    def fetch(self, ranges: Mapping[int, Sequence[tuple[int, int]]], *, deadline: Deadline) -> None:
+    def fetch(
+        self,
+        ranges: Mapping[int, Sequence[tuple[int, int]]],
+        *,
+        into: Mapping[int, Runs] | None = None,
+        deadline: Deadline,
+    ) -> None:
         """Brings byte ranges of the payloads near and proves every chunk they touch.
 
         Args:
-            ranges: by saved rank, absolute ranges `[begin, end)` of the payload file.
+            ranges: by saved rank, absolute ranges `[begin, end)` of the payload file, to be viewed afterwards.
+            into: by saved rank, what is written into memory of the caller while it is proven. Only proven bytes are
+                written, but after an error some of them are there and others not.
             deadline: the whole fetch must end before it.
 
         Raises:

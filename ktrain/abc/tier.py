@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ktrain.base.clock import Deadline
 from ktrain.errors import ConfigError
@@ -100,6 +100,17 @@ class Tier(Protocol):
 
     def close(self) -> None:
         """Gives connections and threads back. Idempotent; refuses further calls."""
+
+
+@runtime_checkable
+class FillsMemory(Protocol):
+    """A tier that can put an object's bytes into memory of the caller, without a copy of its own. Optional."""
+
+    def read_into(self, name: str, begin: int, memory: memoryview, *, deadline: Deadline) -> None:
+        """Fills the memory with the object's bytes from `begin` on. Errors are those of `Tier.read_range`.
+
+        After any error the call may still be writing: the memory must not be used for anything else.
+        """
 
 
 def check_name(name: str) -> str:

@@ -21,7 +21,7 @@ KINDS = frozenset(
     {
         "run_started",  # head took the run: nodes, world_size, version
         "attempt_started",  # world_size, nodes
-        "restored",  # step, tier, tiers (per rank), nbytes, seconds, wire_bytes
+        "restored",  # step, tier, tiers (per rank), nbytes, wanted_nbytes, num_reads, seconds, wire_bytes
         "fresh_start",  # nothing to restore: step 0
         "step",  # step, loss, samples (rank 0's view)
         "snapshot",  # rank, step, tier "memory", nbytes, stall_s

@@ -183,6 +183,8 @@ class RestoreDirector:
                 tier=lineage.slowest(tiers.values()),
                 tiers=tiers,
                 nbytes=sum(report["nbytes"] for report in reports.values()),
+                wanted_nbytes=sum(report["wanted_nbytes"] for report in reports.values()),
+                num_reads=sum(report["num_reads"] for report in reports.values()),
                 wire_bytes=sum(report["wire_nbytes"] for report in reports.values()),
                 seconds=max(report["seconds"] for report in reports.values()),
                 from_epoch=agreement.candidate.identity.epoch,

@@ -15,10 +15,11 @@ from ktrain.checkpoint.agreement import RestoreState
 from ktrain.checkpoint.lineage import Copy
 from ktrain.checkpoint.pulse import Pulse
 from ktrain.checkpoint.source import Failure, NearestSource, Openers
-from ktrain.errors import CorruptionError, UnavailableError, from_kind
+from ktrain.errors import ConfigError, CorruptionError, UnavailableError, from_kind
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.snapshot.arena import NodeVolume
 from ktrain.state.apply import RestoreNeeds, apply, plan_restore
+from ktrain.state.landing import Landing, land
 from ktrain.state.topology import Topology
 from ktrain.state.train_state import TrainState
 from ktrain.tier.disk import NodeDisk, open_disk
@@ -31,6 +32,7 @@ class _Loaded:
 
     identity: Identity
     needs: RestoreNeeds
+    landing: Landing
     source: NearestSource
     seconds: float
 
@@ -61,6 +63,7 @@ class Restorer:
             self._disk = open_disk(root, run=volume.run, node=volume.node, timeouts=self._timeouts)
         self._round = 0
         self._loaded: _Loaded | None = None
+        self._has_written = False
 
     def restore(self, faults: FaultPoints) -> int:
         """Takes part in the agreement until every rank may apply; returns the step."""
@@ -73,11 +76,11 @@ class Restorer:
             state, number = RestoreState(word["state"]), int(word["round"])
             if state is RestoreState.FAILED:
                 self._drop()
-                raise from_kind(word["error"]["kind"], word["error"]["message"])
+                raise from_kind(word["error"]["kind"], f"{word['error']['message']}\n{self._consequence()}")
             if state is RestoreState.FRESH:
                 self._drop()
                 self._round = number
-                self._report("applied", tier="none", nbytes=0, wire_nbytes=0, seconds=0.0)
+                self._report("applied", tier="none", nbytes=0, wanted_nbytes=0, num_reads=0, wire_nbytes=0, seconds=0.0)
                 return 0
             if state is RestoreState.LOADING and number != self._round and "sources" in word:
                 self._round = number
@@ -88,6 +91,15 @@ class Restorer:
                 step = self._apply(self._loaded)
                 faults.reached("restore.applied", step=step, rank=self._topology.rank)
                 return step
+
+    def _consequence(self) -> str:
+        """What an error leaves behind in the state."""
+        if not self._has_written:
+            return "Nothing was changed."
+        return (
+            "Proven values of a checkpoint were written into some tensors of the state before it failed: end the "
+            "process, or give the whole state its values anew."
+        )
 
     def _deadline(self) -> Deadline:
         return Deadline.after(self._timeouts.restore_s + self._timeouts.call_s, self._clock)
@@ -106,24 +118,30 @@ class Restorer:
         started = self._clock.monotonic()
         manifests = {int(rank): Manifest.from_bytes(text.encode()) for rank, text in word["manifests"].items()}
         copies = {int(rank): [Copy.from_json(value) for value in values] for rank, values in word["sources"].items()}
-        needs = plan_restore(self._state, manifests, self._topology)
+        try:
+            needs = plan_restore(self._state, manifests, self._topology)
+        except ConfigError as error:
+            raise ConfigError(f"{error}\n{self._consequence()}") from error
         openers = Openers(
             volume=self._volume,
             disk=self._disk,
             tier=self._tier,
             pull=self._pull,
             deadline_of=lambda nbytes: Deadline.after(self._timeouts.storage_s + nbytes / 1e6, self._clock),
-            num_threads=1,
+            num_threads=self._topology.copy_threads,
         )
         source = NearestSource(manifests, copies, openers, self._refused)
+        self._has_written = True
         try:
-            source.fetch(needs.ranges, deadline=Deadline.after(self._timeouts.restore_s, self._clock))
+            landing = land(needs.targets)
+            bound = Deadline.after(self._timeouts.restore_s, self._clock)
+            source.fetch(landing.views, into=landing.runs, deadline=bound)
         except (CorruptionError, UnavailableError):
             source.close()
             self._report("failed", copies=[failure.to_json() for failure in source.failures])
             return
         identity = Identity.from_json(word["identity"])
-        self._loaded = _Loaded(identity, needs, source, self._clock.monotonic() - started)
+        self._loaded = _Loaded(identity, needs, landing, source, self._clock.monotonic() - started)
         self._report("ready")
 
     def _pull(self, copy: Copy) -> int:
@@ -155,12 +173,14 @@ class Restorer:
 
     def _apply(self, loaded: _Loaded) -> int:
         started = self._clock.monotonic()
-        apply(self._state, loaded.needs, loaded.source)
+        apply(self._state, loaded.needs, loaded.source, loaded.landing)
         source = loaded.source
         self._report(
             "applied",
             tier=lineage.slowest(source.tiers.values()) if source.tiers else contract.TIER_MEMORY,
             nbytes=source.tally.nbytes,
+            wanted_nbytes=source.tally.wanted_nbytes,
+            num_reads=source.tally.num_reads,
             wire_nbytes=source.tally.wire_nbytes,
             seconds=loaded.seconds + self._clock.monotonic() - started,
         )

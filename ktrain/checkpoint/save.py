@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 import ktrain
@@ -128,7 +126,7 @@ class Saver:
         if writer is None:
             return False
         with writer:
-            chunks = stage(plan, writer.memory, num_threads=_copy_threads(self._topology))
+            chunks = stage(plan, writer.memory, num_threads=self._topology.copy_threads)
             self._faults.reached("save.staged", step=step, rank=rank)
             writer.seal(self._manifest(step, plan, chunks))
         return True
@@ -164,8 +162,3 @@ class Saver:
         if self._failure is not None:
             self._pulse.emit("tier_recovered", tier=contract.TIER_MEMORY, rank=self._topology.rank)
         self._failure = None
-
-
-def _copy_threads(topology: Topology) -> int:
-    """Threads for one rank's copy: its share of the node's processors, at most 8 (memory bandwidth ends there)."""
-    return max(1, min(8, len(os.sched_getaffinity(0)) // topology.local_world_size))

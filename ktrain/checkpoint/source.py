@@ -1,147 +1,41 @@
 """Where a rank's restore takes its bytes from: for each saved rank the nearest copy that proves good.
 
-Invariant: no byte leaves `view` that was not digested after its last hop (design promise 2).
+What is wanted of a copy is planned (`checkpoint.ranges`), read with many calls in flight, and proven before a byte of
+it is written or lent (`checkpoint.readers`). A copy that turns out bad half way gives way to the next one, which
+brings the same bytes again.
 """
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from ktrain.abc.tier import Tier
 from ktrain.base import contract
 from ktrain.base.clock import Deadline
 from ktrain.checkpoint.lineage import Copy
+from ktrain.checkpoint.ranges import Ranges, Share, wanted_nbytes
+from ktrain.checkpoint.readers import (
+    BUCKET_READ_NBYTES,
+    BadCopy,
+    Buffers,
+    Object,
+    Reader,
+    TierReader,
+    VolumeReader,
+)
 from ktrain.errors import CorruptionError, KtrainError, NotFoundError, UnavailableError
 from ktrain.format import record as records
-from ktrain.format.manifest import Manifest, bad_ranges_in
-from ktrain.snapshot.arena import NodeVolume, SlotReader
+from ktrain.format.manifest import Manifest
+from ktrain.native import NO_RUNS, Runs
+from ktrain.snapshot.arena import NodeVolume
 from ktrain.tier.disk import NodeDisk
 from ktrain.tier.disk import payload_name as disk_payload_name
 
-Ranges = Sequence[tuple[int, int]]
-
-
-class Reader(Protocol):
-    """One copy of one rank's snapshot, opened."""
-
-    def fetch(self, ranges: Ranges, deadline: Deadline) -> int:
-        """Brings ranges near and proves them; returns the bytes read from the copy."""
-
-    def view(self, begin: int, end: int) -> memoryview: ...
-
-    def close(self) -> None: ...
-
-
-class BadCopy(CorruptionError):
-    """A copy that is proven bad, with the first bad byte range where it is known."""
-
-    def __init__(self, message: str, begin: int | None = None, end: int | None = None) -> None:
-        super().__init__(message)
-        self.begin, self.end = begin, end
-
-
-def _prove(manifest: Manifest, piece: memoryview | bytes, begin: int, where: str) -> None:
-    bad = bad_ranges_in(manifest, piece, begin)
-    if bad:
-        low, high = bad[0]
-        raise BadCopy(
-            f"{where}, rank {manifest.rank}, {manifest.identity}: bytes {low} to {high} differ from the digest made at "
-            "the snapshot",
-            low,
-            high,
-        )
-
-
-def merged_cover(manifest: Manifest, ranges: Ranges) -> list[tuple[int, int]]:
-    """Ranges widened to whole chunks, sorted and merged."""
-    covers: list[tuple[int, int]] = []
-    for begin, end in sorted(manifest.cover(begin, end) for begin, end in ranges if end > begin):
-        if covers and begin <= covers[-1][1]:
-            covers[-1] = (covers[-1][0], max(end, covers[-1][1]))
-        else:
-            covers.append((begin, end))
-    return covers
-
-
-class VolumeReader:
-    """A sealed slot of this node's volume, under lease."""
-
-    def __init__(self, slot: SlotReader, manifest: Manifest, num_threads: int) -> None:
-        if slot.manifest.digest() != manifest.digest():
-            slot.close()
-            raise BadCopy(f"slot {slot.slot}: its manifest is not the one that was agreed on")
-        self._slot = slot
-        self._manifest = manifest
-        self._num_threads = num_threads
-
-    def fetch(self, ranges: Ranges, deadline: Deadline) -> int:
-        total = 0
-        for begin, end in merged_cover(self._manifest, ranges):
-            deadline.check(f"digest rank {self._manifest.rank} in memory")
-            _prove(self._manifest, self._slot.memory[begin:end], begin, f"slot {self._slot.slot}")
-            total += end - begin
-        return total
-
-    def view(self, begin: int, end: int) -> memoryview:
-        return self._slot.memory[begin:end]
-
-    def close(self) -> None:
-        self._slot.close()
-
-
-class TierReader:
-    """An object in a bucket or on disk; what was fetched is kept in private memory until closed."""
-
-    _READ_NBYTES = 64 << 20
-
-    def __init__(self, tier: Tier, name: str, manifest: Manifest, deadline_of: Callable[[int], Deadline]) -> None:
-        self._tier = tier
-        self._name = name
-        self._manifest = manifest
-        self._deadline_of = deadline_of
-        self._pieces: list[tuple[int, memoryview]] = []
-        self._joined: list[bytes] = []
-
-    def fetch(self, ranges: Ranges, deadline: Deadline) -> int:
-        total = 0
-        stride = max(1, self._READ_NBYTES // self._manifest.chunk_nbytes) * self._manifest.chunk_nbytes
-        for begin, end in merged_cover(self._manifest, ranges):
-            for low in range(begin, end, stride):
-                high = min(low + stride, end)
-                deadline.check(f"read {self._name}")
-                data = self._tier.read_range(self._name, low, high, deadline=self._deadline_of(high - low))
-                if len(data) != high - low:
-                    raise BadCopy(
-                        f"{self._name}: expected {self._manifest.nbytes} bytes, it ends at {low + len(data)}",
-                        low + len(data),
-                        end,
-                    )
-                _prove(self._manifest, data, low, self._name)
-                self._pieces.append((low, memoryview(data)))
-                total += high - low
-        self._pieces.sort(key=lambda piece: piece[0])
-        return total
-
-    def view(self, begin: int, end: int) -> memoryview:
-        """The bytes; copied only where a tensor lies across the border of two reads."""
-        first = max(0, bisect.bisect_right(self._pieces, begin, key=lambda piece: piece[0]) - 1)
-        parts, at = [], begin
-        for start, piece in self._pieces[first:]:
-            if at >= end or not start <= at < start + len(piece):
-                break
-            parts.append(piece[at - start : min(end - start, len(piece))])
-            at += len(parts[-1])
-        assert at >= end, f"{self._name}: bytes {begin} to {end} were not fetched"
-        if len(parts) == 1:
-            return parts[0]
-        self._joined.append(b"".join(parts))  # a view is valid until close(): whoever has one may go by its address
-        return memoryview(self._joined[-1])
-
-    def close(self) -> None:
-        self._pieces, self._joined = [], []
+IN_FLIGHT_NBYTES = 128 << 20
+"""Bytes that one rank has on their way from tiers at a time; bounds its memory and its number of calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,14 +54,22 @@ class Failure:
 
 @dataclass(slots=True)
 class Tally:
-    """What a restore has read, for the event."""
+    """What a restore has read, for the event; what was read of refused copies counts too."""
 
     nbytes: int = 0
+    wanted_nbytes: int = 0
+    num_reads: int = 0
     wire_nbytes: int = 0
 
 
 class Openers:
-    """Opens copies for one rank on one node."""
+    """Opens copies for one rank on one node.
+
+    Args:
+        pull: brings a peer's copy into the own volume; returns the bytes that crossed the wire.
+        deadline_of: how long one call for so many bytes may take.
+        num_threads: of this rank, for bytes that lie in memory.
+    """
 
     def __init__(
         self,
@@ -182,25 +84,47 @@ class Openers:
         self._volume = volume
         self._disk = disk
         self._tier = tier
-        self._pull = pull  # brings a peer's copy into the own volume; returns the bytes that crossed the wire
+        self._pull = pull
         self._deadline_of = deadline_of
         self._num_threads = num_threads
+        self._buffers = Buffers()
 
     def open(self, copy: Copy, manifest: Manifest, tally: Tally) -> Reader:
         """The copy, opened where it lies; a peer's copy is pulled into this node's volume first."""
         if copy.tier == contract.TIER_BUCKET:
             identity = copy.identity
             name = records.payload_name(identity.step, identity.epoch, copy.place, copy.rank)
-            return TierReader(self._tier, name, manifest, self._deadline_of)
+            return TierReader(Object(self._tier, name, self._deadline_of), manifest, self._buffers)
         if copy.tier == contract.TIER_DISK:
             if self._disk is None or self._disk.path.name != copy.place:
                 raise UnavailableError(f"rank {copy.rank}, {copy.identity}: only {copy.place} can read its disk")
-            return TierReader(self._disk.tier, disk_payload_name(copy.identity, copy.rank), manifest, self._deadline_of)
+            name = disk_payload_name(copy.identity, copy.rank)
+            return TierReader(Object(self._disk.tier, name, self._deadline_of), manifest, self._buffers)
         if self._volume is None:
             raise UnavailableError(f"rank {copy.rank}, {copy.identity}: this process has no volume")
         if copy.tier == contract.TIER_PEER:
             tally.wire_nbytes += self._pull(copy)
         return VolumeReader(self._volume.open(copy.rank, copy.identity), manifest, self._num_threads)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What a fetch wants of one saved rank, and the copies that are left to try."""
+
+    rank: int
+    share: Share
+    copies: Iterator[Copy]
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """One copy that is being read from a tier."""
+
+    wanted: _Wanted
+    copy: Copy
+    reader: Reader
+    num_left: int  # reads that have not returned
+    is_refused: bool = False
 
 
 class NearestSource:
@@ -226,41 +150,14 @@ class NearestSource:
     def manifests(self) -> Mapping[int, Manifest]:
         return self._manifests
 
-    def fetch(self, ranges: Mapping[int, Ranges], *, deadline: Deadline) -> None:
-        for rank in sorted(ranges):
-            if ranges[rank]:
-                self._fetch_rank(rank, ranges[rank], deadline)
-
-    def _fetch_rank(self, rank: int, ranges: Ranges, deadline: Deadline) -> None:
-        """Tries the copies of one rank, nearest first.
-
-        Raises:
-            CorruptionError, UnavailableError: no copy of this rank is left; `failures` says why each was refused.
-        """
-        for copy in self._copies[rank]:
-            reader: Reader | None = None
-            try:
-                reader = self._openers.open(copy, self._manifests[rank], self.tally)
-                self.tally.nbytes += reader.fetch(ranges, deadline)
-            except KtrainError as error:
-                if reader is not None:
-                    reader.close()
-                self._refuse(copy, error)
-                continue
-            self._readers[rank] = reader
-            self.tiers[rank] = copy.tier
-            return
-        mine = [failure for failure in self.failures if failure.copy.rank == rank]
-        reasons = "; ".join(failure.reason for failure in mine)
-        text = f"rank {rank}, {self._manifests[rank].identity}: no copy can be used ({reasons})"
-        raise CorruptionError(text) if any(failure.corrupt for failure in mine) else UnavailableError(text)
-
-    def _refuse(self, copy: Copy, error: KtrainError) -> None:
-        corrupt = isinstance(error, CorruptionError | NotFoundError)  # a volume without room says nothing on the copy
-        begin, end = (error.begin, error.end) if isinstance(error, BadCopy) else (None, None)
-        failure = Failure(copy, corrupt, f"{copy.tier} {copy.place}: {error}", begin, end)
-        self.failures.append(failure)
-        self._failed(failure)
+    def fetch(
+        self, ranges: Mapping[int, Ranges], *, into: Mapping[int, Runs] | None = None, deadline: Deadline
+    ) -> None:
+        into = into or {}
+        shares = {rank: Share(ranges.get(rank, ()), into.get(rank, NO_RUNS)) for rank in sorted({*ranges, *into})}
+        shares = {rank: share for rank, share in shares.items() if not share.is_empty}
+        self.tally.wanted_nbytes += sum(map(wanted_nbytes, shares.values()))
+        _Fetch(self, deadline).run([_Wanted(rank, share, iter(self._copies[rank])) for rank, share in shares.items()])
 
     def view(self, rank: int, begin: int, end: int) -> memoryview:
         return self._readers[rank].view(begin, end)
@@ -269,3 +166,105 @@ class NearestSource:
         for reader in self._readers.values():
             reader.close()
         self._readers = {}
+
+    # For a fetch
+
+    def open(self, copy: Copy) -> Reader:
+        return self._openers.open(copy, self._manifests[copy.rank], self.tally)
+
+    def accept(self, copy: Copy, reader: Reader) -> None:
+        """The copy has brought and proven all that was wanted of it."""
+        self._readers[copy.rank] = reader
+        self.tiers[copy.rank] = copy.tier
+
+    def refuse(self, copy: Copy, error: KtrainError) -> None:
+        # What is surely not where its commit says it is, is bad; a peer may have let go of it in good order. A volume
+        # without room says nothing on the copy.
+        absent = isinstance(error, NotFoundError) and copy.tier != contract.TIER_PEER
+        begin, end = (error.begin, error.end) if isinstance(error, BadCopy) else (None, None)
+        corrupt = absent or isinstance(error, CorruptionError)
+        failure = Failure(copy, corrupt, f"{copy.tier} {copy.place}: {error}", begin, end)
+        self.failures.append(failure)
+        self._failed(failure)
+
+    def exhausted(self, rank: int) -> KtrainError:
+        """No copy of this rank is left; `failures` says why each was refused."""
+        mine = [failure for failure in self.failures if failure.copy.rank == rank]
+        reasons = "; ".join(failure.reason for failure in mine)
+        text = f"rank {rank}, {self._manifests[rank].identity}: no copy can be used ({reasons})"
+        return CorruptionError(text) if any(failure.corrupt for failure in mine) else UnavailableError(text)
+
+
+class _Fetch:
+    """One fetch: reads of all saved ranks in flight together, each rank from its nearest copy that holds."""
+
+    def __init__(self, source: NearestSource, deadline: Deadline) -> None:
+        self._source = source
+        self._deadline = deadline
+        self._pool = ThreadPoolExecutor(max(1, IN_FLIGHT_NBYTES // BUCKET_READ_NBYTES), "ktrain-read")
+        self._running: dict[Future[int], _Attempt] = {}
+
+    def run(self, wanted: Sequence[_Wanted]) -> None:
+        """Brings everything.
+
+        Raises:
+            CorruptionError, UnavailableError: no copy of a rank is left. No read is in progress any more.
+        """
+        try:
+            for each in wanted:
+                self._begin(each)
+            while self._running:
+                # Without a timeout: every read ends at its own deadline, and while one runs it may write to memory.
+                for future in wait(self._running, return_when=FIRST_COMPLETED).done:
+                    self._end(future)
+        finally:
+            left = {id(attempt): attempt.reader for attempt in self._running.values()}
+            for reader in left.values():
+                reader.stop()
+            self._pool.shutdown(wait=True)
+            for reader in left.values():
+                reader.close()
+
+    def _begin(self, wanted: _Wanted) -> None:
+        """Opens the next copy that can be, and has its reads run; those from memory at once."""
+        source = self._source
+        for copy in wanted.copies:
+            reader: Reader | None = None
+            try:
+                reader = source.open(copy)
+                reads = reader.reads(wanted.share)
+                if reader.is_near:
+                    for read in reads:
+                        source.tally.nbytes += read(self._deadline)
+            except KtrainError as error:
+                if reader is not None:
+                    reader.close()
+                source.refuse(copy, error)
+                continue
+            source.tally.num_reads += len(reads)
+            if reader.is_near:
+                source.accept(copy, reader)
+            else:
+                attempt = _Attempt(wanted, copy, reader, len(reads))
+                for read in reads:
+                    self._running[self._pool.submit(read, self._deadline)] = attempt
+            return
+        raise source.exhausted(wanted.rank)
+
+    def _end(self, future: Future[int]) -> None:
+        attempt = self._running.pop(future)
+        attempt.num_left -= 1
+        error = future.exception()
+        if error is None:
+            self._source.tally.nbytes += future.result()
+        elif not isinstance(error, KtrainError):
+            raise error
+        elif not attempt.is_refused:
+            attempt.is_refused = True
+            attempt.reader.stop()
+            self._source.refuse(attempt.copy, error)
+            self._begin(attempt.wanted)
+        if attempt.num_left == 0 and attempt.is_refused:
+            attempt.reader.close()
+        elif attempt.num_left == 0:
+            self._source.accept(attempt.copy, attempt.reader)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ktrain import native
 from ktrain.abc.source import SnapshotSource
+from ktrain.base.collector import without_collections
 from ktrain.errors import ConfigError
 from ktrain.format.manifest import Identity, Manifest
+from ktrain.state.landing import Landing
 from ktrain.state.parts import Context
-from ktrain.state.saved import Reader, Saved, Target, Wishes
+from ktrain.state.saved import Reader, Saved, Target, Wishes, ranges_of
 from ktrain.state.topology import Topology
 from ktrain.state.train_state import TrainState
 
@@ -22,16 +24,20 @@ _MAX_LISTED = 10
 class RestoreNeeds:
     """What one rank reads of a checkpoint, and into what.
 
-    `ranges` are absolute byte ranges of the payloads by saved rank, sorted and merged. `notices` say in words
-    what will not be as it was (per-rank parts on another world size, frozen parameters that were not stored).
+    `notices` say in words what will not be as it was (per-rank parts on another world size, frozen parameters that
+    were not stored).
     """
 
-    ranges: dict[int, list[tuple[int, int]]]
     notices: tuple[str, ...]
     context: Context  # the parameters' names
     targets: Mapping[str, Target]
     objects: Mapping[str, Mapping[str, Any]]  # by part; a part that is derived anew is in `seeds` instead
     seeds: Mapping[str, int]
+
+    @property
+    def ranges(self) -> dict[int, list[tuple[int, int]]]:
+        """Absolute byte ranges of the payloads by saved rank, sorted and merged."""
+        return ranges_of(self.targets.values())
 
 
 def plan_restore(state: TrainState, manifests: Mapping[int, Manifest], topology: Topology) -> RestoreNeeds:
@@ -43,6 +49,11 @@ def plan_restore(state: TrainState, manifests: Mapping[int, Manifest], topology:
     Raises:
         ConfigError: state and checkpoint do not fit; lists what is missing, unexpected or of another form.
     """
+    with without_collections():
+        return _plan(state, manifests, topology)
+
+
+def _plan(state: TrainState, manifests: Mapping[int, Manifest], topology: Topology) -> RestoreNeeds:
     saved = Saved(manifests, topology)
     identity = manifests[saved.rank].identity
     wishes = Wishes(saved)
@@ -66,25 +77,29 @@ def plan_restore(state: TrainState, manifests: Mapping[int, Manifest], topology:
         f"{topology.world_size} now, so it is made anew"
         for name in seeds
     )
-    notices = tuple(wishes.notices)
-    return RestoreNeeds(_ranges(wishes.targets.values()), notices, context, wishes.targets, objects, seeds)
+    return RestoreNeeds(tuple(wishes.notices), context, wishes.targets, objects, seeds)
 
 
-def apply(state: TrainState, needs: RestoreNeeds, source: SnapshotSource) -> None:
-    """Loads the state, once `source.fetch(needs.ranges)` has proven the bytes.
+def apply(state: TrainState, needs: RestoreNeeds, source: SnapshotSource, landing: Landing | None = None) -> None:
+    """Loads the state, once the source has proven the bytes: `needs.ranges`, or those of the landing.
 
     Tensors that are live keep their storage. A failure on the way leaves the state half loaded: end the
     process, or apply another checkpoint.
 
+    Args:
+        landing: memory that the source has filled already; tensors that are created keep theirs.
+
     Raises:
         CorruptionError: the JSON of a part names tensors that are not there.
     """
-    reader = Reader(needs.targets, source)
-    for part in state.parts:
-        if part.name in needs.seeds:
-            part.derive(needs.seeds[part.name])
-        elif part.name in needs.objects:
-            part.load(needs.objects[part.name], reader, needs.context)
+    with without_collections():
+        reader = Reader(needs.targets, source, None if landing is None else landing.memory)
+        for part in state.parts:
+            if part.name in needs.seeds:
+                part.derive(needs.seeds[part.name])
+            elif part.name in needs.objects:
+                part.load(needs.objects[part.name], reader, needs.context)
+        reader.close()
 
 
 def _compare_parts(state: TrainState, saved: Saved, wishes: Wishes) -> None:
@@ -106,7 +121,7 @@ def _misfit(identity: Identity, problems: list[str]) -> ConfigError:
     listed = "".join(f"\n  {problem}" for problem in problems[:_MAX_LISTED])
     more = f"\n  and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
     return ConfigError(
-        f"the checkpoint of {identity} does not fit the state, nothing was changed:{listed}{more}\n"
+        f"the checkpoint of {identity} does not fit the state:{listed}{more}\n"
         "Make the state as it was when it was saved, or start a new run."
     )
 
@@ -114,21 +129,3 @@ def _misfit(identity: Identity, problems: list[str]) -> ConfigError:
 def _seed(identity: Identity, topology: Topology) -> int:
     text = f"{identity.run}/{identity.step}/{identity.epoch}/{topology.world_size}/{topology.rank}"
     return native.crc64(text.encode())
-
-
-def _ranges(targets: Iterable[Target]) -> dict[int, list[tuple[int, int]]]:
-    found: dict[int, list[tuple[int, int]]] = {}
-    for target in targets:
-        for piece in target.pieces:
-            found.setdefault(piece.rank, []).append((piece.begin, piece.end))
-    return {rank: _merge(ranges) for rank, ranges in sorted(found.items())}
-
-
-def _merge(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    merged: list[tuple[int, int]] = []
-    for begin, end in sorted(ranges):
-        if merged and begin <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((begin, end))
-    return merged

@@ -139,7 +139,7 @@ class ModulePart:
                 f"{name}: expected {expected[1]} {list(expected[0])}, found {found[1]} {list(found[0])}"
             )
         else:
-            wishes.add(source, box_of(value), as_name=name)
+            wishes.add(source, box_of(value), as_name=name, into=local_of(value))
 
     def _clean_names(self, state: Mapping[str, Any]) -> dict[str, str]:
         """Raw key to clean name.

@@ -155,11 +155,11 @@ class OptimizerPart:
             return
         live = self._live(param, key)
         if live is not None and (tuple(live.shape), dtype_name(live.dtype)) == found:
-            wishes.add(leaf, box_of(live))
+            wishes.add(leaf, box_of(live), into=local_of(live))
         elif is_dtensor(param) and tuple(param.shape) == found[0]:
-            wishes.add(leaf, box_of(param))
+            wishes.add(leaf, box_of(param), device=local_of(param).device)
         else:
-            wishes.add_whole(leaf)
+            wishes.add_whole(leaf, _device(param, key))
 
     def _read(self, leaf: str, param: torch.Tensor, key: str, reader: Reader) -> torch.Tensor:
         """The live tensor with the stored value, or a new one spread as the parameter is."""
@@ -168,11 +168,9 @@ class OptimizerPart:
         if live is not None and tuple(live.shape) == shape and dtype_name(live.dtype) == dtype:
             reader.fill(leaf, local_of(live))
             return live
-        # A step counter is made on the host; load_state_dict moves it where the optimizer wants it.
-        device = torch.device("cpu") if key == "step" else param.device
         if is_dtensor(param) and tuple(param.shape) == shape:
             return like(param, reader.create(leaf, local_of(param).device))
-        return reader.create(leaf, device)
+        return reader.create(leaf, _device(param, key))
 
     def _live(self, param: torch.Tensor, key: str) -> torch.Tensor | None:
         # `in` first: the state is a defaultdict, and looking must not give a fresh optimizer state.
@@ -189,6 +187,11 @@ class OptimizerPart:
                 given = entry.get(key)
                 if key != "step" and isinstance(given, torch.Tensor) and given.dtype != value.dtype:
                     self._optimizer.state[live[index]][key] = given.to(value.device)
+
+
+def _device(param: torch.Tensor, key: str) -> torch.device:
+    """Where a tensor of state is made: a step counter on the host, load_state_dict moves it where it is wanted."""
+    return torch.device("cpu") if key == "step" else param.device
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:

@@ -33,16 +33,18 @@ class PlainPart:
 
     def plan(self, context: Context, wishes: Wishes) -> None:
         about = wishes.saved.objects(self.name) or {}
-        live = self._live_dtensors(context)
+        live = self._live(context)
         for name in tensor_names(about.get("value")):
-            found = wishes.saved.shape_and_dtype(name)
-            if name in live and found is not None and tuple(live[name].shape) == found[0]:
-                wishes.add(name, box_of(live[name]))
-            else:
+            found, own = wishes.saved.shape_and_dtype(name), live.get(name)
+            if own is None:
                 wishes.add_whole(name)
+            elif found is not None and is_dtensor(own) and tuple(own.shape) == found[0]:
+                wishes.add(name, box_of(own), device=own.device)
+            else:
+                wishes.add_whole(name, own.device)
 
     def load(self, saved_objects: Mapping[str, Any], reader: Reader, context: Context) -> None:
-        leaves = {leaf.name: leaf.tensor for leaf in self.describe(context)[0]}
+        leaves = self._live(context)
 
         def read(name: str) -> torch.Tensor:
             live = leaves.get(name)
@@ -59,5 +61,5 @@ class PlainPart:
         if reseed is not None:
             reseed(seed)
 
-    def _live_dtensors(self, context: Context) -> dict[str, torch.Tensor]:
-        return {leaf.name: leaf.tensor for leaf in self.describe(context)[0] if is_dtensor(leaf.tensor)}
+    def _live(self, context: Context) -> dict[str, torch.Tensor]:
+        return {leaf.name: leaf.tensor for leaf in self.describe(context)[0]}

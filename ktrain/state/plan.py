@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 
+from ktrain.base.collector import without_collections
 from ktrain.errors import ConfigError
 from ktrain.format.digest import digest_text
 from ktrain.format.payload import Layout, lay_out
@@ -73,24 +72,8 @@ def plan_save(state: TrainState, topology: Topology) -> SavePlan:
     Raises:
         ConfigError: a part holds something that cannot be stored; names it.
     """
-    with _without_collections():
+    with without_collections():  # training waits
         return _plan(state, topology)
-
-
-@contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """Holds the garbage collector off: what a plan makes is no garbage, and training waits.
-
-    Making many thousand small objects would have it walk through the whole process's heap, 0.1 s and more.
-    """
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def _plan(state: TrainState, topology: Topology) -> SavePlan:

@@ -7,7 +7,7 @@ boxes; a RANK name is a tensor of its manifest's rank alone (the name itself doe
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +38,20 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A box of a saved tensor that this rank wants, and the pieces that fill it."""
+    """A box of a saved tensor that this rank wants, and the pieces that fill it.
+
+    `into` is the live local tensor that gets the value; without one a tensor will be created, on the host or not.
+    """
 
     dtype: str
     global_shape: tuple[int, ...]
     box: Box
     pieces: tuple[Piece, ...]
+    into: torch.Tensor | None
+    is_host: bool
+
+
+_HOST = torch.device("cpu")
 
 
 class Saved:
@@ -78,9 +86,12 @@ class Saved:
         entries = self._entries(name)
         return (entries[0][1].shard.global_shape, entries[0][1].shard.dtype) if entries else None
 
-    def target(self, name: str, box: Box) -> Target | list[Box]:
+    def pieces(self, name: str, box: Box) -> tuple[Piece, ...] | list[Box]:
         """The pieces that fill a box of a saved tensor, or the boxes that nothing fills."""
         entries = self._entries(name)
+        if entries and entries[0][1].shard.box == box and box.numel:  # the layout is as it was, nearly always
+            rank, entry = entries[0]
+            return (Piece(rank, entry, box, entry.begin, entry.end),)
         missing = [box] if box.numel else []
         pieces: list[Piece] = []
         for rank, entry in entries:
@@ -95,13 +106,12 @@ class Saved:
                     pieces.append(_piece(rank, entry, common))
                     rest.extend(want.subtract(common))
             missing = rest
-        if missing or not entries:
-            return missing or [box]
-        shard = entries[0][1].shard
-        return Target(shard.dtype, shard.global_shape, box, tuple(pieces))
+        return tuple(pieces) if entries and not missing else missing or [box]
 
     def _entries(self, name: str) -> list[tuple[int, Entry]]:
         found = self._index.get(name, [])
+        if len(found) < 2:
+            return found
         own = [row for row in found if row[1].shard.role is Role.RANK and row[0] == self.rank]
         joined = [row for row in found if row[1].shard.role is not Role.RANK]
         return own[:1] or joined or found[:1]
@@ -126,27 +136,41 @@ class Wishes:
         self.problems: list[str] = []
         self.notices: list[str] = []
 
-    def add(self, name: str, box: Box, *, as_name: str | None = None) -> None:
-        """Asks for a box of a saved tensor, read under `as_name`; what no rank stored becomes a problem."""
-        found = self.saved.target(name, box)
-        if isinstance(found, Target):
-            self.targets[as_name or name] = found
+    def add(
+        self,
+        name: str,
+        box: Box,
+        *,
+        as_name: str | None = None,
+        into: torch.Tensor | None = None,
+        device: torch.device = _HOST,
+    ) -> None:
+        """Asks for a box of a saved tensor, read under `as_name`; what no rank stored becomes a problem.
+
+        Args:
+            into: the live local tensor of the box that will be filled.
+            device: where a tensor will be created instead.
+        """
+        pieces = self.saved.pieces(name, box)
+        if isinstance(pieces, tuple):
+            shape, dtype = self.saved.shape_and_dtype(name) or ((), "")
+            self.targets[as_name or name] = Target(dtype, shape, box, pieces, into, device.type == "cpu")
         else:
-            lacking = ", ".join(f"offsets {list(b.offsets)} lengths {list(b.lengths)}" for b in found[:3])
+            lacking = ", ".join(f"offsets {list(b.offsets)} lengths {list(b.lengths)}" for b in pieces[:3])
             self.problems.append(f"{name}: no rank stored {lacking}")
 
-    def add_whole(self, name: str) -> None:
-        """Asks for a saved tensor, whole."""
+    def add_whole(self, name: str, device: torch.device = _HOST) -> None:
+        """Asks for a saved tensor, whole, to be created on the device."""
         found = self.saved.shape_and_dtype(name)
         if found is None:
             self.problems.append(f"{name}: named by its part, but not stored")
         else:
-            self.add(name, Box.whole(found[0]))
+            self.add(name, Box.whole(found[0]), device=device)
 
-    def add_all(self, encoded: Any) -> None:
+    def add_all(self, encoded: Any, device: torch.device = _HOST) -> None:
         """Asks for every tensor that an encoded value names, whole."""
         for name in tensor_names(encoded):
-            self.add_whole(name)
+            self.add_whole(name, device)
 
 
 def tensor_names(encoded: Any) -> list[str]:
@@ -157,11 +181,15 @@ def tensor_names(encoded: Any) -> list[str]:
 
 
 class Reader:
-    """Fills tensors from the ranges that a source has fetched."""
+    """Fills tensors from memory that a source has filled, or else from the ranges that it has fetched."""
 
-    def __init__(self, targets: Mapping[str, Target], source: SnapshotSource) -> None:
+    def __init__(
+        self, targets: Mapping[str, Target], source: SnapshotSource, memory: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         self._targets = targets
         self._source = source
+        self._memory = dict(memory or {})  # by target; what was given away is gone
+        self._written: list[torch.Tensor] = []  # in place, behind torch's back
 
     def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], str]:
         """Of the whole saved tensor."""
@@ -173,7 +201,14 @@ class Reader:
         target = self._target(name)
         if tuple(local.shape) != target.box.lengths:
             raise InternalError(f"tensor {name!r}: planned {target.box.lengths}, now {tuple(local.shape)}")
+        filled = self._memory.get(name)
+        if filled is not None and filled.data_ptr() == local.data_ptr():
+            self._written.append(local)
+            return
         with torch.no_grad():
+            if filled is not None:  # the part has another tensor now than when it planned
+                local.copy_(filled)
+                return
             for piece in target.pieces:
                 where = _slices(piece.box, target.box)
                 local[where].copy_(self._view(piece))
@@ -181,9 +216,18 @@ class Reader:
     def create(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """A new tensor with a planned target's value."""
         target = self._target(name)
+        if target.into is None and (filled := self._memory.pop(name, None)) is not None:
+            return filled.to(device)
         local = torch.empty(target.box.lengths, dtype=dtype_of(target.dtype), device=device)
         self.fill(name, local)
         return local
+
+    def close(self) -> None:
+        """Tells autograd which tensors have changed, as their own `copy_` would have done."""
+        written = [tensor for tensor in self._written if not tensor.is_inference()]
+        if written:
+            torch.autograd.graph.increment_version(written)
+        self._written = []
 
     def _target(self, name: str) -> Target:
         try:
@@ -201,13 +245,13 @@ class Reader:
         address = numpy.frombuffer(memory, dtype=numpy.uint8).ctypes.data
         lent = (ctypes.c_char * memory.nbytes).from_address(address)
         flat = torch.frombuffer(lent, dtype=dtype, count=memory.nbytes // item_nbytes(shard.dtype))
-        return flat.as_strided(piece.box.lengths, _strides(shard.box.lengths))
+        return flat.as_strided(piece.box.lengths, row_strides(shard.box.lengths))
 
 
 def _piece(rank: int, entry: Entry, box: Box) -> Piece:
     """The shortest range of the entry that has all items of the box; the entry is stored row by row."""
     outer, size = entry.shard.box, item_nbytes(entry.shard.dtype)
-    strides = _strides(outer.lengths)
+    strides = row_strides(outer.lengths)
     at = zip(box.offsets, outer.offsets, strides, strict=True)
     first = sum((inner - begin) * stride for inner, begin, stride in at)
     last = first + sum((length - 1) * stride for length, stride in zip(box.lengths, strides, strict=True))
@@ -221,8 +265,28 @@ def _slices(inner: Box, outer: Box) -> tuple[slice, ...]:
     )
 
 
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+def row_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Items from one index to the next in each dimension, of a tensor that is stored row by row."""
     strides = [1] * len(shape)
     for dim in range(len(shape) - 2, -1, -1):
         strides[dim] = strides[dim + 1] * shape[dim + 1]
     return tuple(strides)
+
+
+def ranges_of(targets: Iterable[Target]) -> dict[int, list[tuple[int, int]]]:
+    """The byte ranges of the payloads that fill targets, by saved rank, sorted and merged."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for target in targets:
+        for piece in target.pieces:
+            found.setdefault(piece.rank, []).append((piece.begin, piece.end))
+    return {rank: _merge(ranges) for rank, ranges in sorted(found.items())}
+
+
+def _merge(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    merged: list[tuple[int, int]] = []
+    for begin, end in sorted(ranges):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((begin, end))
+    return merged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -48,3 +49,8 @@ class Topology:
         """All ranks of this rank's node."""
         first = self.rank - self.local_rank
         return range(first, first + self.local_world_size)
+
+    @property
+    def copy_threads(self) -> int:
+        """Threads for this rank's copies: its share of the node's processors, at most 8, where memory's rate ends."""
+        return max(1, min(8, len(os.sched_getaffinity(0)) // self.local_world_size))

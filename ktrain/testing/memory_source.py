@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import array
 from collections.abc import Mapping, Sequence
 
+from ktrain import native
 from ktrain.base.clock import Deadline
-from ktrain.errors import InternalError
+from ktrain.errors import CorruptionError, InternalError
 from ktrain.format.manifest import Manifest, verify_payload
+from ktrain.native import Runs
 
 
 class MemorySource:
@@ -21,7 +24,20 @@ class MemorySource:
     def manifests(self) -> Mapping[int, Manifest]:
         return {rank: manifest for rank, (manifest, _) in self._snapshots.items()}
 
-    def fetch(self, ranges: Mapping[int, Sequence[tuple[int, int]]], *, deadline: Deadline) -> None:
+    def fetch(
+        self,
+        ranges: Mapping[int, Sequence[tuple[int, int]]],
+        *,
+        into: Mapping[int, Runs] | None = None,
+        deadline: Deadline,
+    ) -> None:
+        for rank, runs in (into or {}).items():
+            manifest, payload = self._snapshots[rank]
+            deadline.check("fetch")
+            expected = array.array("Q", manifest.chunks)
+            bad = native.prove_scatter(payload, runs, begin=0, chunk_nbytes=manifest.chunk_nbytes, expected=expected)
+            if bad:
+                raise CorruptionError(f"rank {rank}: chunks {bad[:5]} do not match their digests")
         for rank, wanted in ranges.items():
             manifest, payload = self._snapshots[rank]
             for begin, end in wanted:

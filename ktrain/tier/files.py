@@ -19,7 +19,7 @@ from typing import TypeVar
 from ktrain.abc.tier import Buffer, Stored, check_name, check_prefix
 from ktrain.base import ids
 from ktrain.base.clock import Deadline
-from ktrain.errors import CapacityError, CorruptionError, KtrainError, NotFoundError
+from ktrain.errors import CapacityError, CorruptionError, KtrainError
 from ktrain.tier.answers import translate, translate_write
 from ktrain.tier.deadline import BoundedCalls, Call
 
@@ -56,6 +56,11 @@ class FileTier:
         if begin == end:
             return b""
         return self._run(f"read [{begin}, {end}) of", name, lambda call: _read(call, path, begin, end), deadline)
+
+    def read_into(self, name: str, begin: int, memory: memoryview, *, deadline: Deadline) -> None:
+        path = self._root / check_name(name)
+        verb = f"read [{begin}, {begin + memory.nbytes}) of"
+        self._run(verb, name, lambda call: _fill(call, path, begin, memory), deadline)
 
     def list(self, prefix: str, *, deadline: Deadline) -> list[Stored]:
         prefix = check_prefix(prefix)
@@ -192,21 +197,41 @@ def _read(call: Call, path: Path, begin: int, end: int | None) -> bytes:
     try:
         nbytes = os.fstat(fd).st_size
         end = nbytes if end is None else end
-        if end > nbytes:
-            raise CorruptionError(f"{call.what}: expected {end} bytes or more, found {nbytes} bytes; try another copy")
+        _require_end(call, end, nbytes)
         pieces = []
         while begin < end:
             call.check()
             piece = os.pread(fd, min(_PIECE_NBYTES, end - begin), begin)
-            if not piece:
-                raise CorruptionError(f"{call.what}: the file was cut short while it was read; try another copy")
+            _require_some(call, len(piece))
             pieces.append(piece)
             begin += len(piece)
         return b"".join(pieces)
-    except IsADirectoryError as error:
-        raise NotFoundError(f"{call.what}: {path} is a folder, no object") from error
     finally:
         os.close(fd)
+
+
+def _fill(call: Call, path: Path, begin: int, memory: memoryview) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _require_end(call, begin + memory.nbytes, os.fstat(fd).st_size)
+        done = 0
+        while done < memory.nbytes:
+            call.check()
+            count = os.preadv(fd, [memory[done : done + _PIECE_NBYTES]], begin + done)
+            _require_some(call, count)
+            done += count
+    finally:
+        os.close(fd)
+
+
+def _require_end(call: Call, end: int, nbytes: int) -> None:
+    if end > nbytes:
+        raise CorruptionError(f"{call.what}: expected {end} bytes or more, found {nbytes} bytes; try another copy")
+
+
+def _require_some(call: Call, count: int) -> None:
+    if not count:
+        raise CorruptionError(f"{call.what}: the file was cut short while it was read; try another copy")
 
 
 def _walk(call: Call, folder: Path, prefix: str) -> Iterator[Stored]:

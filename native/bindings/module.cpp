@@ -15,6 +15,7 @@
 #include "ktrain/copy.h"
 #include "ktrain/cpu.h"
 #include "ktrain/digest.h"
+#include "ktrain/scatter.h"
 
 namespace nb = nanobind;
 
@@ -130,6 +131,54 @@ Digests gather_digest(nb::handle target, nb::tuple columns, std::size_t chunk_nb
   return digests;
 }
 
+void refuse_bad_runs(const ktrain::Runs& runs) {
+  const ktrain::RunCheck check = ktrain::check_runs(runs);
+  const std::string where = "row " + std::to_string(check.index);
+  switch (check.fault) {
+    case ktrain::RunFault::kNone:
+      return;
+    case ktrain::RunFault::kLengthsDiffer:
+      throw std::invalid_argument("the columns of the runs have different lengths");
+    case ktrain::RunFault::kNotSorted:
+      throw std::invalid_argument(where + " begins before the row in front of it; sort by offset");
+    case ktrain::RunFault::kOverlap:
+      throw std::invalid_argument(where + ": its runs overlap one another");
+    case ktrain::RunFault::kTooLong:
+      throw std::invalid_argument(where + " ends beyond what a payload can have");
+  }
+}
+
+std::vector<std::size_t> prove_scatter(nb::handle source, std::uint64_t begin, std::size_t chunk_nbytes,
+                                       nb::handle expected, nb::tuple columns, unsigned num_threads) {
+  const BufferView from(source, PyBUF_SIMPLE);
+  const BufferView digests(expected, PyBUF_SIMPLE);
+  const BufferView address(columns[0], PyBUF_SIMPLE);
+  const BufferView nbytes(columns[1], PyBUF_SIMPLE);
+  const BufferView offset(columns[2], PyBUF_SIMPLE);
+  const BufferView count(columns[3], PyBUF_SIMPLE);
+  const BufferView source_step(columns[4], PyBUF_SIMPLE);
+  const BufferView target_step(columns[5], PyBUF_SIMPLE);
+  const ktrain::Runs runs{address.words(), nbytes.words(),      offset.words(),
+                          count.words(),   source_step.words(), target_step.words()};
+  refuse_bad_runs(runs);
+  const std::size_t num_chunks = ktrain::num_chunks(from.size(), chunk_nbytes);
+  if (digests.words().size() != num_chunks || begin % chunk_nbytes != 0) {
+    throw std::invalid_argument("expected " + std::to_string(num_chunks) + " digests of chunks from where one begins");
+  }
+  std::vector<std::size_t> bad;
+  {
+    const nb::gil_scoped_release release;
+    std::vector<std::uint8_t> is_bad(num_chunks);
+    ktrain::prove_scatter(from.bytes(), begin, chunk_nbytes, digests.words(), runs, num_threads, is_bad);
+    for (std::size_t index = 0; index < num_chunks; ++index) {
+      if (is_bad[index] != 0) {
+        bad.push_back(index);
+      }
+    }
+  }
+  return bad;
+}
+
 int prefault(nb::handle target, unsigned num_threads) {
   const BufferView view(target, PyBUF_WRITABLE);
   const nb::gil_scoped_release release;
@@ -149,6 +198,8 @@ NB_MODULE(_native, module) {
              nb::arg("num_threads"));
   module.def("gather_digest", &gather_digest, nb::arg("target"), nb::arg("columns"), nb::arg("chunk_nbytes"),
              nb::arg("num_threads"));
+  module.def("prove_scatter", &prove_scatter, nb::arg("source"), nb::arg("begin"), nb::arg("chunk_nbytes"),
+             nb::arg("expected"), nb::arg("columns"), nb::arg("num_threads"));
   module.def("prefault", &prefault, nb::arg("target"), nb::arg("num_threads"));
   module.def("set_parent_death_signal", &ktrain::set_parent_death_signal, nb::arg("signum"));
 }

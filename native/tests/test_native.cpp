@@ -15,6 +15,7 @@
 #include "ktrain/copy.h"
 #include "ktrain/cpu.h"
 #include "ktrain/digest.h"
+#include "ktrain/scatter.h"
 
 namespace {
 
@@ -156,6 +157,53 @@ void test_check_segments_names_the_first_bad_one() {
   EXPECT(check({10, 90}, {0, 10}).fault == ktrain::SegmentFault::kNone, "full");
 }
 
+void test_prove_scatter_copies_from_good_chunks_alone() {
+  std::mt19937 random(9);
+  for (int round = 0; round < 20; ++round) {
+    const std::size_t nbytes = round % 5 == 0 ? (std::size_t{4} << 20) + 13 : 200000;
+    const std::size_t chunk_nbytes = 1 + random() % 50000;
+    const std::uint64_t begin = chunk_nbytes * (random() % 3);
+    Bytes source(nbytes, 3, static_cast<std::uint32_t>(round));
+    std::vector<std::uint64_t> expected(ktrain::num_chunks(nbytes, chunk_nbytes));
+    ktrain::digest_chunks(source.span(), chunk_nbytes, 2, expected);
+    const std::size_t spoilt = random() % expected.size();
+    expected[spoilt] ^= 1;
+    std::vector<Bytes> targets;
+    std::vector<std::uint64_t> address, lengths, offset, count, source_step, target_step;
+    for (std::uint64_t at = random() % 3000; at < begin + nbytes; at += random() % 30000) {
+      const std::uint64_t length = random() % 3000;
+      const std::uint64_t num_runs = random() % 20;
+      count.push_back(num_runs);
+      lengths.push_back(length);
+      offset.push_back(at);
+      source_step.push_back(length + random() % 500);
+      target_step.push_back(length + random() % 5);
+      targets.emplace_back(num_runs == 0 ? 0 : (num_runs - 1) * target_step.back() + length, 1, 0);
+      std::memset(targets.back().data(), 0xEE, targets.back().span().size());
+      address.push_back(reinterpret_cast<std::uintptr_t>(targets.back().data()));
+    }
+    const ktrain::Runs runs{address, lengths, offset, count, source_step, target_step};
+    EXPECT(ktrain::check_runs(runs).fault == ktrain::RunFault::kNone, "round %d", round);
+    std::vector<std::uint8_t> is_bad(expected.size());
+    ktrain::prove_scatter(source.span(), begin, chunk_nbytes, expected, runs, 4, is_bad);
+    for (std::size_t i = 0; i < is_bad.size(); ++i) {
+      EXPECT((is_bad[i] != 0) == (i == spoilt), "round %d, chunk %zu", round, i);
+    }
+    for (std::size_t row = 0; row < offset.size(); ++row) {
+      std::vector<std::byte> wanted(targets[row].span().size(), std::byte{0xEE});
+      for (std::uint64_t run = 0; run < count[row]; ++run) {
+        for (std::uint64_t i = 0; i < lengths[row]; ++i) {
+          const std::uint64_t at = offset[row] + run * source_step[row] + i - begin;  // wraps around in front of it
+          if (at < nbytes && at / chunk_nbytes != spoilt) {
+            wanted[run * target_step[row] + i] = source.data()[at];
+          }
+        }
+      }
+      EXPECT(wanted.empty() || std::memcmp(wanted.data(), targets[row].data(), wanted.size()) == 0, "row %zu", row);
+    }
+  }
+}
+
 void test_prefault_changes_no_byte() {
   Bytes bytes(100000, 3, 6);
   const std::vector<std::byte> before(bytes.span().begin(), bytes.span().end());
@@ -189,6 +237,7 @@ int main() {
   test_copy_digest_copies_and_digests_every_chunk();
   test_gather_digest_fills_segments_and_keeps_gaps();
   test_check_segments_names_the_first_bad_one();
+  test_prove_scatter_copies_from_good_chunks_alone();
   test_prefault_changes_no_byte();
   std::printf("native tests passed with");
   for (const ktrain::Variant& variant : ktrain::variants()) {

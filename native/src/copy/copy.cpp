@@ -1,13 +1,10 @@
 #include "ktrain/copy.h"
 #include "ktrain/digest.h"
 #include "ktrain/parallel.h"
+#include "ktrain/streaming.h"
 
 #include <algorithm>
 #include <cstring>
-
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
 namespace ktrain {
 namespace {
@@ -15,54 +12,8 @@ namespace {
 // Bytes that stay in the nearest caches between their digest and their copy.
 constexpr std::size_t kBlockNbytes = std::size_t{64} << 10;
 
-// Below this size a target may still be in cache when its reader comes; above, stores go past the caches,
-// which spares reading the target's lines first.
-constexpr std::size_t kStreamNbytes = std::size_t{4} << 20;
-
 // From this size on a piece of a gather is worth a digest of its own.
 constexpr std::size_t kLargePieceNbytes = std::size_t{2} << 10;
-
-#if defined(__SSE2__)
-// Stores past the caches. fence_stores() must follow before another thread reads.
-void copy_streaming(std::byte* target, const std::byte* source, std::size_t nbytes) noexcept {
-  const std::size_t lead = std::min(nbytes, (64 - reinterpret_cast<std::uintptr_t>(target) % 64) % 64);
-  std::memcpy(target, source, lead);
-  target += lead;
-  source += lead;
-  nbytes -= lead;
-  for (; nbytes >= 64; target += 64, source += 64, nbytes -= 64) {
-    const auto* from = reinterpret_cast<const __m128i*>(source);
-    auto* to = reinterpret_cast<__m128i*>(target);
-    const __m128i a = _mm_loadu_si128(from);
-    const __m128i b = _mm_loadu_si128(from + 1);
-    const __m128i c = _mm_loadu_si128(from + 2);
-    const __m128i d = _mm_loadu_si128(from + 3);
-    _mm_stream_si128(to, a);
-    _mm_stream_si128(to + 1, b);
-    _mm_stream_si128(to + 2, c);
-    _mm_stream_si128(to + 3, d);
-  }
-  std::memcpy(target, source, nbytes);
-}
-
-void fence_stores() noexcept { _mm_sfence(); }
-#else
-void copy_streaming(std::byte* target, const std::byte* source, std::size_t nbytes) noexcept {
-  std::memcpy(target, source, nbytes);
-}
-
-void fence_stores() noexcept {}
-#endif
-
-using CopyFunction = void (*)(std::byte*, const std::byte*, std::size_t) noexcept;
-
-void copy_cached(std::byte* target, const std::byte* source, std::size_t nbytes) noexcept {
-  std::memcpy(target, source, nbytes);
-}
-
-CopyFunction choose_copy(std::size_t nbytes) noexcept {
-  return nbytes >= kStreamNbytes ? copy_streaming : copy_cached;
-}
 
 // The digest runs first and fetches the block, the copy then reads it from cache.
 std::uint64_t copy_and_update(std::uint64_t state, std::span<std::byte> target, const std::byte* source,

@@ -151,7 +151,8 @@ class Worker:
 
 
 def applied(number: int, tier: str) -> dict[str, Any]:
-    return {"round": number, "status": "applied", "tier": tier, "nbytes": 1, "wire_nbytes": 0, "seconds": 0.1}
+    read = {"nbytes": 1, "wanted_nbytes": 1, "num_reads": 1, "wire_nbytes": 0}
+    return {"round": number, "status": "applied", "tier": tier, **read, "seconds": 0.1}
 
 
 class Node:

@@ -1,0 +1,238 @@
+"""One copy of one saved rank, opened: a slot of the own volume, or an object of a tier.
+
+Invariant: no byte is lent by `view` or written to memory before its whole chunk matched the digest that was made at
+the snapshot, after the last hop that the bytes took (design promise 2).
+"""
+
+from __future__ import annotations
+
+import array
+import bisect
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy
+
+from ktrain import native
+from ktrain.abc.tier import FillsMemory, Tier
+from ktrain.base.clock import Deadline
+from ktrain.checkpoint.ranges import Share, Span, plan_spans, runs_of, split_span, table_of
+from ktrain.errors import CorruptionError, UnavailableError
+from ktrain.format.manifest import Manifest
+from ktrain.native import Runs
+from ktrain.snapshot.arena import SlotReader
+
+FILE_READ_NBYTES = 8 << 20
+"""Of one call where the tier fills memory of ours: large beside the cost of a call, small enough for the caches."""
+BUCKET_READ_NBYTES = 16 << 20
+"""Of one request: as long on its way as a request takes to be answered, many times over."""
+
+
+class BadCopy(CorruptionError):
+    """A copy that is proven bad, with the first bad byte range where it is known."""
+
+    def __init__(self, message: str, begin: int | None = None, end: int | None = None) -> None:
+        super().__init__(message)
+        self.begin, self.end = begin, end
+
+
+Read = Callable[[Deadline], int]
+"""One call that brings bytes near, proves them and puts them where they are wanted; returns how many it read."""
+
+
+class Reader(Protocol):
+    """One copy of one saved rank. Its reads may run side by side."""
+
+    is_near: bool  # its reads are work of the processors alone, which use all threads by themselves
+
+    def reads(self, share: Share) -> list[Read]:
+        """The reads that bring a share."""
+
+    def view(self, begin: int, end: int) -> memoryview:
+        """Bytes of a view that was brought; valid until `close`."""
+
+    def stop(self) -> None:
+        """Has reads that have not begun do nothing: the copy is refused."""
+
+    def close(self) -> None: ...
+
+
+class _Proof:
+    """The digests of a manifest, at hand for native code."""
+
+    def __init__(self, manifest: Manifest, num_threads: int) -> None:
+        self._manifest = manifest
+        self._chunks = memoryview(array.array("Q", manifest.chunks))
+        self._num_threads = num_threads
+
+    def land(self, data: Any, begin: int, runs: Runs, where: str) -> None:
+        """Proves whole chunks and copies what the runs want of them.
+
+        Raises:
+            BadCopy: a chunk does not match; nothing of it was written.
+        """
+        manifest = self._manifest
+        first = begin // manifest.chunk_nbytes
+        num_chunks = -(-memoryview(data).nbytes // manifest.chunk_nbytes)
+        bad = native.prove_scatter(
+            data,
+            runs,
+            begin=begin,
+            chunk_nbytes=manifest.chunk_nbytes,
+            expected=self._chunks[first : first + num_chunks],
+            num_threads=self._num_threads,
+        )
+        if bad:
+            low = begin + bad[0] * manifest.chunk_nbytes
+            together = next((n for n, index in enumerate(bad) if index != bad[0] + n), len(bad))
+            high = min(low + together * manifest.chunk_nbytes, manifest.nbytes)
+            raise BadCopy(
+                f"{where}, rank {manifest.rank}, {manifest.identity}: bytes {low} to {high} differ from the digest "
+                "made at the snapshot",
+                low,
+                high,
+            )
+
+
+class VolumeReader:
+    """A sealed slot of this node's volume, under lease."""
+
+    is_near = True
+
+    def __init__(self, slot: SlotReader, manifest: Manifest, num_threads: int) -> None:
+        if slot.manifest.digest() != manifest.digest():
+            slot.close()
+            raise BadCopy(f"slot {slot.slot}: its manifest is not the one that was agreed on")
+        self._slot = slot
+        self._manifest = manifest
+        self._proof = _Proof(manifest, num_threads)
+
+    def reads(self, share: Share) -> list[Read]:
+        return [partial(self._read, span) for span in plan_spans(self._manifest, share, closes_gaps=False)]
+
+    def _read(self, span: Span, deadline: Deadline) -> int:
+        deadline.check(f"prove rank {self._manifest.rank} in memory")
+        self._proof.land(self._slot.memory[span.begin : span.end], span.begin, span.runs, f"slot {self._slot.slot}")
+        return span.end - span.begin
+
+    def view(self, begin: int, end: int) -> memoryview:
+        return self._slot.memory[begin:end]
+
+    def stop(self) -> None:
+        """Its reads run one after the other, so none is left."""
+
+    def close(self) -> None:
+        self._slot.close()
+
+
+class Buffers:
+    """Memory for bytes between a tier and their proof, used again by one read after the other. Safe from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: list[memoryview] = []  # guarded by _lock
+
+    def take(self, nbytes: int) -> memoryview:
+        with self._lock:
+            fitting = next((buffer for buffer in self._free if buffer.nbytes >= nbytes), None)
+            if fitting is not None:
+                self._free.remove(fitting)
+        return fitting if fitting is not None else numpy.empty(nbytes, dtype=numpy.uint8).data
+
+    def give(self, buffer: memoryview) -> None:
+        """Takes a buffer back that nobody writes to any more; one that is not given back is simply lost."""
+        with self._lock:
+            self._free.append(buffer)
+
+
+@dataclass(frozen=True, slots=True)
+class Object:
+    """Where a payload lies, and how long a call for some of its bytes may take."""
+
+    tier: Tier
+    name: str
+    deadline_of: Callable[[int], Deadline]
+
+
+class TierReader:
+    """An object in a bucket or on disk. Bytes stay no longer than their proof takes, except those that are viewed."""
+
+    is_near = False
+
+    def __init__(self, stored: Object, manifest: Manifest, buffers: Buffers, *, read_nbytes: int | None = None) -> None:
+        self._stored = stored
+        self._manifest = manifest
+        self._buffers = buffers
+        self._fills = stored.tier if isinstance(stored.tier, FillsMemory) else None
+        self._read_nbytes = read_nbytes or (BUCKET_READ_NBYTES if self._fills is None else FILE_READ_NBYTES)
+        self._proof = _Proof(manifest, 1)  # reads run side by side already
+        self._views: list[tuple[int, memoryview]] = []  # sorted by where they begin
+        self._is_stopped = False
+
+    def reads(self, share: Share) -> list[Read]:
+        self._views = [
+            (begin, numpy.empty(end - begin, dtype=numpy.uint8).data)
+            for begin, end in sorted(share.views)
+            if end > begin
+        ]
+        found: list[Read] = []
+        for span in plan_spans(self._manifest, self._with_views(share), closes_gaps=True):
+            for begin, end in split_span(span, self._read_nbytes, self._manifest.chunk_nbytes):
+                found.append(partial(self._read, begin, end, span.runs))
+        return found
+
+    def _with_views(self, share: Share) -> Share:
+        """The share with its views landing in memory of this reader."""
+        views = [
+            (numpy.frombuffer(memory, dtype=numpy.uint8).ctypes.data, memory.nbytes, begin, 1, 0, 0)
+            for begin, memory in self._views
+        ]
+        table = numpy.concatenate(
+            (table_of(share.runs), numpy.array(views, dtype=numpy.int64).reshape(-1, 6).T), axis=1
+        )
+        return Share(runs=runs_of(table[:, numpy.argsort(table[2], kind="stable")]))
+
+    def _read(self, begin: int, end: int, runs: Runs, deadline: Deadline) -> int:
+        if self._is_stopped:
+            return 0
+        name = self._stored.name
+        deadline.check(f"read {name}")
+        allowed = self._stored.deadline_of(end - begin)
+        within = deadline.sooner(allowed.remaining_s())
+        if self._fills is None:
+            data = self._stored.tier.read_range(name, begin, end, deadline=within)
+            self._land(data, begin, end, runs)
+        else:
+            buffer = self._buffers.take(end - begin)
+            # After an error the call may still be writing to the buffer, so that one is not used again.
+            self._fills.read_into(name, begin, buffer[: end - begin], deadline=within)
+            try:
+                self._land(buffer[: end - begin], begin, end, runs)
+            finally:
+                self._buffers.give(buffer)
+        return end - begin
+
+    def _land(self, data: Any, begin: int, end: int, runs: Runs) -> None:
+        if len(data) != end - begin:
+            raise BadCopy(
+                f"{self._stored.name}: expected {self._manifest.nbytes} bytes, it ends at {begin + len(data)}",
+                begin + len(data),
+                end,
+            )
+        self._proof.land(data, begin, runs, self._stored.name)
+
+    def view(self, begin: int, end: int) -> memoryview:
+        at = bisect.bisect_right(self._views, begin, key=lambda view: view[0]) - 1
+        start, memory = self._views[at] if at >= 0 else (begin, memoryview(b""))
+        if end - start > memory.nbytes:
+            raise UnavailableError(f"{self._stored.name}: bytes {begin} to {end} were not asked for as a view")
+        return memory[begin - start : end - start]
+
+    def stop(self) -> None:
+        self._is_stopped = True
+
+    def close(self) -> None:
+        self._views = []
