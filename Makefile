@@ -11,7 +11,7 @@ NATIVE := $(shell find native -type f -not -path 'native/tests/*' 2>/dev/null)
 PACKAGES := $(VENV)/.packages-installed
 BUILT := $(VENV)/.native-built
 
-.PHONY: setup demo test lint format chaos bench bench-gpu native-test clean
+.PHONY: setup demo test lint format chaos bench bench-gpu bench-rival native-test clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILT)
@@ -64,10 +64,27 @@ bench: $(BUILT)
 bench-gpu: $(BUILT)
 	$(BIN)/python -m benchmarks --gpu
 
+# Another library in an environment of its own, beside ktrain: make bench-rival RIVAL=dlrover (or torchsnapshot).
+RIVAL ?= dlrover
+RIVAL_VENV := .venv-$(RIVAL)
+RIVAL_PIP := $(RIVAL_VENV)/bin/python -m pip --quiet --quiet --disable-pip-version-check --no-input
+RIVAL_NEEDS_dlrover := dlrover[torch] grpcio protobuf
+RIVAL_NEEDS_torchsnapshot := torchsnapshot
+
+$(RIVAL_VENV)/.installed: | $(BIN)/python
+	$(PYTHON) -m venv $(RIVAL_VENV)
+	$(RIVAL_PIP) install --constraint constraints.txt torch
+	grep -E '^torch==' constraints.txt > $(RIVAL_VENV)/torch-only.txt
+	$(RIVAL_PIP) install --constraint $(RIVAL_VENV)/torch-only.txt $(RIVAL_NEEDS_$(RIVAL)) '.[s3]'
+	@touch $@
+
+bench-rival: $(RIVAL_VENV)/.installed
+	$(RIVAL_VENV)/bin/python -m benchmarks --rival $(RIVAL) $(if $(RECORD),--record $(RECORD))
+
 # The C++ tests, under the sanitizers for addresses and undefined behaviour, and again under the one for threads.
 native-test: $(BUILT)
 	$(BIN)/python -m pytest tests/unit/native/test_sanitizers.py
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-* build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -57,6 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
         from benchmarks import gpu
 
         return gpu.main()
+    if chosen.rival:
+        from benchmarks import rivals
+
+        record = RECORDS / f"{report.today()}-{chosen.record}" if chosen.record else None
+        return rivals.main(chosen.rival, QUICK if chosen.quick else FULL, record)
     logging.getLogger("ktrain").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _end)  # unwinds, so that everything is removed
     sizes = QUICK if chosen.quick else FULL
@@ -84,6 +89,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--note", default="", help="a sentence about the circumstances, for the record")
     parser.add_argument("--disk", type=Path, help="folder on the disk to measure (default: the temporary one)")
     parser.add_argument("--gpu", action="store_true", help="the cases that need a CUDA device, alone")
+    parser.add_argument("--rival", choices=("dlrover", "torchsnapshot"), help="beside another library, alone")
     return parser.parse_args(arguments)
 
 

@@ -67,15 +67,16 @@ def test_calls_to_a_stopped_server_end_at_their_deadlines_and_it_is_used_again_a
 
 
 def test_calls_given_up_on_a_stopped_server_leave_no_thread(tier: Tier, rclone: RcloneServer) -> None:
+    before = set(threading.enumerate())
     rclone.pause()
     try:
         for deadline_s in (0.005, 0.02, 0.1, 0.3, 0.5):  # some end while the client is still being made
             with pytest.raises(DeadlineError):
                 tier.read("a", deadline=Deadline.after(deadline_s))
-        left = [thread for thread in threading.enumerate() if thread.name.startswith("ktrain-tier")]
+        left = [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("ktrain-tier")]
         for thread in left:
-            thread.join(10)
-        assert not any(thread.is_alive() for thread in left)
+            thread.join(30)
+        assert [thread.name for thread in left if thread.is_alive()] == []
     finally:
         rclone.resume()
 
