@@ -18,7 +18,7 @@ from ktrain.format.payload import Layout, lay_out
 from ktrain.format.shard import Box, Shard
 from ktrain.state.parts import Context
 from ktrain.state.shares import Block, share_out
-from ktrain.state.tensors import Leaf, box_of, dtype_name, is_dtensor, local_of, require_storable
+from ktrain.state.tensors import Leaf, box_of, dtype_name, is_dtensor, local_of, require_box, require_storable
 from ktrain.state.topology import Topology
 from ktrain.state.train_state import TrainState
 
@@ -136,7 +136,9 @@ def _make_memo(leaves: Sequence[Leaf], topology: Topology) -> _Memo:
 
 def _shard(leaf: Leaf) -> Shard:
     tensor = leaf.tensor
-    return Shard(leaf.name, dtype_name(tensor.dtype), tuple(tensor.shape), box_of(tensor), leaf.role)
+    box = box_of(tensor)
+    require_box(leaf.name, tensor, box)
+    return Shard(leaf.name, dtype_name(tensor.dtype), tuple(tensor.shape), box, leaf.role)
 
 
 def _has_bytes_here(shard: Shard) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from ktrain.errors import ConfigError
 from ktrain.state.train_state import TrainState
 from tests.integration.layout_worker import ALIKE, LAYOUTS, SHARING, WORLD, Net, read
 from tests.unit.state.worlds import restore
@@ -118,6 +119,16 @@ def test_stages_hold_their_own_layers(found: Any) -> None:
     assert names[0] == names[1] and names[2] == names[3]
     assert names[0] | names[2] == {f"model/{name}" for name in Net().state_dict()}
     assert not names[0] & names[2]
+
+
+def test_stages_on_another_number_of_ranks_give_the_module_and_refuse_the_optimizer(folder: Path, found: Any) -> None:
+    assert found
+    net, saved = Net(), read(folder, "stages-2-data-2-2")
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+    with pytest.raises(ConfigError) as caught:
+        restore(TrainState({"model": net, "optimizer": optimizer}), saved)
+    assert "optimizer: group 0: parameter model.head.weight: not stored" in str(caught.value)
+    assert "model/" not in str(caught.value)
 
 
 def test_adapter_is_stored_without_its_base_and_says_so(found: Any) -> None:
