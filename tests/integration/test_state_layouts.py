@@ -21,10 +21,10 @@ from tests.integration.layout_worker import ALIKE, LAYOUTS, SHARING, WORLD, Net,
 from tests.unit.state.worlds import restore
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 200
+TIMEOUT_S = 300
 PAGE = 4096
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(360), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_node_restores_from_itself(layout: str, found: Any) -> None:
         assert set(rank[f"{layout}-2"]["read_from"]) <= {node, node + 1}
 
 
-@pytest.mark.parametrize("layout", ["ddp", "tensor-4"])
+@pytest.mark.parametrize("layout", ["ddp", "ddp-average", "tensor-4"])
 def test_ranks_of_a_node_share_copies_evenly(layout: str, found: Any) -> None:
     for per_node in (2, 4):
         sizes = [rank[f"{layout}-{per_node}"]["nbytes"] for rank in found]
