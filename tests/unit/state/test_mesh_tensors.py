@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ktrain.errors import ConfigError
@@ -145,3 +146,15 @@ def test_experts_of_each_ranks_own_come_back_to_their_rank() -> None:
         parts = make(rank, value=-1.0)
         restore(TrainState(parts), saved, Topology(rank, 3))
         assert [weight.tolist() for weight in parts["m"]] == [[10.0 * rank + at] * 2 for at in range(rank + 1)]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_wrappers_that_keep_state_from_other_ranks_are_refused_when_they_are_given() -> None:
+    with fake_rank(0, 2):
+        flat = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
+        with pytest.raises(ConfigError, match="'m'.*FSDP1.*use torch.distributed.fsdp.fully_shard"):
+            TrainState({"m": flat})
+        optimizer = ZeroRedundancyOptimizer(nn.Linear(4, 4).parameters(), torch.optim.SGD, lr=0.1)
+        with pytest.raises(ConfigError, match="'o'.*ZeroRedundancyOptimizer.*use fully_shard"):
+            TrainState({"o": optimizer})
