@@ -85,27 +85,15 @@ class ModulePart:
         if saved.is_same_world or all(other.get("keys") == keys for other in saved.all_objects(self.name)):
             for key in sorted(set(keys) - set(names.values())):
                 wishes.problems.append(f"{self.name}/{key}: stored, but the module has no such tensor")
-        frozen, left_out, kept = set(about.get("frozen", ())), self._left_out(), 0
+        frozen = set(about.get("frozen", ()))
+        self._pass_over(frozen, names, wishes)
         for raw, value in state.items():
             name = names[raw]
             if _is_extra(raw) or not isinstance(value, torch.Tensor):
                 if name not in about.get("extra", {}):
                     wishes.problems.append(f"{self.name}/{name}: expected extra state, found none stored")
-                continue
-            if name in frozen:
-                kept += 1
-                if raw not in left_out:
-                    wishes.problems.append(
-                        f"{self.name}/{name}: frozen when it was saved, and so left out of the checkpoint; load it "
-                        "yourself and give ktrain.trainable(module) with it frozen"
-                    )
-                continue
-            self._wish(_source_name(self.name, name, about, saved), f"{self.name}/{name}", value, wishes)
-        if kept:
-            wishes.notices.append(
-                f"part {self.name!r}: {kept} frozen parameters are not in the checkpoint; "
-                "they stay as the program made them"
-            )
+            elif name not in frozen:
+                self._wish(_source_name(self.name, name, about, saved), f"{self.name}/{name}", value, wishes)
         for value in about.get("extra", {}).values():
             wishes.add_all(value)
 
@@ -128,6 +116,22 @@ class ModulePart:
 
     def derive(self, seed: int) -> None:
         raise InternalError(f"part {self.name!r} is a module and belongs to no rank alone")
+
+    def _pass_over(self, frozen: set[str], names: Mapping[str, str], wishes: Wishes) -> None:
+        """Says which of the module's tensors the checkpoint left out; refuses those that this part would store."""
+        left_out = self._left_out()
+        kept = [raw for raw, name in names.items() if name in frozen]
+        wishes.problems.extend(
+            f"{self.name}/{names[raw]}: frozen when it was saved, and so left out of the checkpoint; load it yourself "
+            "and give ktrain.trainable(module) with it frozen"
+            for raw in kept
+            if raw not in left_out
+        )
+        if kept:
+            wishes.notices.append(
+                f"part {self.name!r}: {len(kept)} frozen parameters are not in the checkpoint; "
+                "they stay as the program made them"
+            )
 
     def _wish(self, source: str, name: str, value: torch.Tensor, wishes: Wishes) -> None:
         found = wishes.saved.shape_and_dtype(source)

@@ -17,7 +17,7 @@ from ktrain.format.payload import Layout, lay_out
 from ktrain.format.shard import Box, Shard
 from ktrain.state.parts import Context
 from ktrain.state.shares import Block, share_out
-from ktrain.state.tensors import Leaf, box_of, dtype_name, is_dtensor, local_of, require_storable
+from ktrain.state.tensors import Leaf, box_of, dtype_name, is_dtensor, local_of, require_box, require_storable
 from ktrain.state.topology import Topology
 from ktrain.state.train_state import TrainState
 
@@ -52,9 +52,10 @@ class _Memo:
 
     topology: Topology
     signatures: tuple[tuple[Any, ...], ...]  # of all leaves
-    stored: tuple[tuple[int, _Cut | None], ...]  # leaf and cut of every entry of the layout
+    stored: tuple[int, ...]  # indices of leaves, in the order of the layout
     layout: Layout
     digest: str
+    cuts: tuple[tuple[int, _Cut], ...]  # rows of the layout that are a part of their leaf's local tensor
 
     def fits(self, leaves: Sequence[Leaf], topology: Topology) -> bool:
         # One after the other: signatures of all leaves at once would keep the garbage collector busy.
@@ -86,16 +87,11 @@ def _plan(state: TrainState, topology: Topology) -> SavePlan:
     memo = state.memo
     if not isinstance(memo, _Memo) or not memo.fits(leaves, topology):
         memo = state.memo = _make_memo(leaves, topology)
-    items = tuple(
-        Item(entry.shard, _local(leaves[index].tensor, cut))
-        for entry, (index, cut) in zip(memo.layout.entries, memo.stored, strict=True)
-    )
+    tensors = [local_of(leaves[index].tensor) for index in memo.stored]
+    for row, cut in memo.cuts:
+        tensors[row] = tensors[row][cut]
+    items = tuple(Item(entry.shard, tensor) for entry, tensor in zip(memo.layout.entries, tensors, strict=True))
     return SavePlan(items, memo.layout, objects, memo.digest)
-
-
-def _local(tensor: torch.Tensor, cut: _Cut | None) -> torch.Tensor:
-    local = local_of(tensor)
-    return local if cut is None else local[cut]
 
 
 def _signature(leaf: Leaf) -> tuple[Any, ...]:
@@ -112,14 +108,22 @@ def _make_memo(leaves: Sequence[Leaf], topology: Topology) -> _Memo:
     _require_distinct(shards)
     own = _own_shards(leaves, shards, topology)
     layout = lay_out(list(own))
-    stored = tuple(own[entry.shard] for entry in layout.entries)
-    signatures = tuple(map(_signature, leaves))
-    return _Memo(topology, signatures, stored, layout, _digest([entry.shard for entry in layout.entries]))
+    stored, cuts = zip(*(own[entry.shard] for entry in layout.entries), strict=True) if own else ((), ())
+    return _Memo(
+        topology,
+        tuple(map(_signature, leaves)),
+        stored,
+        layout,
+        _digest([entry.shard for entry in layout.entries]),
+        tuple((row, cut) for row, cut in enumerate(cuts) if cut is not None),
+    )
 
 
 def _shard(leaf: Leaf) -> Shard:
     tensor = leaf.tensor
-    return Shard(leaf.name, dtype_name(tensor.dtype), tuple(tensor.shape), box_of(tensor), leaf.role)
+    box = box_of(tensor)
+    require_box(leaf.name, tensor, box)
+    return Shard(leaf.name, dtype_name(tensor.dtype), tuple(tensor.shape), box, leaf.role)
 
 
 def _has_bytes_here(shard: Shard) -> bool:

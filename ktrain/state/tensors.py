@@ -153,6 +153,23 @@ def require_storable(name: str, tensor: torch.Tensor) -> None:
         raise ConfigError(f"tensor {name!r} cannot be stored: {reason}")
 
 
+def require_box(name: str, tensor: torch.Tensor, box: Box) -> None:
+    """Refuses a DTensor whose local part is not what its placements say: other ranks would take its rows for theirs.
+
+    Raises:
+        ConfigError: the shapes differ.
+    """
+    if not is_dtensor(tensor):
+        return
+    found = tuple(local_of(tensor).shape)
+    if found != box.lengths and (box.numel or 0 not in found):
+        raise ConfigError(
+            f"tensor {name!r} cannot be stored: placements {tensor.placements} of shape {tuple(tensor.shape)} give "
+            f"this rank a part of {list(box.lengths)}, found {list(found)}; divide it as torch does, or give parts of "
+            "other sizes as plain tensors of each rank's own"
+        )
+
+
 def _unstorable(tensor: torch.Tensor) -> str | None:
     if is_dtensor(tensor):
         if any(placement.is_partial() for placement in tensor.placements):

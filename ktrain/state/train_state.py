@@ -48,6 +48,12 @@ def trainable(module: torch.nn.Module) -> Trainable:
     return Trainable(module)
 
 
+def module_of(part: Any) -> torch.nn.Module | None:
+    """The module that a part is, marked or not; None for other parts."""
+    found = part.module if isinstance(part, Trainable) else part
+    return found if isinstance(found, torch.nn.Module) else None
+
+
 class TrainState:
     """Named parts, each with `state_dict` and `load_state_dict`. Use from the training thread.
 

@@ -36,6 +36,7 @@ from ktrain.data.batch import lay_out_batch
 from ktrain.data.order import SampleOrder
 from ktrain.data.samples import Dataset, Samples, evaluation_batches
 from ktrain.errors import ConfigError, KtrainError
+from ktrain.state.train_state import module_of
 from ktrain.train import gradients, sharding, world
 from ktrain.train.loss import Loss, as_loss, mean_over_ranks
 from ktrain.train.report import Report
@@ -284,8 +285,9 @@ class Session:
 
     def _restore(self, data: Samples) -> None:
         for name, part in self._parts.items():
-            unshared = self.world_size > 1 and isinstance(part, nn.Module) and not sharding.is_distributed(part)
-            if unshared and any(value.requires_grad for value in part.parameters()):
+            module = module_of(part)
+            unshared = self.world_size > 1 and module is not None and not sharding.is_distributed(module)
+            if unshared and module is not None and any(value.requires_grad for value in module.parameters()):
                 raise ConfigError(
                     f"part {name!r}: each of {self.world_size} ranks has the module for itself, gradients "
                     "would not be shared; make it with session.shard(...), or wrap it with fully_shard or DDP"
@@ -342,7 +344,7 @@ class Session:
         return as_loss(found, batch)
 
     def _modules(self) -> list[nn.Module]:
-        return [part for part in self._parts.values() if isinstance(part, nn.Module)]
+        return [module for module in map(module_of, self._parts.values()) if module is not None]
 
     def _schedulers(self) -> list[LRScheduler]:
         return [part for part in self._parts.values() if isinstance(part, LRScheduler)]

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ktrain
 from ktrain.format.manifest import Manifest
@@ -96,6 +97,19 @@ class Ddp(Loop):
 
     def build(self) -> None:
         self.model = nn.parallel.DistributedDataParallel(self.net, find_unused_parameters=True)
+
+
+class DdpAverage(Ddp):
+    """An average of the wrapped model, which torch wraps as well: copies that DDP keeps equal, too."""
+
+    def parts(self) -> dict[str, Any]:
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        return {**super().parts(), "average": self.average}
+
+    def update(self, loss: torch.Tensor) -> float:
+        found = super().update(loss)
+        self.average.update_parameters(self.model)
+        return found + sum(float(value.detach().double().sum()) for value in self.average.parameters())
 
 
 class Hsdp(Loop):
@@ -255,6 +269,7 @@ class Stages(Loop):
 
 LAYOUTS: dict[str, Callable[[int], Loop]] = {
     "ddp": Ddp,
+    "ddp-average": DdpAverage,
     "hsdp-2x2": Hsdp,
     "tensor-2-data-2": TensorAndData,
     "cube-1x2x2": Cube,
@@ -265,7 +280,7 @@ LAYOUTS: dict[str, Callable[[int], Loop]] = {
     "stages-2-data-2": Stages,
 }
 # Where ranks hold alike what others hold: saved as by one node of all, too.
-SHARING = ("ddp", "hsdp-2x2", "tensor-4", "experts")
+SHARING = ("ddp", "ddp-average", "hsdp-2x2", "tensor-4", "experts")
 # Of one network and one kind of optimizer: each is restored from each, and in one process.
 ALIKE = ("ddp", "hsdp-2x2", "tensor-2-data-2", "cube-1x2x2", "tensor-4")
 

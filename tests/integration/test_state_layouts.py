@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 import torch
 
+from ktrain.errors import ConfigError
 from ktrain.state.train_state import TrainState
 from tests.integration.layout_worker import ALIKE, LAYOUTS, SHARING, WORLD, Net, read
 from tests.unit.state.worlds import restore
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 200
+TIMEOUT_S = 300
 PAGE = 4096
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(360), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_node_restores_from_itself(layout: str, found: Any) -> None:
         assert set(rank[f"{layout}-2"]["read_from"]) <= {node, node + 1}
 
 
-@pytest.mark.parametrize("layout", ["ddp", "tensor-4"])
+@pytest.mark.parametrize("layout", ["ddp", "ddp-average", "tensor-4"])
 def test_ranks_of_a_node_share_copies_evenly(layout: str, found: Any) -> None:
     for per_node in (2, 4):
         sizes = [rank[f"{layout}-{per_node}"]["nbytes"] for rank in found]
@@ -118,6 +119,16 @@ def test_stages_hold_their_own_layers(found: Any) -> None:
     assert names[0] == names[1] and names[2] == names[3]
     assert names[0] | names[2] == {f"model/{name}" for name in Net().state_dict()}
     assert not names[0] & names[2]
+
+
+def test_stages_on_another_number_of_ranks_give_the_module_and_refuse_the_optimizer(folder: Path, found: Any) -> None:
+    assert found
+    net, saved = Net(), read(folder, "stages-2-data-2-2")
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+    with pytest.raises(ConfigError) as caught:
+        restore(TrainState({"model": net, "optimizer": optimizer}), saved)
+    assert "optimizer: group 0: parameter model.head.weight: not stored" in str(caught.value)
+    assert "model/" not in str(caught.value)
 
 
 def test_adapter_is_stored_without_its_base_and_says_so(found: Any) -> None:

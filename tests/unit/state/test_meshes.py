@@ -23,7 +23,7 @@ from ktrain.state.topology import Topology
 from ktrain.state.train_state import TrainState
 from tests.unit.state.worlds import Holder, restore, snapshot
 
-FULL = torch.arange(7 * 5, dtype=torch.float32).reshape(7, 5)
+FULL = torch.arange(41 * 61, dtype=torch.float32).reshape(41, 61)  # divides by nothing; more than a page
 SMALL = torch.arange(2.0)
 
 
@@ -80,8 +80,9 @@ def save_world(name: str, per_node: int) -> dict[int, tuple[Manifest, bytes]]:
 
 @pytest.mark.parametrize("target", LAYOUTS)
 @pytest.mark.parametrize("origin", LAYOUTS)
-def test_restore_on_another_mesh_gives_every_rank_its_box(origin: str, target: str) -> None:
-    saved = save_world(origin, per_node=1)
+@pytest.mark.parametrize("is_one_node", [False, True], ids=["nodes", "node"])
+def test_restore_on_another_mesh_gives_every_rank_its_box(is_one_node: bool, origin: str, target: str) -> None:
+    saved = save_world(origin, per_node=torch.Size(LAYOUTS[origin][0]).numel() if is_one_node else 1)
     check_coverage([manifest for manifest, _ in saved.values()])
     shape, placements = LAYOUTS[target]
     size = torch.Size(shape).numel()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import ktrain
 from ktrain.errors import ConfigError, KtrainError
 from ktrain.train.loss import Loss
 from ktrain.train.session import session
@@ -229,6 +230,22 @@ def test_session_evaluation_is_logged_and_leaves_training_as_it_was() -> None:
     with_evaluation, values = losses(True)
     assert with_evaluation == losses(False)[0]
     assert len(values) == 3 and all(set(value) == {"eval_loss"} for value in values)  # steps 2, 4 and the last
+
+
+def test_session_evaluates_a_module_that_is_marked_trainable_in_evaluation_mode() -> None:
+    seen: list[bool] = []
+    with open_session(Shelf(), every=100) as s:
+        model = s.shard(Net)
+        opt = torch.optim.SGD(model.parameters(), lr=0.01)
+        data = s.samples(Regression(), global_batch=8)
+        s.track(model=ktrain.trainable(model), opt=opt)
+        s.evaluate(lambda: seen.append(model.training) or 0.0, every=1)
+        for step in s.steps(1, data):
+            for batch in step:
+                step.backward(squared_error(model, batch))
+            step.update(opt)
+        assert model.training
+    assert seen == [False]
 
 
 def test_session_mean_loss_of_uneven_data_counts_each_sample_once() -> None:
