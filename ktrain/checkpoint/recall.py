@@ -66,7 +66,7 @@ class Recall:
         while True:
             candidate = lineage.choose(found, excluded)
             if newer := self._beyond(candidate, listing.newer):
-                return Outcome(error=("config", self._too_new(newer)))
+                return Outcome(error=("config", self._too_new(newer, dict(listing.broken))))
             if candidate is None:
                 return self._nothing(found, listing, agreement, bad)
             self._wanted = {}
@@ -179,10 +179,10 @@ class Recall:
                 found.append(name)
         return found
 
-    def _too_new(self, names: Sequence[str]) -> str:
+    def _too_new(self, names: Sequence[str], reasons: Mapping[str, str]) -> str:
         return (
             f"run {self._catalog.tier.url}: a newer ktrain committed {', '.join(names[:5])}, which this one cannot "
-            "read; upgrade ktrain, or move these checkpoints away to continue from an older step"
+            f"read ({reasons[names[0]]}); upgrade ktrain, or move these checkpoints away to continue from an older step"
         )
 
 
