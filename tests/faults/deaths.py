@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from ktrain.errors import UnavailableError
 from ktrain.snapshot.slots import SlotCalls
 from ktrain.testing.faulty_tier import Killed
-from tests.faults.job import NEWEST, Alarm, Job, Resumed, WorkerDied
+from tests.faults.job import NEWEST, Alarm, Job, Resumed, ThreadDied, WorkerDied
 from tests.faults.model import Case
 
 NEXT = 30
@@ -129,6 +129,14 @@ def _agent_while_replicating() -> Iterator[Case]:
         job.lose_node(0)
 
     yield Case("agent dies", "peer", "replicate", "a piece is on its way", of_the_puller, end, how=how)
+
+    def of_the_thread(job: Job) -> None:
+        _interrupt_a_piece(job, ThreadDied("the thread that pulls"))
+        job.save_until_drained(NEXT)
+        job.lose_node(0)
+
+    how_thread = "the thread's loop records it and takes the next wanted state"
+    yield Case("thread dies", "peer", "replicate", "a piece is on its way", of_the_thread, end, how=how_thread)
 
     def of_the_owner(job: Job) -> None:
         _interrupt_a_piece(job, UnavailableError("the owner of the snapshot is gone"))

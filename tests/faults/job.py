@@ -37,6 +37,10 @@ Alarm = tuple[str, str | None, int | None, int | None]  # kind of event, tier, r
 _ALARMS = ("bad_copy", "tier_failed", "tier_recovered", "save_skipped", "notice")
 
 
+class ThreadDied(Exception):
+    """What no layer below expects: it ends the work of a thread, whose loop records it and goes on."""
+
+
 class WorkerDied(Exception):
     """A worker died by the fault; its attempt is over."""
 
@@ -135,6 +139,8 @@ class Job(Cluster):
                     node.carry(drain=self.drains)
                 except Killed:
                     self.replace_agent(index)
+                except ThreadDied:
+                    continue
             self.clock.advance(0.5)
 
     def save(self, step: int) -> None:
