@@ -235,6 +235,23 @@ def _nodes() -> Iterator[Case]:
         play = lambda job, moment=moment: one(job, moment)  # noqa: E731
         yield Case("node lost", "memory", moment, "node 0, after this phase of rank 1", play, end, how=how)
 
+    def while_restoring(turns: int, lose: Callable[[Job], None]) -> Callable[[Job], None]:
+        def play(job: Job) -> None:
+            job.end_processes()
+            job.begin()
+            job.turn(turns)
+            lose(job)
+
+        return play
+
+    how = "the next attempt agrees on what is left"
+    for turns in range(1, 7):
+        point = f"{turns} beats after the restore began"
+        play = while_restoring(turns, lambda job: job.lose_node(0))
+        yield Case("node lost", "memory", "restore", point, play, Resumed(NEWEST, ("peer", "memory")), how=how)
+        play = while_restoring(turns, Job.lose_all)
+        yield Case("all nodes lost", "all", "restore", point, play, Resumed(NEWEST, BUCKET), how=how)
+
     def both(turns: int) -> Callable[[Job], None]:
         def play(job: Job) -> None:
             job.save(NEXT)

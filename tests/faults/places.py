@@ -38,6 +38,7 @@ def cases() -> Iterator[Case]:
         yield from _volume(f"{name} of the volume", code)
     yield from _disk("ENOSPC of the disk", Fault.NO_SPACE)
     yield from _disk("EIO of the disk", Fault.IO_ERROR)
+    yield from _disk_writes()
     yield from _disk_reads()
 
 
@@ -110,6 +111,40 @@ def _disk(fault: str, how: Fault) -> Iterator[Case]:
     if how is Fault.IO_ERROR:
         end, seen = Resumed(NEXT, ("disk", "disk")), frozenset({failed, recovered})
         yield Case(fault, "disk", "collect", "delete, for ever", collecting, end, seen, has_disk=True)
+
+
+def _disk_writes() -> Iterator[Case]:
+    """What else can happen to a write to a node's disk; the machines restart afterwards."""
+    failed: frozenset[Alarm] = frozenset({("tier_failed", "disk", None, None), ("tier_recovered", "disk", None, None)})
+    bad: frozenset[Alarm] = frozenset({("bad_copy", "disk", 0, NEXT)})
+    names = {"payload": "*.safetensors", "manifest": "*.json"}
+
+    def writing(what: str, how: Fault) -> Callable[[Job], None]:
+        def play(job: Job) -> None:
+            job.fail_disk(0, TierFault("write", how, name=names[what]))
+            job.save(NEXT)
+            job.turn(40)
+            job.reboot()
+
+        return play
+
+    for what in names:
+        whole, spoilt = Resumed(NEXT, ("disk", "disk")), Resumed(NEXT, ("bucket", "disk"))
+        point = f"write a {what}"
+        for fault, how in (("timeout of the disk", Fault.HANG), ("torn write", Fault.TORN)):
+            yield Case(fault, "disk", "drain", point, writing(what, how), whole, failed, has_disk=True)
+        for fault, how in (("bit flip on the way", Fault.FLIP_BIT), ("truncation on the way", Fault.TRUNCATE)):
+            play = writing(what, how)
+            if what == "payload":
+                yield Case(fault, "disk", "drain", point, play, spoilt, bad, has_disk=True)
+                continue
+            words = "the disk's inventory lacks it: stored again"
+            yield Case(fault, "disk", "drain", point, play, whole, how=words, has_disk=True)
+        for fault, how in (("agent dies", Fault.KILLED), ("agent dies", Fault.KILLED_AFTER)):
+            moment = "before" if how is Fault.KILLED else "after"
+            words = "a new agent stores what is missing"
+            play = writing(what, how)
+            yield Case(fault, "disk", "drain", f"{point}, {moment} it", play, whole, how=words, has_disk=True)
 
 
 def _disk_reads() -> Iterator[Case]:

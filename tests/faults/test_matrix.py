@@ -6,6 +6,7 @@ Nothing may be deleted by it, and the ranks that load a step compare its bytes w
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,12 +29,20 @@ def _quiet() -> Iterator[None]:
 
 
 @pytest.fixture
-def job(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
-    disk = tmp_path / "disk" if case.has_disk else None
+def folder() -> Iterator[Path]:
+    """Memory-backed where there is such a place, as volumes are: the matrix makes and removes thousands of files."""
+    shm = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="kt-", dir=shm if shm.is_dir() else None) as made:
+        yield Path(made)
+
+
+@pytest.fixture
+def job(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
+    disk = folder / "disk" if case.has_disk else None
     monkeypatch.delenv(contract.ENV_DISK, raising=False)
     if disk is not None:
         monkeypatch.setenv(contract.ENV_DISK, str(disk))
-    made = Job(tmp_path, keep=case.keep, disk=disk)
+    made = Job(folder, keep=case.keep, disk=disk)
     yield made
     made.close()
 
