@@ -8,7 +8,7 @@ RunCatalog.open(url, ...)   # each of its calls reaches `store`
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import fsspec
@@ -68,6 +68,12 @@ class TierFileSystem(AbstractFileSystem):  # type: ignore[misc]
         with _as_client():
             tier.write(name, value, deadline=deadline)
 
+    def open(self, path: str, mode: str = "rb", **kwargs: Any) -> _Upload:
+        """For writing alone: what is written is there once the file is closed, and not before."""
+        if mode != "wb":
+            raise NotImplementedError(f"open {path} for {mode}: only 'wb' is there; use cat_file")
+        return _Upload(lambda data: self.pipe_file(path, data))
+
     def rm_file(self, path: str) -> None:
         _, tier, name, deadline = _find(path)
         with _as_client():
@@ -75,6 +81,21 @@ class TierFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """There are no folders in a store of objects."""
+
+
+class _Upload:
+    """A file that is being written; one that is never closed never was."""
+
+    def __init__(self, put: Callable[[bytes], None]) -> None:
+        self._put = put
+        self._pieces: list[bytes] = []
+
+    def write(self, data: bytes) -> int:
+        self._pieces.append(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._put(b"".join(self._pieces))
 
 
 @contextlib.contextmanager
