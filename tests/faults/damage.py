@@ -285,7 +285,7 @@ def _in_every_tier() -> Iterator[Case]:
         play=memory_and_bucket,
         end=Stopped("corruption"),
         seen=frozenset(("bad_copy", tier, 0, step) for tier in tiers for step in steps),
-        words=("no good copy is left", "[20, 10]", "nothing was deleted"),
+        words=("[20, 10]", "step 20 rank 0 in memory node-0", "in bucket", "nothing was deleted"),
     )
     yield Case(
         fault="bit flip in a manifest",
@@ -295,7 +295,7 @@ def _in_every_tier() -> Iterator[Case]:
         play=bucket,
         end=Stopped("corruption"),
         seen=frozenset(("bad_copy", "bucket", 0, step) for step in steps),
-        words=("no good copy is left", "[20, 10]", "nothing was deleted"),
+        words=("[20, 10]", "bad: step 20 rank 0 in bucket", "nothing was deleted"),
     )
     yield Case(
         fault="bit flip in a record",

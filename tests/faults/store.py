@@ -158,7 +158,10 @@ def _case(
     how: str = "",
     **fields: object,
 ) -> Case:
-    words = ("bucket tier", point.what.partition(" ")[0]) if end == Stopped("unavailable") else ()
+    words: tuple[str, ...] = ()
+    if isinstance(end, Stopped):
+        lost = end.kind == "corruption"
+        words = ("no commit record can be read", "nothing was deleted") if lost else ("bucket tier", point.what[:7])
     return Case(NAMES[fault], "bucket", phase, point.words, play, end, seen, how, words=words, **fields)  # type: ignore[arg-type]
 
 
@@ -273,7 +276,8 @@ def _for_ever() -> Iterator[Case]:
             seen: frozenset[Alarm] = frozenset()
             if point.what == "payload":
                 seen = frozenset(("notice", "bucket", rank, step) for rank in (0, 1) for step in (OLDER, NEWEST))
-            yield Case(NAMES[fault], "bucket", "restore", first.words, play, end, seen, words=("run tier://",))
+            words = ("run tier://", "not readable now: step 20 rank 0 in bucket" if seen else "bucket tier")
+            yield Case(NAMES[fault], "bucket", "restore", first.words, play, end, seen, words=words)
         yield from _away_while_saving(fault)
     yield from _away_while_saving(Fault.NO_SPACE)
 
