@@ -11,7 +11,7 @@ NATIVE := $(shell find native -type f -not -path 'native/tests/*' 2>/dev/null)
 PACKAGES := $(VENV)/.packages-installed
 BUILT := $(VENV)/.native-built
 
-.PHONY: setup demo test lint format chaos bench bench-gpu bench-rival native-test clean
+.PHONY: setup demo test lint format chaos fault-matrix bench bench-gpu bench-rival native-test clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILT)
@@ -57,6 +57,10 @@ format: $(BUILT)
 
 chaos: $(BUILT)
 	$(BIN)/python -m pytest -m chaos
+
+# The page of the fault matrix, from the tests.
+fault-matrix: $(BUILT)
+	$(BIN)/python -m tests.faults
 
 bench: $(BUILT)
 	$(BIN)/python -m benchmarks

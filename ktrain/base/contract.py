@@ -60,6 +60,11 @@ def step_dirname(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def format_file(version: int) -> str:
+    """`format-000002.json`, which says that the run was upgraded to that format version."""
+    return f"format-{version:06d}.json"
+
+
 def rank_dirname(rank: int) -> str:
     """`rank-00003`, the folder of a rank's slots in a volume."""
     return f"rank-{rank:05d}"

@@ -16,6 +16,7 @@ from typing import Any
 
 from ktrain.base import atomic, contract, ids
 from ktrain.base.control import Client
+from ktrain.base.urls import require_public
 from ktrain.errors import ConfigError, NotFoundError, UnavailableError
 
 NODE_ROLES = ("agent", "supervisor")
@@ -31,8 +32,12 @@ def local_path(url: str) -> Path | None:
 
 
 def canonical_url(url: str) -> str:
-    """One text per run: an absolute path for local runs, the URL without a trailing slash for others."""
-    path = local_path(url)
+    """One text per run: an absolute path for local runs, the URL without a trailing slash for others.
+
+    Raises:
+        ConfigError: the URL holds a secret.
+    """
+    path = local_path(require_public(url))
     return str(path) if path is not None else url.rstrip("/")
 
 

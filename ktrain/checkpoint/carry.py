@@ -17,7 +17,7 @@ from ktrain.base import contract
 from ktrain.base.clock import Clock, Deadline
 from ktrain.base.faults import FaultPoints
 from ktrain.base.settings import Timeouts
-from ktrain.errors import CapacityError, ConflictError, CorruptionError, KtrainError, NotFoundError, UnavailableError
+from ktrain.errors import ConflictError, CorruptionError, KtrainError, NotFoundError, UnavailableError
 from ktrain.format import record as records
 from ktrain.format.manifest import Identity, bad_ranges
 from ktrain.format.record import RankFiles
@@ -83,6 +83,7 @@ class Carrier:
         self._faults = FaultPoints([], epoch=0)
         self._closed = threading.Event()
         self._disk_failed = False
+        self._not_kept: dict[int, Identity] = {}  # rank -> the replica that was said to be missing
         self.on_disk: Sequence[tuple[int, Identity]] = ()  # replaced whole
         self._wakes = {"drain": threading.Event(), "disk": threading.Event(), "pull": threading.Event()}
         self._pull_lock = threading.Lock()  # one pull at a time: bounded chunks in flight
@@ -252,7 +253,7 @@ class Carrier:
         deadline = Deadline.after(self._timeouts.restore_s, self._clock)
         try:
             wire_nbytes = self.pull(rank, identity, owner, deadline)
-        except (NotFoundError, CapacityError, ConflictError) as error:
+        except (NotFoundError, ConflictError) as error:
             _LOG.info(
                 "replica of rank %d step %d from %s: %s", rank, identity.step, owner, error
             )  # superseded meanwhile
@@ -263,6 +264,10 @@ class Carrier:
             return False
         except KtrainError as error:
             _LOG.warning("replica of rank %d step %d from %s: %s", rank, identity.step, owner, error)
+            if self._not_kept.get(rank) != identity:  # said once; it is tried until a newer step is wanted
+                self._not_kept[rank] = identity
+                fields = {"rank": rank, "step": identity.step, "tier": contract.TIER_PEER}
+                self._emit("save_skipped", reason=f"{self._node} cannot keep it: {error}", **fields)
             return False
         seconds = self._clock.monotonic() - started
         fields = {"rank": rank, "step": identity.step, "source": owner, "target": self._node}

@@ -16,6 +16,7 @@ from ktrain.abc.tier import Tier
 from ktrain.base import contract, ids
 from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
 from ktrain.base.settings import Timeouts
+from ktrain.checkpoint import formats
 from ktrain.errors import (
     ConfigError,
     ConflictError,
@@ -24,12 +25,12 @@ from ktrain.errors import (
     NotFoundError,
     UnavailableError,
 )
+from ktrain.format import document
 from ktrain.format import record as records
 from ktrain.format.manifest import Manifest, bad_ranges_in
 from ktrain.format.record import CommitRecord, RankFiles
 from ktrain.tier.location import open_tier
 
-RUN_FORMAT = 1
 _WIDEST_EPOCH = 999_999
 
 
@@ -73,9 +74,18 @@ def _attempt_name(epoch: int, part: str) -> str:
 class RunCatalog:
     """The records of one run. Calls block on storage under deadlines; safe from any thread."""
 
-    def __init__(self, tier: Tier, run_id: str, *, timeouts: Timeouts, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(
+        self,
+        tier: Tier,
+        run_id: str,
+        *,
+        timeouts: Timeouts,
+        clock: Clock = SYSTEM_CLOCK,
+        format: int = document.FORMAT,
+    ) -> None:
         self.tier = tier
         self.run_id = run_id
+        self.format = format  # the version that the run's writers write
         self._timeouts = timeouts
         self._clock = clock
 
@@ -97,7 +107,7 @@ class RunCatalog:
                 raise NotFoundError(
                     f"run {tier.url}: there is no run here; check the name or start one with `ktrain launch`"
                 ) from None
-            fresh = {"format": RUN_FORMAT, "id": ids.random_id(16), "created": clock.wall()}
+            fresh = {"format": document.FORMAT, "id": ids.random_id(16), "created": clock.wall()}
             try:
                 tier.create(
                     contract.RUN_FILE, json.dumps(fresh).encode(), deadline=Deadline.after(timeouts.storage_s, clock)
@@ -109,7 +119,9 @@ class RunCatalog:
             except NotFoundError as error:
                 raise ConfigError(f"run {tier.url}: it cannot be made there ({error}); name another place") from None
             found = _parse_run(tier, data)
-        return cls(tier, found, timeouts=timeouts, clock=clock)
+        run_id, began_with = found
+        version = formats.run_format(tier, began_with, timeouts=timeouts, clock=clock)
+        return cls(tier, run_id, timeouts=timeouts, clock=clock, format=version)
 
     def _deadline(self) -> Deadline:
         return Deadline.after(self._timeouts.storage_s, self._clock)
@@ -263,19 +275,18 @@ class RunCatalog:
             self.tier.delete(files.manifest, deadline=self._deadline())
 
 
-def _parse_run(tier: Tier, data: bytes) -> str:
+def _parse_run(tier: Tier, data: bytes) -> tuple[str, int]:
+    """The run's id, and the format version that it began with."""
     try:
         value = json.loads(data)
         version, run_id = int(value["format"]), str(value["id"])
+        if version < 1:
+            raise ValueError(f"format {version}")
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptionError(
             f"run {tier.url}: {contract.RUN_FILE} is damaged ({error}); restore it from a copy"
         ) from error
-    if version > RUN_FORMAT:
-        raise ConfigError(
-            f"run {tier.url}: written in run format {version}, this ktrain reads up to {RUN_FORMAT}; upgrade ktrain"
-        )
-    return run_id
+    return run_id, version
 
 
 # Verification of committed checkpoints

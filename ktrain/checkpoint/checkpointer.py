@@ -121,13 +121,13 @@ class Checkpointer:
         saver = self._saver = Saver(
             self._state, self._topology, self._policies.keep, line=self._line, pulse=self._pulse, faults=self._faults
         )
-        saver.open_volume(self.run, self._join())
+        saver.open_volume(self.run, *self._join())
         restorer = Restorer(self._state, self._topology, saver.volume, self._pulse, self._line.caller, self.run)
         saver.saved_step = restorer.restore(self._faults)
         return saver.saved_step
 
-    def _join(self) -> str:
-        """Waits, bounded, until the head knows this rank; returns the run's id."""
+    def _join(self) -> tuple[str, int]:
+        """Waits, bounded, until the head knows this rank; returns the run's id and its format version."""
         deadline = Deadline.after(self._timeouts.start_s, self._clock)
         answer = self._pulse.wait_answer(deadline, "join the head")
         while not answer["ready"]:
@@ -136,7 +136,7 @@ class Checkpointer:
             raise ConfigError(
                 f"Checkpointer: this process sees {self._topology.world_size} ranks, the head {answer['world_size']}"
             )
-        return str(answer["run"])
+        return str(answer["run"]), int(answer["format"])
 
     # Step
 

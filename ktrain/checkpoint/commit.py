@@ -38,6 +38,7 @@ def commit_drain(catalog: RunCatalog, drain: Drain, *, clock: Clock, faults: Fau
         ranks=ranks,
         time=clock.wall(),
         origin={},
+        format=catalog.format,
     )
     _prove(catalog, commit)
     faults.reached("commit.begin", step=identity.step)

@@ -198,6 +198,7 @@ class Coordinator:
         attempt, drain, restore = self._attempt, self._drains.current, self._restore
         return {
             "run": self._catalog.run_id,
+            "format": self._catalog.format,
             "epoch": attempt.epoch,
             "world_size": len(attempt.home),
             "ranks": list(attempt.nodes.get(member.node, ())),

@@ -22,6 +22,7 @@ from ktrain.base.control import Caller, Client, LocalCaller, Server
 from ktrain.base.events import make
 from ktrain.base.job import local_path
 from ktrain.base.settings import Timeouts, WorkerSettings
+from ktrain.base.urls import require_public
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.coordinate import Coordinator
 from ktrain.checkpoint.holder import Holder
@@ -64,9 +65,11 @@ def connect(run: str | None, topology: Topology, timeouts: Timeouts) -> tuple[st
     """Returns the run's URL and the line to the keeper of this node.
 
     Raises:
-        ConfigError: no run is named, or the launcher and the script name different ones.
+        ConfigError: no run is named, its URL holds a secret, or the launcher and the script name different ones.
         ConflictError: the run is live elsewhere.
     """
+    if run is not None:
+        require_public(run)
     found = settings.worker_settings()
     if found.agent is not None:
         return _connect_agent(run, found)

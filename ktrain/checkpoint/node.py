@@ -178,6 +178,7 @@ class NodeKeeper:
             return {
                 "ready": ready,
                 "run": view.get("run"),
+                "format": view.get("format"),
                 "world_size": view.get("world_size"),
                 "committed": view.get("committed", {}),
                 "protect": view.get("protect", []),

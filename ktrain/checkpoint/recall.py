@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +66,7 @@ class Recall:
         while True:
             candidate = lineage.choose(found, excluded)
             if newer := self._beyond(candidate, listing.newer):
-                return Outcome(error=("config", self._too_new(newer)))
+                return Outcome(error=("config", self._too_new(newer, dict(listing.broken))))
             if candidate is None:
                 return self._nothing(found, listing, agreement, bad)
             self._wanted = {}
@@ -151,9 +151,12 @@ class Recall:
             steps = sorted({candidate.identity.step for candidate in found}, reverse=True)
             unreachable = agreement.excluded - agreement.corrupt
             kind = "unavailable" if unreachable and not bad and not agreement.corrupt else "corruption"
+            named = {(entry["tier"], entry["where"], entry["rank"], entry["step"]) for entry in bad}
+            bad_text = _copies_text("bad", named | {key[:4] for key in agreement.corrupt})
             text = (
-                f"{where}: no good copy is left of any step (tried {steps}); nothing was deleted; see the bad_copy "
-                "events and `ktrain ckpt verify`"
+                f"{where}: no good copy is left of any step (tried {steps}){bad_text}"
+                f"{_copies_text('not readable now', {key[:4] for key in unreachable})}; nothing was deleted; see the "
+                "bad_copy events and `ktrain ckpt verify`"
             )
             return Outcome(error=(kind, text), bad_copies=said)
         if listing.lost or durable:
@@ -179,11 +182,20 @@ class Recall:
                 found.append(name)
         return found
 
-    def _too_new(self, names: Sequence[str]) -> str:
+    def _too_new(self, names: Sequence[str], reasons: Mapping[str, str]) -> str:
         return (
             f"run {self._catalog.tier.url}: a newer ktrain committed {', '.join(names[:5])}, which this one cannot "
-            "read; upgrade ktrain, or move these checkpoints away to continue from an older step"
+            f"read ({reasons[names[0]]}); upgrade ktrain, or move these checkpoints away to continue from an older step"
         )
+
+
+def _copies_text(what: str, copies: Collection[tuple[str, str, int, int]]) -> str:
+    """Names copies, given by tier, place, rank and step: newest steps first, and not more than a line holds."""
+    if not copies:
+        return ""
+    ordered = sorted(copies, key=lambda copy: (-copy[3], copy[2], copy[0], copy[1]))
+    words = [f"step {step} rank {rank} in {tier} {place}" for tier, place, rank, step in ordered]
+    return f"; {what}: {', '.join(words[:6])}{f' and {len(words) - 6} more' if words[6:] else ''}"
 
 
 def _bad_records(listing: Listing, agreement: RestoreAgreement) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from ktrain.checkpoint.line import Line
 from ktrain.checkpoint.policy import Keep
 from ktrain.checkpoint.pulse import Pulse
 from ktrain.errors import CapacityError, ConflictError, CorruptionError, KtrainError, NotFoundError, UnavailableError
+from ktrain.format import document
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.format.payload import CHUNK_NBYTES
 from ktrain.snapshot.arena import NodeVolume, required_nbytes
@@ -39,15 +40,19 @@ class Saver:
         self._faults = faults
         self._clock = SYSTEM_CLOCK
         self._run_id = ""
+        self._format = document.FORMAT
         self._prepared = False
         self._failure: str | None = None
         self._refused = False  # the volume is too small for all slots: said once, though single saves find room
         self.volume: NodeVolume | None = None
         self.saved_step: int | None = None
 
-    def open_volume(self, run: str, run_id: str) -> None:
-        """Opens this node's folder; without one there is no memory tier, which is said."""
-        self._run_id = run_id
+    def open_volume(self, run: str, run_id: str, format: int) -> None:
+        """Opens this node's folder; without one there is no memory tier, which is said.
+
+        `format`: the version in which the run is written.
+        """
+        self._run_id, self._format = run_id, format
         try:
             self.volume = NodeVolume(self._line.volume_root, node=self._line.node, run=run_id, uri=run)
         except (OSError, KtrainError) as error:
@@ -148,6 +153,7 @@ class Saver:
                 "node": self._line.node,
                 "local_world_size": self._topology.local_world_size,
             },
+            format=self._format,
         )
 
     def _fail(self, error: Exception) -> None:

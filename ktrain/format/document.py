@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from ktrain.errors import ConfigError, CorruptionError
 from ktrain.format.digest import digest_text, is_digest
 
-FORMAT = 1  # raised whenever a reader of today would misread what is written
+FORMATS = (1,)  # what this ktrain reads and writes; one is added whenever a reader of today would misread the new form
+FORMAT = FORMATS[-1]  # of runs that are made now; a run keeps its own (ADR 0016)
 
 _TAIL_HEAD = b',"digest":"'
 _TAIL_NBYTES = len(_TAIL_HEAD) + 16 + len(b'"}\n')
@@ -21,14 +22,27 @@ _MAX_INTEGER = 2**63 - 1
 _T = TypeVar("_T")
 
 
-def seal(kind: str, members: Mapping[str, Any]) -> bytes:
+def check_version(what: str, version: int) -> int:
+    """The version, when this ktrain knows it.
+
+    Raises:
+        ConfigError: a newer ktrain wrote it; names both versions.
+    """
+    if version not in FORMATS:
+        raise ConfigError(
+            f"{what}: written in format {version}, this ktrain reads formats up to {FORMAT}; use a newer one"
+        )
+    return version
+
+
+def seal(kind: str, members: Mapping[str, Any], version: int = FORMAT) -> bytes:
     """The bytes of a document of that kind; equal members give equal bytes.
 
     Raises:
         ConfigError: a member is no JSON value.
     """
     try:
-        text = json.dumps({"format": FORMAT, "kind": kind, **members}, separators=(",", ":"), allow_nan=False)
+        text = json.dumps({"format": version, "kind": kind, **members}, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{kind}: a member cannot be written as JSON: {error}; give plain JSON values") from error
     body = text[:-1].encode("ascii")
@@ -59,14 +73,11 @@ def unseal(kind: str, data: bytes | bytearray | memoryview) -> Members:
     version = members.pop("format", None)
     if type(version) is not int or version < 1:
         raise CorruptionError(f"{kind}: expected a format version, found {version!r}; take another copy")
-    if version > FORMAT:
-        raise ConfigError(
-            f"{kind}: written in format {version}, this ktrain reads formats up to {FORMAT}; use a newer one"
-        )
+    check_version(kind, version)
     named = members.pop("kind", None)
     if named != kind:
         raise CorruptionError(f"{kind}: expected a document of this kind, found {named!r}; take another copy")
-    return Members(kind, members)
+    return Members(kind, members, version)
 
 
 def parse_object(what: str, data: bytes) -> dict[str, Any]:
@@ -87,8 +98,9 @@ def parse_object(what: str, data: bytes) -> dict[str, Any]:
 class Members:
     """Takes the members of a parsed object one by one, each with its type; `finish` refuses what is left."""
 
-    def __init__(self, what: str, members: dict[str, Any]) -> None:
+    def __init__(self, what: str, members: dict[str, Any], version: int = FORMAT) -> None:
         self.what = what
+        self.version = version  # of the document that they are from
         self._rest = dict(members)
 
     def integer(self, name: str, *, least: int = 0) -> int:
@@ -126,7 +138,7 @@ class Members:
         return values
 
     def inner(self, name: str) -> Members:
-        return Members(f"{self.what} {name}", self._take(name, dict))
+        return Members(f"{self.what} {name}", self._take(name, dict), self.version)
 
     def finish(self) -> None:
         """Refuses members that nobody took: a later format may mean something by them."""

@@ -7,7 +7,7 @@ ranges follow from dtypes and boxes; the chunk digests cover every byte of the p
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,7 @@ class Manifest:
 
     `chunks` are CRC-64/NVME digests of the payload file, one per `chunk_nbytes`, the last one short.
     `objects` is tagged JSON (`format.objects`). `origin` holds free facts for people; no decision that must
-    be right rests on it.
+    be right rests on it. `format` is the version in which it is written, and was read.
     """
 
     identity: Identity
@@ -77,28 +77,16 @@ class Manifest:
     entries: tuple[Entry, ...]
     objects: dict[str, Any]
     origin: dict[str, Any]
+    format: int = document.FORMAT
 
     def to_bytes(self) -> bytes:
         """The manifest file; equal manifests give equal bytes.
 
         Raises:
-            ConfigError: `objects` or `origin` is no plain JSON.
+            ConfigError: `objects` or `origin` is no plain JSON, or `format` is of a newer ktrain.
         """
-        return document.seal(
-            KIND,
-            {
-                "identity": self.identity.to_json(),
-                "rank": self.rank,
-                "plan_digest": self.plan_digest,
-                "nbytes": self.nbytes,
-                "chunk_nbytes": self.chunk_nbytes,
-                "chunks": chunks_to_text(self.chunks),
-                "data_begin": self.entries[0].begin if self.entries else self.nbytes,
-                "tensors": columns.to_json(self.entries),
-                "objects": self.objects,
-                "origin": self.origin,
-            },
-        )
+        write = _WRITERS[document.check_version(KIND, self.format)]
+        return document.seal(KIND, write(self), self.format)
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview) -> Manifest:
@@ -109,23 +97,7 @@ class Manifest:
             ConfigError: a newer ktrain wrote it.
         """
         members = document.unseal(KIND, data)
-        identity = Identity.from_members(members.inner("identity"))
-        nbytes, chunk_nbytes = members.integer("nbytes"), members.integer("chunk_nbytes", least=1)
-        begin = members.integer("data_begin")
-        manifest = cls(
-            identity=identity,
-            rank=members.integer("rank"),
-            plan_digest=members.digest("plan_digest"),
-            nbytes=nbytes,
-            chunk_nbytes=chunk_nbytes,
-            chunks=chunks_from_text(members.text("chunks")),
-            entries=columns.from_json(members.inner("tensors"), begin=begin),
-            objects=members.object("objects"),
-            origin=members.object("origin"),
-        )
-        members.finish()
-        _require_consistent(manifest, members, begin)
-        return manifest
+        return _READERS[members.version](members)
 
     def digest(self) -> str:
         """The digest of the manifest file (of `to_bytes()`, which is made for it)."""
@@ -144,6 +116,47 @@ class Manifest:
         size = self.chunk_nbytes
         first = begin // size * size
         return first, min(-(-end // size) * size, self.nbytes) if end > begin else first
+
+
+def _write_1(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "identity": manifest.identity.to_json(),
+        "rank": manifest.rank,
+        "plan_digest": manifest.plan_digest,
+        "nbytes": manifest.nbytes,
+        "chunk_nbytes": manifest.chunk_nbytes,
+        "chunks": chunks_to_text(manifest.chunks),
+        "data_begin": manifest.entries[0].begin if manifest.entries else manifest.nbytes,
+        "tensors": columns.to_json(manifest.entries),
+        "objects": manifest.objects,
+        "origin": manifest.origin,
+    }
+
+
+def _read_1(members: document.Members) -> Manifest:
+    identity = Identity.from_members(members.inner("identity"))
+    nbytes, chunk_nbytes = members.integer("nbytes"), members.integer("chunk_nbytes", least=1)
+    begin = members.integer("data_begin")
+    manifest = Manifest(
+        identity=identity,
+        rank=members.integer("rank"),
+        plan_digest=members.digest("plan_digest"),
+        nbytes=nbytes,
+        chunk_nbytes=chunk_nbytes,
+        chunks=chunks_from_text(members.text("chunks")),
+        entries=columns.from_json(members.inner("tensors"), begin=begin),
+        objects=members.object("objects"),
+        origin=members.object("origin"),
+        format=members.version,
+    )
+    members.finish()
+    _require_consistent(manifest, members, begin)
+    return manifest
+
+
+# By version (ADR 0016). A row is added for each new one, and never removed.
+_WRITERS: dict[int, Callable[[Manifest], dict[str, Any]]] = {1: _write_1}
+_READERS: dict[int, Callable[[document.Members], Manifest]] = {1: _read_1}
 
 
 def verify_payload(

@@ -14,7 +14,7 @@ from typing import Any
 
 from ktrain.errors import ConfigError, CorruptionError
 from ktrain.format import dtype as dtypes
-from ktrain.format.document import parse_object
+from ktrain.format.document import FORMAT, check_version, parse_object
 from ktrain.format.shard import Shard
 
 CHUNK_NBYTES = 1 << 20  # digests cover [k * CHUNK_NBYTES, (k + 1) * CHUNK_NBYTES) of the file, header included
@@ -24,7 +24,8 @@ MAX_KEY_CHARS = 4096
 _LENGTH_NBYTES = 8
 _MAX_HEADER_NBYTES = 100_000_000  # the limit of safetensors' own reader
 _METADATA = "__metadata__"
-_ABOUT = {"format": "pt", "ktrain": "1"}  # "pt" is what readers made for torch ask for
+_VERSION = "ktrain"  # the member of the metadata that names the format version
+_ABOUT = {"format": "pt", _VERSION: str(FORMAT)}  # "pt" is what readers made for torch ask for
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,7 @@ def read_header(prefix: bytes | bytearray | memoryview) -> Header:
 
     Raises:
         CorruptionError: the header is cut, is not the form, or its tensors overlap or leave holes.
+        ConfigError: a newer ktrain wrote it.
     """
     nbytes = header_nbytes(prefix)
     text = bytes(prefix[_LENGTH_NBYTES:nbytes])
@@ -137,6 +139,9 @@ def read_header(prefix: bytes | bytearray | memoryview) -> Header:
     metadata = members.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _corrupt(f"{_METADATA}: expected an object of texts, found {str(metadata)[:40]!r}")
+    version = metadata.get(_VERSION, "")  # absent where another program wrote the file
+    if version.isascii() and version.isdecimal():
+        check_version("payload header", int(version))
     entries = sorted(
         (_header_entry(key, value, nbytes) for key, value in members.items()),
         key=lambda entry: (entry.begin, entry.end),

@@ -7,7 +7,7 @@ byte of the checkpoint, so that whoever holds a record needs to trust nothing el
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -42,7 +42,10 @@ class RankFiles:
 
 @dataclass(frozen=True, slots=True)
 class CommitRecord:
-    """A checkpoint: all ranks' snapshots of one identity. `time`: seconds since 1970, UTC, for people."""
+    """A checkpoint: all ranks' snapshots of one identity.
+
+    `time`: seconds since 1970, UTC, for people. `format`: the version in which it is written, and was read.
+    """
 
     identity: Identity
     write_id: str
@@ -50,24 +53,16 @@ class CommitRecord:
     ranks: tuple[RankFiles, ...]
     time: float
     origin: dict[str, Any]
+    format: int = document.FORMAT
 
     def to_bytes(self) -> bytes:
         """The record's object; equal records give equal bytes.
 
         Raises:
-            ConfigError: `origin` is no plain JSON.
+            ConfigError: `origin` is no plain JSON, or `format` is of a newer ktrain.
         """
-        return document.seal(
-            KIND,
-            {
-                "identity": self.identity.to_json(),
-                "write_id": self.write_id,
-                "plan_digest": self.plan_digest,
-                "ranks": [{name: getattr(files, name) for name in RankFiles.__slots__} for files in self.ranks],
-                "time": self.time,
-                "origin": self.origin,
-            },
-        )
+        write = _WRITERS[document.check_version(KIND, self.format)]
+        return document.seal(KIND, write(self), self.format)
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview) -> CommitRecord:
@@ -78,21 +73,42 @@ class CommitRecord:
             ConfigError: a newer ktrain wrote it.
         """
         members = document.unseal(KIND, data)
-        record = cls(
-            identity=Identity.from_members(members.inner("identity")),
-            write_id=members.text("write_id"),
-            plan_digest=members.digest("plan_digest"),
-            ranks=tuple(_rank_files(members, value) for value in members.array("ranks")),
-            time=members.number("time"),
-            origin=members.object("origin"),
-        )
-        members.finish()
-        if _WRITE_ID.fullmatch(record.write_id) is None:
-            raise members.corrupt(f"write_id: expected lower-case letters and digits, found {record.write_id[:80]!r}")
-        ranks, world_size = [files.rank for files in record.ranks], record.identity.world_size
-        if ranks != list(range(world_size)):
-            raise members.corrupt(f"ranks: expected ranks 0 to {world_size - 1} in order, found {ranks[:20]}")
-        return record
+        return _READERS[members.version](members)
+
+
+def _write_1(record: CommitRecord) -> dict[str, Any]:
+    return {
+        "identity": record.identity.to_json(),
+        "write_id": record.write_id,
+        "plan_digest": record.plan_digest,
+        "ranks": [{name: getattr(files, name) for name in RankFiles.__slots__} for files in record.ranks],
+        "time": record.time,
+        "origin": record.origin,
+    }
+
+
+def _read_1(members: document.Members) -> CommitRecord:
+    record = CommitRecord(
+        identity=Identity.from_members(members.inner("identity")),
+        write_id=members.text("write_id"),
+        plan_digest=members.digest("plan_digest"),
+        ranks=tuple(_rank_files(members, value) for value in members.array("ranks")),
+        time=members.number("time"),
+        origin=members.object("origin"),
+        format=members.version,
+    )
+    members.finish()
+    if _WRITE_ID.fullmatch(record.write_id) is None:
+        raise members.corrupt(f"write_id: expected lower-case letters and digits, found {record.write_id[:80]!r}")
+    ranks, world_size = [files.rank for files in record.ranks], record.identity.world_size
+    if ranks != list(range(world_size)):
+        raise members.corrupt(f"ranks: expected ranks 0 to {world_size - 1} in order, found {ranks[:20]}")
+    return record
+
+
+# By version (ADR 0016). A row is added for each new one, and never removed.
+_WRITERS: dict[int, Callable[[CommitRecord], dict[str, Any]]] = {1: _write_1}
+_READERS: dict[int, Callable[[document.Members], CommitRecord]] = {1: _read_1}
 
 
 def commit_name(step: int, epoch: int, write_id: str) -> str:

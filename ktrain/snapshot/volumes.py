@@ -146,12 +146,20 @@ def claim_folder(folder: Path, *, run: str, node: str, uri: str) -> None:
 
     Raises:
         ConflictError: it is another's.
+        ConfigError: a newer ktrain laid it out.
     """
     found = try_read_record(folder)
     if found is None:
         record = {"format": _FORMAT, "run": run, "node": node, "uri": uri}
         atomic.write_json(folder / contract.VOLUME_FILE, record)
-    elif (found.get("run"), found.get("node")) != (run, node):
+        return
+    version = found.get("format")
+    if type(version) is int and version > _FORMAT:
+        raise ConfigError(
+            f"volume {folder}: laid out in format {version}, this ktrain reads formats up to {_FORMAT}; use a newer "
+            "one, or choose another volume root"
+        )
+    if (found.get("run"), found.get("node")) != (run, node):
         raise ConflictError(
             f"volume {folder}: expected run {run!r} and node {node!r}, found run {found.get('run')!r} and "
             f"node {found.get('node')!r}; choose another volume root or remove the folder"

@@ -21,6 +21,7 @@ class FakeClock:
 
     def __init__(self, start_s: float = _START_S) -> None:
         self._now_s = start_s  # guarded by _lock
+        self._wall_ahead_s = _WALL_AHEAD_S  # guarded by _lock
         self._lock = threading.Lock()
 
     def monotonic(self) -> float:
@@ -28,7 +29,8 @@ class FakeClock:
             return self._now_s
 
     def wall(self) -> float:
-        return self.monotonic() + _WALL_AHEAD_S
+        with self._lock:
+            return self._now_s + self._wall_ahead_s
 
     def sleep(self, seconds: float) -> None:
         self.advance(seconds)
@@ -44,6 +46,11 @@ class FakeClock:
         assert seconds >= 0, seconds
         with self._lock:
             self._now_s += seconds
+
+    def jump_wall(self, seconds: float) -> None:
+        """Sets the wall clock forward or back, as an administrator or a time server does; monotonic time goes on."""
+        with self._lock:
+            self._wall_ahead_s += seconds
 
 
 class SteppedClock:

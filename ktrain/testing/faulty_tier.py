@@ -29,6 +29,7 @@ class Fault(StrEnum):
     ERROR = "error"  # status 500
     UNAVAILABLE = "unavailable"  # status 503
     NO_SPACE = "no-space"
+    IO_ERROR = "io-error"  # what a failing device answers (EIO)
     HANG = "hang"  # no answer until the deadline; the call did not take effect
     LOST_REPLY = "lost-reply"  # the call took effect, its caller gets "unavailable"
     LATE_REPLY = "late-reply"  # the call took effect, its caller gets "deadline"
@@ -37,6 +38,8 @@ class Fault(StrEnum):
     TORN = "torn"  # like TRUNCATE, and the caller gets "unavailable"
     SLOW = "slow"  # takes `seconds` longer
     LAGGING = "lagging"  # a listing lacks what was written through this wrapper in the last `seconds`
+    KILLED = "killed"  # the caller dies before the call takes effect
+    KILLED_AFTER = "killed-after"  # the caller dies after the call took effect
 
 
 OPERATIONS = ("write", "create", "read", "read_range", "list", "delete")
@@ -51,6 +54,7 @@ _BEFORE: dict[Fault, tuple[type[KtrainError], str]] = {
     Fault.ERROR: (UnavailableError, "the store failed (status 500)"),
     Fault.UNAVAILABLE: (UnavailableError, "the store is not available (status 503)"),
     Fault.NO_SPACE: (CapacityError, "no space is left"),
+    Fault.IO_ERROR: (UnavailableError, "input/output error (EIO)"),
 }
 _FITS: dict[Fault, tuple[str, ...]] = {
     Fault.LOST_REPLY: _EFFECTS,
@@ -60,6 +64,7 @@ _FITS: dict[Fault, tuple[str, ...]] = {
     Fault.TORN: _DATA_IN,
     Fault.NO_SPACE: _DATA_IN,
     Fault.LAGGING: ("list",),
+    Fault.KILLED_AFTER: _EFFECTS,
 }
 
 
@@ -86,6 +91,14 @@ class TierFault:
             )
         if self.nth < 1 or self.count < 1:
             raise ConfigError(f"tier fault: expected nth and count from 1, found {self.nth} and {self.count}")
+
+
+class Killed(BaseException):
+    """The process that made the call is dead from here on; no code of its own runs any more.
+
+    Not an Exception: what a living process would catch, a dead one does not. The test that plays the process catches
+    it and puts another one there.
+    """
 
 
 class FaultyTier:
@@ -120,6 +133,16 @@ class FaultyTier:
         """One more fault, counted from now."""
         with self._lock:
             self._faults.append(_Counted(fault))
+
+    def num_struck(self) -> int:
+        """How many calls the present faults have hit."""
+        with self._lock:
+            return sum(counted.num_struck for counted in self._faults)
+
+    def has_faults(self) -> bool:
+        """Whether any fault was added since the last `heal`."""
+        with self._lock:
+            return bool(self._faults)
 
     def heal(self) -> None:
         """Removes all faults."""
@@ -176,6 +199,8 @@ class FaultyTier:
         if fault.fault is Fault.HANG:
             self._clock.sleep(deadline.remaining_s())
             raise DeadlineError(f"{what}: no answer within {deadline.total_s:g} s")
+        if fault.fault is Fault.KILLED:
+            raise Killed(what)
         if fault.fault is Fault.SLOW:
             self._clock.sleep(min(fault.seconds, deadline.remaining_s()))
             deadline.check(what)
@@ -188,6 +213,8 @@ class FaultyTier:
         what = f"{self.kind} tier {self.url}: {operation} {name}"
         if fault is not None and fault.fault in (Fault.LOST_REPLY, Fault.TORN):
             raise UnavailableError(f"{what}: the connection broke before the reply")
+        if fault is not None and fault.fault is Fault.KILLED_AFTER:
+            raise Killed(what)
         if fault is not None and fault.fault is Fault.LATE_REPLY:
             self._clock.sleep(deadline.remaining_s())
             raise DeadlineError(f"{what}: no answer within {deadline.total_s:g} s")
@@ -199,12 +226,15 @@ class _Counted:
     def __init__(self, fault: TierFault) -> None:
         self.fault = fault
         self._num_seen = 0
+        self.num_struck = 0
 
     def strikes(self, operation: str, name: str) -> bool:
         if operation != self.fault.operation or not fnmatchcase(name, self.fault.name):
             return False
         self._num_seen += 1
-        return self.fault.nth <= self._num_seen < self.fault.nth + self.fault.count
+        strikes = self.fault.nth <= self._num_seen < self.fault.nth + self.fault.count
+        self.num_struck += strikes
+        return strikes
 
 
 def _spoil(data: Buffer, fault: TierFault | None) -> Buffer:

@@ -8,9 +8,9 @@ understands is "could not tell", never "no".
 from __future__ import annotations
 
 import errno
-import re
 from dataclasses import dataclass
 
+from ktrain.base.urls import public_url
 from ktrain.errors import (
     CapacityError,
     ConfigError,
@@ -21,9 +21,6 @@ from ktrain.errors import (
     NotFoundError,
     UnavailableError,
 )
-
-_USERINFO = re.compile(r"(?<=//)[^/@\s]*@")
-_QUERY = re.compile(r"(?<=\S)\?[^\s'\"]*")
 
 _NO_CREDENTIALS = {
     "NoCredentialsError",
@@ -73,9 +70,16 @@ class _Said:
     status: int
 
 
-def public_url(url: str) -> str:
-    """The URL without user, password and query: fit for messages and events."""
-    return _QUERY.sub("", _USERINFO.sub("", url))
+def showable(error: BaseException) -> BaseException | None:
+    """The error as the cause of ours; None where its words hold what must not be shown: tracebacks print causes."""
+    seen: BaseException | None = error
+    for _ in range(8):  # chains are short; a cycle must not hold us
+        if seen is None:
+            return error
+        if public_url(str(seen)) != str(seen):
+            return None
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def translate(error: Exception, what: str) -> KtrainError:

@@ -23,6 +23,7 @@ from ktrain.abc.tier import Buffer, Stored, Tier, check_name, check_prefix
 from ktrain.base import ids
 from ktrain.base.clock import Deadline
 from ktrain.base.settings import Timeouts
+from ktrain.base.urls import public_url
 from ktrain.errors import (
     ConfigError,
     ConflictError,
@@ -31,7 +32,7 @@ from ktrain.errors import (
     NotFoundError,
     UnavailableError,
 )
-from ktrain.tier.answers import public_url, translate, translate_write
+from ktrain.tier.answers import showable, translate, translate_write
 from ktrain.tier.deadline import BoundedCalls, Call
 
 _LOG = logging.getLogger(__name__)
@@ -196,7 +197,7 @@ class BucketTier:
         except KtrainError:
             raise
         except Exception as error:  # noqa: BLE001 -- top of the call's thread; any client library may stand behind it
-            raise meaning(error, call.what) from error
+            raise meaning(error, call.what) from showable(error)
         finally:
             connection.free.set()
 
@@ -378,4 +379,4 @@ def _raise_unless_absent(error: FileNotFoundError, call: Call) -> None:
     """A folder that is not there is empty; a bucket that is not there is not."""
     meant = translate(error, call.what)
     if not isinstance(meant, NotFoundError):
-        raise meant from error
+        raise meant from showable(error)

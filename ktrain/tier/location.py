@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ktrain.abc.tier import Tier
 from ktrain.base.settings import Timeouts
+from ktrain.base.urls import public_url, require_public
 from ktrain.errors import ConfigError
-from ktrain.tier.answers import public_url
 from ktrain.tier.files import FileTier
 
 _LOCAL = re.compile(r"(?:file|local):(?://)?")
@@ -22,8 +22,9 @@ def open_tier(url: str, *, kind: str = "bucket", timeouts: Timeouts | None = Non
     configuration).
 
     Raises:
-        ConfigError: no such kind of URL, or the package for it is not installed.
+        ConfigError: no such kind of URL, the package for it is not installed, or the URL holds a secret.
     """
+    require_public(url)
     if "::" in url:
         raise ConfigError(f"{public_url(url)}: expected one store, found a chain of them ('::'); name the store alone")
     protocol = _PROTOCOL.match(url)

@@ -15,6 +15,7 @@ from ktrain.testing.fake_bucket import FakeBucket
 from ktrain.testing.faulty_tier import FaultyTier
 from ktrain.testing.s3_servers import MotoServer, RcloneServer, S3Server, find_program
 from ktrain.testing.tier_conformance import TierConformance, TierStore, soon
+from ktrain.testing.tier_url import publish, withdraw
 from ktrain.tier.location import open_tier
 
 
@@ -78,6 +79,24 @@ class _FakeStore:
         self._truth.objects[name] = data
 
 
+class _PublishedStore(_Store):
+    """A tier of this process, reached by a URL: what stands between is the tier for every store of fsspec."""
+
+    def __init__(self) -> None:
+        self._truth = FakeBucket()
+        super().__init__(publish(self._truth))
+
+    def get(self, name: str) -> bytes | None:
+        return self._truth.objects.get(name)
+
+    def put(self, name: str, data: bytes) -> None:
+        self._truth.objects[name] = data
+
+    def close(self) -> None:
+        super().close()
+        withdraw(self.url)
+
+
 class _S3Store(_Store):
     def __init__(self, server: S3Server) -> None:
         self._server = server
@@ -112,6 +131,14 @@ class TestFakeBucket(TierConformance):
     @pytest.fixture
     def store(self) -> TierStore:
         return _FakeStore()
+
+
+class TestPublished(TierConformance):
+    @pytest.fixture
+    def store(self) -> Iterator[TierStore]:
+        store = _PublishedStore()
+        yield store
+        store.close()
 
 
 @pytest.fixture(scope="module")

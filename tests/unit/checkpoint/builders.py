@@ -8,6 +8,7 @@ from typing import Any
 from ktrain import native
 from ktrain.abc.tier import Tier
 from ktrain.base.clock import Clock, Deadline
+from ktrain.base.faults import FaultPoints
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.drain import Drain
@@ -21,6 +22,7 @@ from ktrain.testing.fake_clock import FakeClock
 
 RUN = "ab" * 16
 TIMEOUTS = Timeouts(patience_s=8)
+QUIET = FaultPoints([], epoch=1)
 NUM_FLOATS = 64
 
 

@@ -7,11 +7,12 @@ the coordinator's storage work and one round of carrying.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ktrain.base import contract
+from ktrain.base import contract, settings
 from ktrain.base.clock import Deadline
 from ktrain.base.control import Caller, LocalCaller
 from ktrain.base.events import Event
@@ -25,8 +26,10 @@ from ktrain.checkpoint.source import NearestSource, Openers
 from ktrain.errors import CorruptionError, KtrainError, UnavailableError
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.snapshot.arena import NodeVolume
+from ktrain.snapshot.slots import SlotCalls
 from ktrain.testing.fake_clock import FakeClock
 from ktrain.testing.local_transport import LocalTransport, LocalWire
+from ktrain.tier.disk import NodeDisk, open_disk
 from tests.unit.checkpoint.builders import snapshot
 
 NUM_SLOTS = 4
@@ -38,8 +41,11 @@ class Head:
     def __init__(self, coordinator: Coordinator) -> None:
         self.coordinator = coordinator
         self.lose_answers = 0
+        self.is_away = False
 
     def call(self, name: str, params: dict[str, Any], *, timeout_s: float) -> dict[str, Any]:
+        if self.is_away:
+            raise UnavailableError("the head does not answer")
         answer = LocalCaller(self.coordinator.handlers()).call(name, params, timeout_s=timeout_s)
         if self.lose_answers:
             self.lose_answers -= 1
@@ -68,6 +74,8 @@ class Worker:
     error: tuple[str, str] | None = None
     tiers: dict[int, str] = field(default_factory=dict)
     ready_round: int = 0
+    disk: NodeDisk | None = None  # this process's own, as `checkpoint.restore` opens it
+    reached: Callable[[str], None] = lambda moment: None  # called in the middle of a save; may raise
 
     def pulse(self) -> None:
         said = {
@@ -94,8 +102,14 @@ class Worker:
         writer = self.volume.acquire(self.rank, len(payload), protect=protect, limit=NUM_SLOTS)
         if writer is None:
             return False
-        writer.memory[:] = payload
-        writer.seal(manifest)
+        with writer:
+            half = len(payload) // 2
+            writer.memory[:half] = payload[:half]
+            self.reached("half staged")
+            writer.memory[half:] = payload[half:]
+            self.reached("staged")
+            writer.seal(manifest)
+        self.reached("sealed")
         self.step = step
         return True
 
@@ -124,7 +138,7 @@ class Worker:
         openers = Openers(
             volume=self.volume,
             tier=cluster.catalog.tier,
-            disk=None,
+            disk=self.disk,
             pull=lambda copy: self.caller.call("fetch", {"copy": copy.to_json(), "timeout_s": 5.0}, timeout_s=5.0)[
                 "wire_nbytes"
             ],
@@ -148,6 +162,8 @@ class Worker:
         cluster.refused.append(failure)
         if failure.corrupt and failure.copy.tier == contract.TIER_MEMORY:
             self.volume.discard(failure.copy.rank, failure.copy.identity, failure.reason)
+        elif failure.corrupt and failure.copy.tier == contract.TIER_DISK and self.disk is not None:
+            self.disk.discard(failure.copy.rank, failure.copy.identity)
 
 
 def applied(number: int, tier: str) -> dict[str, Any]:
@@ -161,9 +177,20 @@ class Node:
     def __init__(self, cluster: Cluster, name: str) -> None:
         self.name = name
         self.root = cluster.folder / name
-        run_id = cluster.catalog.run_id
-        self.transport = LocalTransport(cluster.wire, NodeVolume(self.root, node=name, run=run_id))
-        place = NodePlace(name, name, self.root, host=name)
+        self._cluster = cluster
+        self.calls = SlotCalls()  # of the workers; a test puts faults there
+        self.agent_calls = SlotCalls()  # of the agent, which lands replicas
+        self.volume = self.open_volume(self.calls)  # the workers' own
+        self.start_agent()
+
+    def open_volume(self, calls: SlotCalls) -> NodeVolume:
+        return NodeVolume(self.root, node=self.name, run=self._cluster.catalog.run_id, calls=calls)
+
+    def start_agent(self) -> None:
+        """A new keeper on what lies here."""
+        cluster = self._cluster
+        self.transport = LocalTransport(cluster.wire, self.open_volume(self.agent_calls))
+        place = NodePlace(self.name, self.name, self.root, host=self.name)
         self.keeper = NodeKeeper(
             cluster.url,
             place=place,
@@ -172,13 +199,18 @@ class Node:
             timeouts=cluster.timeouts,
             clock=cluster.clock,
         )
-        self.volume = NodeVolume(self.root, node=name, run=run_id)  # the workers' own
         self.drained: dict[Any, Any] = {}
         self.pulled: dict[Any, Any] = {}
+        self.stored: dict[Any, Any] = {}
+
+    def end_agent(self) -> None:
+        self.keeper.close()
+        self.transport._volume.close()
 
     def carry(self, *, drain: bool) -> None:
         carrier = self.keeper._carrier  # its threads are not started here
         carrier._pull_once(self.pulled)
+        carrier._disk_once(self.stored)
         if drain:
             carrier._drain_once(self.drained)
 
@@ -187,18 +219,25 @@ class Node:
 
     def close(self) -> None:
         self.volume.close()
-        self.keeper.close()
-        self.transport._volume.close()
+        self.end_agent()
 
 
 class Cluster:
     """`num_nodes` nodes with `per_node` ranks each, and a run at `url`."""
 
-    def __init__(self, folder: Path, *, num_nodes: int = 2, per_node: int = 1, url: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        num_nodes: int = 2,
+        per_node: int = 1,
+        url: str | None = None,
+        clock: FakeClock | None = None,
+    ) -> None:
         self.folder = folder
         self.url = url or str(folder / "run")
         self.timeouts = Timeouts(patience_s=20)
-        self.clock = FakeClock()
+        self.clock = clock or FakeClock()
         self.events: list[Event] = []
         self.refused: list[Any] = []
         self.wire = LocalWire()
@@ -229,12 +268,18 @@ class Cluster:
         self.epoch = self.catalog.next_epoch({"by": "test"})
         self.coordinator.begin_attempt(self.epoch, self.assignment)
         self.workers = [
-            Worker(rank, self.epoch, LocalCaller(node.keeper.handlers()), node.volume, policies=self.policies)
+            self.new_worker(rank, node)
             for node, ranks in zip(self.nodes, self.assignment.values(), strict=True)
             for rank in ranks
         ]
         for worker in self.workers:
             worker.restore = {"round": 0, "status": "waiting"}
+
+    def new_worker(self, rank: int, node: Node) -> Worker:
+        run, root = self.catalog.run_id, settings.env(contract.ENV_DISK)
+        disk = open_disk(root, run=run, node=node.name, timeouts=self.timeouts)
+        caller = LocalCaller(node.keeper.handlers())
+        return Worker(rank, self.epoch, caller, node.volume, policies=self.policies, disk=disk)
 
     def turn(self, count: int = 1) -> None:
         for _ in range(count):

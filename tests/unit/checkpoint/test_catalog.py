@@ -58,7 +58,7 @@ def test_open_damaged_run_file_is_refused_and_kept(tmp_path: Path, data: bytes) 
 
 def test_open_run_of_a_newer_format_is_refused_naming_both(tmp_path: Path) -> None:
     (tmp_path / contract.RUN_FILE).write_text(json.dumps({"format": 7, "id": "ab" * 16}))
-    with pytest.raises(ConfigError, match=r"run format 7.*up to 1"):
+    with pytest.raises(ConfigError, match=r"written in format 7.*up to 1"):
         RunCatalog.open(str(tmp_path), timeouts=TIMEOUTS)
 
 

@@ -96,6 +96,7 @@ def test_translate_message_with_credentials_hides_them() -> None:
         ("s3://key:secret@bucket/run", "s3://bucket/run"),
         ("https://host/run?token=abc&x=1", "https://host/run"),
         ("sftp://user@host:22/a@b", "sftp://host:22/a@b"),
+        ("ftp://me:pa@ss@host/run", "ftp://host/run"),
         ("/home/me/runs/a", "/home/me/runs/a"),
     ],
 )

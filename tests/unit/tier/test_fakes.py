@@ -18,7 +18,7 @@ from ktrain.errors import (
 )
 from ktrain.testing.fake_bucket import FakeBucket
 from ktrain.testing.fake_clock import FakeClock, SteppedClock
-from ktrain.testing.faulty_tier import Fault, FaultyTier, TierFault
+from ktrain.testing.faulty_tier import Fault, FaultyTier, Killed, TierFault
 
 
 def _soon(clock: FakeClock) -> Deadline:
@@ -91,6 +91,7 @@ def test_fake_bucket_beyond_its_capacity_is_capacity_error_and_unchanged() -> No
         (Fault.ERROR, UnavailableError),
         (Fault.UNAVAILABLE, UnavailableError),
         (Fault.HANG, DeadlineError),
+        (Fault.IO_ERROR, UnavailableError),
     ],
 )
 def test_faulty_tier_fault_strikes_the_nth_matching_call_alone(fault: Fault, expected: type[KtrainError]) -> None:
@@ -165,3 +166,25 @@ def test_faulty_tier_slow_call_takes_its_seconds_and_is_late_when_these_are_too_
 def test_tier_fault_that_does_not_fit_its_operation_is_config_error() -> None:
     with pytest.raises(ConfigError, match="lost-reply"):
         TierFault("read", Fault.LOST_REPLY)
+
+
+@pytest.mark.parametrize(("fault", "stored"), [(Fault.KILLED, None), (Fault.KILLED_AFTER, b"x")])
+def test_faulty_tier_caller_that_dies_is_caught_by_no_handler_of_its_own(fault: Fault, stored: bytes | None) -> None:
+    bucket = FakeBucket()
+    tier = FaultyTier(bucket, TierFault("write", fault))
+    with pytest.raises(Killed):
+        try:
+            tier.write("a", b"x", deadline=Deadline.after(1.0))
+        except Exception:  # noqa: BLE001 -- what a process does that goes on at any price
+            pytest.fail("a dead process handled an error")
+    assert bucket.objects.get("a") == stored
+    assert tier.has_faults() and tier.num_struck() == 1
+    tier.heal()
+    assert not tier.has_faults()
+
+
+def test_fake_clock_wall_that_jumps_leaves_monotonic_time_alone() -> None:
+    clock = FakeClock()
+    monotonic, wall = clock.monotonic(), clock.wall()
+    clock.jump_wall(-3600.0)
+    assert (clock.monotonic(), clock.wall()) == (monotonic, wall - 3600.0)
