@@ -67,8 +67,8 @@ def _plan(state: TrainState, manifests: Mapping[int, Manifest], topology: Topolo
         if part.is_per_rank and not saved.is_same_world:
             seeds[part.name] = _seed(identity, topology)
         elif _is_kind(part.name, about, part.kind, wishes):
-            objects[part.name] = about
             part.plan(context, wishes)
+            objects[part.name] = wishes.objects.get(part.name, about)
     if wishes.problems:
         raise _misfit(identity, wishes.problems)
     notices = tuple(
@@ -76,7 +76,7 @@ def _plan(state: TrainState, manifests: Mapping[int, Manifest], topology: Topolo
         f"{topology.world_size} now, so it is made anew"
         for name in seeds
     )
-    return RestoreNeeds(notices, context, wishes.targets, objects, seeds)
+    return RestoreNeeds((*notices, *wishes.notices), context, wishes.targets, objects, seeds)
 
 
 def apply(state: TrainState, needs: RestoreNeeds, source: SnapshotSource, landing: Landing | None = None) -> None:
