@@ -27,8 +27,8 @@ from ktrain.snapshot.arena import SlotReader
 
 FILE_READ_NBYTES = 8 << 20
 """Of one call where the tier fills memory of ours: large beside the cost of a call, small enough for the caches."""
-BUCKET_READ_NBYTES = 16 << 20
-"""Of one request: as long on its way as a request takes to be answered, many times over."""
+BUCKET_READ_NBYTES = 32 << 20
+"""Of one request. With 16 MiB the S3 server of the tests took twice as long as with 32 and more (2026-11-25)."""
 
 
 class BadCopy(CorruptionError):
@@ -103,7 +103,9 @@ class VolumeReader:
     is_near = True
 
     def __init__(self, slot: SlotReader, manifest: Manifest, num_threads: int) -> None:
-        if slot.manifest.digest() != manifest.digest():
+        # What the bytes are proven by, the header's included; digests of whole manifests would have to be made anew.
+        found, agreed = ((each.nbytes, each.chunk_nbytes, each.chunks) for each in (slot.manifest, manifest))
+        if found != agreed:
             slot.close()
             raise BadCopy(f"slot {slot.slot}: its manifest is not the one that was agreed on")
         self._slot = slot

@@ -34,7 +34,7 @@ from ktrain.snapshot.arena import NodeVolume
 from ktrain.tier.disk import NodeDisk
 from ktrain.tier.disk import payload_name as disk_payload_name
 
-IN_FLIGHT_NBYTES = 128 << 20
+IN_FLIGHT_NBYTES = 256 << 20
 """Bytes that one rank has on their way from tiers at a time; bounds its memory and its number of calls."""
 
 

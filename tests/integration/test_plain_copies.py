@@ -98,6 +98,7 @@ def test_plain_no_good_copy_left_stops_and_deletes_nothing(crashed: Place, tmp_p
     outcome = place.train(keep=1)
     assert outcome.code == 3, outcome.err
     assert "no good copy is left" in outcome.err and "nothing was deleted" in outcome.err
+    assert "give the whole state its values anew" in outcome.err
     assert place.checkpoints() == before
     tried = {(event.fields["tier"], event.fields["step"]) for event in place.events("bad_copy")}
     assert {("memory", 8), ("bucket", 8), ("bucket", 4)} <= tried
