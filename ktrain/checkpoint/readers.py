@@ -20,7 +20,7 @@ from ktrain import native
 from ktrain.abc.tier import FillsMemory, Tier
 from ktrain.base.clock import Deadline
 from ktrain.checkpoint.ranges import Share, Span, plan_spans, runs_of, split_span, table_of
-from ktrain.errors import CorruptionError, UnavailableError
+from ktrain.errors import CorruptionError, InternalError
 from ktrain.format.manifest import Manifest
 from ktrain.native import Runs
 from ktrain.snapshot.arena import SlotReader
@@ -111,6 +111,7 @@ class VolumeReader:
         self._slot = slot
         self._manifest = manifest
         self._proof = _Proof(manifest, num_threads)
+        self._proven: list[tuple[int, int]] = []  # sorted, as spans are
 
     def reads(self, share: Share) -> list[Read]:
         return [partial(self._read, span) for span in plan_spans(self._manifest, share, closes_gaps=False)]
@@ -118,9 +119,13 @@ class VolumeReader:
     def _read(self, span: Span, deadline: Deadline) -> int:
         deadline.check(f"prove rank {self._manifest.rank} in memory")
         self._proof.land(self._slot.memory[span.begin : span.end], span.begin, span.runs, f"slot {self._slot.slot}")
+        self._proven.append((span.begin, span.end))
         return span.end - span.begin
 
     def view(self, begin: int, end: int) -> memoryview:
+        at = bisect.bisect_right(self._proven, begin, key=lambda span: span[0]) - 1
+        if at < 0 or end > self._proven[at][1]:
+            raise _not_asked_for(f"slot {self._slot.slot}", begin, end)
         return self._slot.memory[begin:end]
 
     def stop(self) -> None:
@@ -230,7 +235,7 @@ class TierReader:
         at = bisect.bisect_right(self._views, begin, key=lambda view: view[0]) - 1
         start, memory = self._views[at] if at >= 0 else (begin, memoryview(b""))
         if end - start > memory.nbytes:
-            raise UnavailableError(f"{self._stored.name}: bytes {begin} to {end} were not asked for as a view")
+            raise _not_asked_for(self._stored.name, begin, end)
         return memory[begin - start : end - start]
 
     def stop(self) -> None:
@@ -238,3 +243,7 @@ class TierReader:
 
     def close(self) -> None:
         self._views = []
+
+
+def _not_asked_for(where: str, begin: int, end: int) -> InternalError:
+    return InternalError(f"{where}: bytes {begin} to {end} were not asked for as a view, so they are not proven")
