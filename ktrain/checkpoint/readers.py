@@ -169,12 +169,12 @@ class TierReader:
 
     is_near = False
 
-    def __init__(self, stored: Object, manifest: Manifest, buffers: Buffers, *, read_nbytes: int | None = None) -> None:
+    def __init__(self, stored: Object, manifest: Manifest, buffers: Buffers) -> None:
         self._stored = stored
         self._manifest = manifest
         self._buffers = buffers
         self._fills = stored.tier if isinstance(stored.tier, FillsMemory) else None
-        self._read_nbytes = read_nbytes or (BUCKET_READ_NBYTES if self._fills is None else FILE_READ_NBYTES)
+        self._read_nbytes = BUCKET_READ_NBYTES if self._fills is None else FILE_READ_NBYTES
         self._proof = _Proof(manifest, 1)  # reads run side by side already
         self._views: list[tuple[int, memoryview]] = []  # sorted by where they begin
         self._is_stopped = False

@@ -243,6 +243,24 @@ def test_source_refuses_one_rank_and_brings_the_others_once(tmp_path: Path, seed
         source.close()
 
 
+def test_source_refuses_a_copy_once_however_many_of_its_reads_are_bad(tmp_path: Path, seed: int) -> None:
+    snapshots = {0: snapshot(seed, 0, 40 * MIB, 128 << 10)}
+    manifest, payload = snapshots[0]
+    bucket = file_bucket(tmp_path)
+    with shelves(tmp_path, snapshots, bucket) as shelf:
+        wrong = payload
+        for at in (MIB, 12 * MIB, 39 * MIB):
+            wrong = flipped(wrong, at)
+        bad = shelf.put(contract.TIER_BUCKET, {0: (manifest, wrong)})[0]
+        good = shelf.put(contract.TIER_DISK, snapshots)[0]
+        source = shelf.source(snapshots, {0: [bad, good]})
+        place = Place(payload, stretch=100_000)
+        source.fetch({}, into={0: place.runs}, deadline=soon())
+        assert len(bucket.reads) > 1 and place.is_filled
+        assert [failure.copy for failure in source.failures] == [bad]
+        source.close()
+
+
 def test_source_keeps_what_it_gave_until_closed(made: tuple[Shelves, Snapshots]) -> None:
     shelf, snapshots = made
     payload = snapshots[0][1]

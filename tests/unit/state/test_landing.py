@@ -172,3 +172,28 @@ def test_landing_of_any_piece_of_any_box_copies_exactly_its_items(
 def scatter(payload: bytes, landing: Landing) -> None:
     expected = array("Q", native.digest_chunks(payload, chunk_nbytes=64))
     assert native.prove_scatter(payload, landing.runs[0], begin=0, chunk_nbytes=64, expected=expected) == []
+
+
+def test_landing_leaves_what_lies_or_will_be_made_on_a_device_to_views() -> None:
+    outer = Box.whole((2, 3))
+    entry = Entry("t", Shard("t", "float32", (2, 3), outer, Role.SHARDED), 4096, 4120)
+    piece = Piece(0, entry, outer, 4096, 4120)
+    elsewhere = torch.empty(2, 3, device="meta")
+    targets = {
+        "live": Target("float32", (2, 3), outer, (piece,), elsewhere, True),
+        "created": Target("float32", (2, 3), outer, (piece,), None, False),
+    }
+    landing = land(targets)
+    assert not landing.memory and not landing.runs
+    assert landing.views == {0: [(4096, 4120)]}
+    assert landing.nbytes == 48
+
+
+def test_landing_of_a_box_of_too_many_rows_is_left_to_torch() -> None:
+    outer, inner = Box.whole((70, 70, 2, 2)), Box((0, 0, 0, 0), (70, 70, 2, 1))
+    entry = Entry("t", Shard("t", "uint8", outer.lengths, outer, Role.SHARDED), 0, 19600)
+    local = torch.zeros(inner.lengths, dtype=torch.uint8)
+    target = Target("uint8", outer.lengths, inner, (Piece(0, entry, inner, 0, 19599),), local, True)
+    landing = land({"t": target})
+    assert not landing.memory and not landing.runs
+    assert landing.views == {0: [(0, 19599)]}
