@@ -39,10 +39,13 @@ def join_optimizer(part: str, live: Sequence[Collection[str]], wishes: Wishes) -
     if len(groups) != len(live):
         wishes.problems.append(f"{part}: expected {len(live)} parameter groups, found {len(groups)}")
         return None
-    if [_params(group) for group in groups] == [set(names) for names in live]:
+    every = [own, *wishes.saved.all_objects(part)]
+    if [_params(group) for group in groups] == [set(names) for names in live] and (
+        # Some optimizers divide the work by parameter: then each rank has the state of its share.
+        wishes.saved.is_same_world or all(_stateful(about) == _stateful(own) for about in every)
+    ):
         return own
     num_problems = len(wishes.problems)
-    every = [own, *wishes.saved.all_objects(part)]
     joined = [_join_group(part, at, set(names), every, wishes) for at, names in enumerate(live)]
     if len(wishes.problems) > num_problems:
         return None
@@ -83,6 +86,10 @@ def _leave_out(names: Sequence[str], reason: str, wishes: Wishes) -> None:
     elif names:
         listed = ", ".join(names[:_MAX_NAMED]) + (", ..." if len(names) > _MAX_NAMED else "")
         wishes.notices.append(f"stored, but not on this rank, so other stages are taken to have them: {listed}")
+
+
+def _stateful(about: Mapping[str, Any]) -> set[str]:
+    return set(about.get("state", {}))
 
 
 def _params(group: Any) -> set[str]:

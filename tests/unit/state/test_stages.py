@@ -103,3 +103,20 @@ def test_tied_weight_whose_stage_was_cut_off_gets_its_value_from_the_one_that_wa
     last = nn.ModuleDict({"head": nn.Linear(2, 3, bias=False)})
     restore(TrainState({"model": last}), saved, Topology(1, 2))
     assert torch.equal(last["head"].weight, whole["embed"].weight)
+
+
+def test_optimizer_that_divided_its_work_among_the_ranks_is_joined_on_another_number_of_them() -> None:
+    whole = nn.ModuleDict(layers("a", "b", "c"))
+    ranks = []
+    for mine in ("a", "b", "c"):
+        optimizer = torch.optim.SGD(whole.parameters(), lr=0.0, momentum=0.9)
+        for value in whole[mine].parameters():
+            value.grad = torch.full_like(value, float(ord(mine)))
+        optimizer.step()
+        optimizer.zero_grad()
+        ranks.append({"model": whole, "optimizer": optimizer})
+    fresh = nn.ModuleDict(layers("a", "b", "c"))
+    optimizer = torch.optim.SGD(fresh.parameters(), lr=0.5, momentum=0.1)
+    restore(TrainState({"model": fresh, "optimizer": optimizer}), save(*ranks), Topology(1, 2))
+    for name in ("a", "b", "c"):
+        assert optimizer.state[fresh[name].weight]["momentum_buffer"].unique().tolist() == [float(ord(name))]
