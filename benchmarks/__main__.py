@@ -26,6 +26,7 @@ from benchmarks.cases import (
     restore_memory,
     restore_peer,
     restore_s3,
+    restore_small,
     stall,
 )
 from benchmarks.harness import Case, Outcome
@@ -42,6 +43,7 @@ CASES: tuple[Case, ...] = (
     drain_file.CASE,
     drain_s3.CASE,
     restore_memory.CASE,
+    restore_small.CASE,
     restore_peer.CASE,
     restore_file.CASE,
     restore_s3.CASE,

@@ -44,6 +44,6 @@ def read_into(path: Path, target: Bytes) -> None:
 CASE = Case(
     "restore_file",
     "How long does a restore from a directory take, proven, into live tensors (page cache warm)?",
-    "bytes / rate of read, then one proof and one copy",
+    "bytes / rate of read; proof and copy are of bytes in the cache",
     _run,
 )

@@ -97,10 +97,11 @@ class Checkpointer:
     def restore(self) -> int:
         """Loads the newest proven checkpoint into the state; returns the step to continue from.
 
-        Returns 0 only where there never was a durable commit. All ranks get the same step.
+        Returns 0 only where there never was a durable commit. All ranks get the same step. An error says whether
+        values were written into the state before it: then end the process, or give the whole state its values anew.
 
         Raises:
-            ConfigError: the checkpoint is of other shapes; nothing was changed.
+            ConfigError: the checkpoint is of other shapes.
             CorruptionError: there are checkpoints, but no good copy of any; nothing was deleted.
             UnavailableError: it cannot be told whether there is a checkpoint.
             DeadlineError: names the ranks that are late.

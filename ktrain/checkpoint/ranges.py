@@ -93,7 +93,7 @@ def table_of(runs: Runs) -> Table:
 
 def runs_of(table: Table) -> Runs:
     """The opposite of `table_of`; rows are sorted by offset already."""
-    return Runs(*(numpy.ascontiguousarray(column) for column in table))
+    return Runs(*(numpy.ascontiguousarray(column).data for column in table))
 
 
 def _covers(begin: Table, end: Table, chunk_nbytes: int) -> tuple[Table, Table]:
@@ -109,8 +109,8 @@ def _covers(begin: Table, end: Table, chunk_nbytes: int) -> tuple[Table, Table]:
 def _closed_gaps(begin: Table, end: Table, wanted: int) -> npt.NDArray[numpy.bool_]:
     """Which gaps between ranges are read over: the smallest first, until the over-read is spent."""
     gaps = begin[1:] - end[:-1]
-    chunks = int((end - begin).sum()) - wanted
-    allowed = max(FREE_OVER_READ_NBYTES, int(MAX_OVER_READ * wanted) - chunks)
+    chunks = int((end - begin).sum()) - wanted  # read in vain already
+    allowed = max(FREE_OVER_READ_NBYTES, int(MAX_OVER_READ * wanted)) - chunks
     order = numpy.argsort(gaps, kind="stable")
     fits = (numpy.cumsum(gaps[order]) <= allowed) & (gaps[order] <= MAX_GAP_NBYTES)
     closed = numpy.zeros(len(gaps), dtype=bool)

@@ -8,8 +8,9 @@ brings the same bytes again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 from ktrain.abc.tier import Tier
@@ -34,7 +35,7 @@ from ktrain.snapshot.arena import NodeVolume
 from ktrain.tier.disk import NodeDisk
 from ktrain.tier.disk import payload_name as disk_payload_name
 
-IN_FLIGHT_NBYTES = 128 << 20
+IN_FLIGHT_NBYTES = 256 << 20
 """Bytes that one rank has on their way from tiers at a time; bounds its memory and its number of calls."""
 
 
@@ -203,6 +204,7 @@ class _Fetch:
         self._deadline = deadline
         self._pool = ThreadPoolExecutor(max(1, IN_FLIGHT_NBYTES // BUCKET_READ_NBYTES), "ktrain-read")
         self._running: dict[Future[int], _Attempt] = {}
+        self._returned: SimpleQueue[Future[int]] = SimpleQueue()
 
     def run(self, wanted: Sequence[_Wanted]) -> None:
         """Brings everything.
@@ -215,8 +217,7 @@ class _Fetch:
                 self._begin(each)
             while self._running:
                 # Without a timeout: every read ends at its own deadline, and while one runs it may write to memory.
-                for future in wait(self._running, return_when=FIRST_COMPLETED).done:
-                    self._end(future)
+                self._end(self._returned.get())
         finally:
             left = {id(attempt): attempt.reader for attempt in self._running.values()}
             for reader in left.values():
@@ -242,12 +243,14 @@ class _Fetch:
                 source.refuse(copy, error)
                 continue
             source.tally.num_reads += len(reads)
-            if reader.is_near:
+            if reader.is_near or not reads:
                 source.accept(copy, reader)
-            else:
-                attempt = _Attempt(wanted, copy, reader, len(reads))
-                for read in reads:
-                    self._running[self._pool.submit(read, self._deadline)] = attempt
+                return
+            attempt = _Attempt(wanted, copy, reader, len(reads))
+            for read in reads:
+                future = self._pool.submit(read, self._deadline)
+                self._running[future] = attempt
+                future.add_done_callback(self._returned.put)
             return
         raise source.exhausted(wanted.rank)
 
@@ -255,16 +258,19 @@ class _Fetch:
         attempt = self._running.pop(future)
         attempt.num_left -= 1
         error = future.exception()
+        if error is not None and not isinstance(error, KtrainError):
+            raise error
+        refuses = error is not None and not attempt.is_refused
         if error is None:
             self._source.tally.nbytes += future.result()
-        elif not isinstance(error, KtrainError):
-            raise error
-        elif not attempt.is_refused:
+        elif refuses:
             attempt.is_refused = True
             attempt.reader.stop()
             self._source.refuse(attempt.copy, error)
+        if attempt.num_left == 0:
+            if attempt.is_refused:
+                attempt.reader.close()
+            else:
+                self._source.accept(attempt.copy, attempt.reader)
+        if refuses:
             self._begin(attempt.wanted)
-        if attempt.num_left == 0 and attempt.is_refused:
-            attempt.reader.close()
-        elif attempt.num_left == 0:
-            self._source.accept(attempt.copy, attempt.reader)

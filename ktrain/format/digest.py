@@ -5,7 +5,9 @@ Invariant: a digest finds accidents, not forgers; whoever may write a checkpoint
 
 from __future__ import annotations
 
+import array
 import re
+import sys
 from collections.abc import Sequence
 
 from ktrain import native
@@ -36,7 +38,9 @@ def join_digests(digests: Sequence[str]) -> str:
 
 def chunks_to_text(chunks: Sequence[int]) -> str:
     """All chunk digests as one string without separators."""
-    return "".join([f"{chunk:016x}" for chunk in chunks])
+    words = array.array("Q", chunks)
+    _to_big_endian(words)
+    return words.tobytes().hex()
 
 
 def chunks_from_text(text: str) -> tuple[int, ...]:
@@ -50,5 +54,12 @@ def chunks_from_text(text: str) -> tuple[int, ...]:
             f"chunk digests: expected 16 hexadecimal digits a chunk, found {len(text)} characters, "
             f"{text[:20]!r}; take another copy"
         )
-    data = bytes.fromhex(text)
-    return tuple(int.from_bytes(data[k : k + 8], "big") for k in range(0, len(data), 8))
+    words = array.array("Q", bytes.fromhex(text))
+    _to_big_endian(words)
+    return tuple(words)
+
+
+def _to_big_endian(words: array.array[int]) -> None:
+    """From the processor's order of bytes, or back."""
+    if sys.byteorder == "little":
+        words.byteswap()

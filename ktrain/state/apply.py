@@ -68,8 +68,8 @@ def _plan(state: TrainState, manifests: Mapping[int, Manifest], topology: Topolo
         if part.is_per_rank and not saved.is_same_world:
             seeds[part.name] = _seed(identity, topology)
         elif _is_kind(part.name, about, part.kind, wishes):
-            objects[part.name] = about
             part.plan(context, wishes)
+            objects[part.name] = wishes.objects.get(part.name, about)
     if wishes.problems:
         raise _misfit(identity, wishes.problems)
     wishes.notices.extend(

@@ -109,7 +109,7 @@ class _Table:
         boxes = numpy.array(self.boxes, dtype=numpy.int64).reshape(-1, 6).T
         table: npt.NDArray[Any] = numpy.concatenate((plain, boxes), axis=1)
         table = table[:, numpy.argsort(table[2], kind="stable")]
-        return Runs(*map(numpy.ascontiguousarray, table))
+        return Runs(*(numpy.ascontiguousarray(column).data for column in table))
 
 
 def _add_rows(target: Target, local: torch.Tensor, tables: dict[int, _Table]) -> bool:

@@ -15,6 +15,7 @@ from ktrain.format import objects
 from ktrain.format.shard import Role
 from ktrain.state.parts import Collector, Context, OwnedParameter
 from ktrain.state.saved import Reader, Saved, Wishes
+from ktrain.state.stages import join_module
 from ktrain.state.tensors import Leaf, box_of, dtype_name, is_dtensor, local_of
 
 _EXTRA_STATE = "_extra_state"  # torch's name for what get_extra_state() returns
@@ -79,12 +80,7 @@ class ModulePart:
         state = self._module.state_dict()
         names = self._clean_names(state)
         self._learn_parameters(context, names, self._replicated(context))
-        about = saved.objects(self.name) or {}
-        keys = about.get("keys", [])
-        # Ranks with different names hold stages of a pipeline: then another world's rank proves nothing.
-        if saved.is_same_world or all(other.get("keys") == keys for other in saved.all_objects(self.name)):
-            for key in sorted(set(keys) - set(names.values())):
-                wishes.problems.append(f"{self.name}/{key}: stored, but the module has no such tensor")
+        about = wishes.objects[self.name] = join_module(self.name, names.values(), wishes)
         frozen = set(about.get("frozen", ()))
         self._pass_over(frozen, names, wishes)
         for raw, value in state.items():

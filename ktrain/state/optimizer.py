@@ -6,7 +6,7 @@ stored state through its own `load_state_dict`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from ktrain.format import objects
 from ktrain.format.shard import Role
 from ktrain.state.parts import Collector, Context, OwnedParameter
 from ktrain.state.saved import Reader, Wishes
+from ktrain.state.stages import join_optimizer
 from ktrain.state.tensors import Leaf, box_of, dtype_name, is_dtensor, like, local_of
 
 
@@ -65,10 +66,12 @@ class OptimizerPart:
         return collector.leaves, about
 
     def plan(self, context: Context, wishes: Wishes) -> None:
-        about = wishes.saved.objects(self.name) or {}
         owned = self._owned(context)
-        if not self._groups_fit(about, owned, wishes):
+        groups = self._optimizer.state_dict()["param_groups"]
+        about = join_optimizer(self.name, [[owned[at].name for at in group["params"]] for group in groups], wishes)
+        if about is None:
             return
+        wishes.objects[self.name] = about
         indices = {names.name: index for index, names in enumerate(owned)}
         live = list(_parameters(self._optimizer))
         for name, keys in _unpack(about).items():
@@ -130,23 +133,8 @@ class OptimizerPart:
             device = lr.device if isinstance(lr, torch.Tensor) else torch.device("cpu")
             group = _decode(encoded, reader, device)
             assert {indices[name] for name in group["params"]} == set(live["params"])
-            decoded.append({**group, "params": live["params"]})
+            decoded.append({**group, "params": _Indices(live["params"])})
         return decoded
-
-    def _groups_fit(self, about: Mapping[str, Any], owned: list[OwnedParameter], wishes: Wishes) -> bool:
-        live = self._optimizer.state_dict()["param_groups"]
-        stored = [objects.decode(group, tensor=str)["params"] for group in about.get("groups", [])]
-        if len(live) != len(stored):
-            wishes.problems.append(f"{self.name}: expected {len(live)} parameter groups, found {len(stored)}")
-            return False
-        fits = True
-        for at, (group, names) in enumerate(zip(live, stored, strict=True)):
-            expected = {owned[index].name for index in group["params"]}
-            for name in sorted(expected ^ set(names)):
-                fits = False
-                lacks = "not stored" if name in expected else "stored, but not in the optimizer"
-                wishes.problems.append(f"{self.name}: group {at}: parameter {name}: {lacks}")
-        return fits
 
     def _wish(self, leaf: str, param: torch.Tensor, key: str, wishes: Wishes) -> None:
         found = wishes.saved.shape_and_dtype(leaf)
@@ -187,6 +175,17 @@ class OptimizerPart:
                 given = entry.get(key)
                 if key != "step" and isinstance(given, torch.Tensor) and given.dtype != value.dtype:
                     self._optimizer.state[live[index]][key] = given.to(value.device)
+
+
+class _Indices(list[int]):
+    """The parameters of a group, found at once: torch looks each one up for every tensor of its state."""
+
+    def __init__(self, indices: Iterable[int] = ()) -> None:
+        super().__init__(indices)
+        self._known = frozenset(self)
+
+    def __contains__(self, index: object) -> bool:
+        return index in self._known
 
 
 def _device(param: torch.Tensor, key: str) -> torch.device:

@@ -133,6 +133,7 @@ class Wishes:
     def __init__(self, saved: Saved) -> None:
         self.saved = saved
         self.targets: dict[str, Target] = {}
+        self.objects: dict[str, Mapping[str, Any]] = {}  # by part, as it will be loaded; absent: as its rank stored it
         self.problems: list[str] = []
         self.notices: list[str] = []
 

@@ -11,10 +11,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ktrain.base.clock import Deadline
 from ktrain.errors import ConfigError
+from ktrain.state.apply import apply, plan_restore
 from ktrain.state.plan import plan_save
 from ktrain.state.rng import rng_part
 from ktrain.state.train_state import TrainState
+from ktrain.testing.memory_source import MemorySource
 from tests.unit.state.worlds import ALONE, restore, snapshot
 
 
@@ -223,13 +226,29 @@ class _Copies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_restore_of_a_module_copies_every_byte_once() -> None:
+def test_restore_of_a_module_leaves_torch_nothing_to_copy() -> None:
     model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16))
     state = TrainState({"model": model})
     taken = snapshot(state)
     with _Copies() as copies:
         restore(state, {0: taken})
+    assert copies.nbytes == 0
+
+
+def test_restore_without_a_landing_copies_every_byte_once() -> None:
+    model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16))
+    state = TrainState({"model": model})
+    source = MemorySource({0: snapshot(state)})
+    needs = plan_restore(state, source.manifests, ALONE)
+    source.fetch(needs.ranges, deadline=Deadline.after(30))
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.zero_()
+    with _Copies() as copies:
+        apply(state, needs, source)
     assert copies.nbytes == sum(value.nbytes for value in model.state_dict().values())
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
 def test_plan_of_many_tensors_holds_the_garbage_collector_off() -> None:

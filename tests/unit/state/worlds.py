@@ -10,6 +10,7 @@ from ktrain.format.manifest import Identity, Manifest
 from ktrain.format.payload import CHUNK_NBYTES
 from ktrain.snapshot.staging import stage
 from ktrain.state.apply import RestoreNeeds, apply, plan_restore
+from ktrain.state.landing import land
 from ktrain.state.plan import plan_save
 from ktrain.state.topology import Topology
 from ktrain.state.train_state import TrainState
@@ -43,8 +44,9 @@ def restore(
     """Plans, fetches and applies."""
     source = MemorySource(snapshots)
     needs = plan_restore(state, source.manifests, topology)
-    source.fetch(needs.ranges, deadline=Deadline.after(30))
-    apply(state, needs, source)
+    landing = land(needs.targets)
+    source.fetch(landing.views, into=landing.runs, deadline=Deadline.after(30))
+    apply(state, needs, source, landing)
     source.close()
     return needs
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ktrain.base.clock import Deadline
-from ktrain.errors import CapacityError, CorruptionError, DeadlineError, ForbiddenError
+from ktrain.errors import CapacityError, CorruptionError, DeadlineError, ForbiddenError, NotFoundError
 from ktrain.testing.fake_clock import FakeClock
 from ktrain.testing.tier_conformance import soon
 from ktrain.tier.deadline import Call
@@ -131,3 +131,23 @@ def test_call_under_a_clock_of_a_test_is_given_real_time(tier: FileTier) -> None
     assert len(tier.read("a", deadline=Deadline.after(30.0, clock))) == 8 << 20
     with pytest.raises(DeadlineError):
         tier.read("a", deadline=Deadline.after(0.0, clock))
+
+
+def test_read_into_fills_exactly_the_memory(tier: FileTier) -> None:
+    data = bytes(range(256)) * 40
+    tier.write("a", data, deadline=soon())
+    memory = bytearray(b"\xee" * 300)
+    tier.read_into("a", 1000, memoryview(memory)[50:250], deadline=soon())
+    assert memory == b"\xee" * 50 + data[1000:1200] + b"\xee" * 50
+    tier.read_into("a", len(data), memoryview(bytearray()), deadline=soon())
+
+
+def test_read_into_beyond_the_end_is_corruption_with_both_sizes(tier: FileTier) -> None:
+    tier.write("a", bytes(100), deadline=soon())
+    with pytest.raises(CorruptionError, match=r"\[60, 110\) of a: expected 110 bytes or more, found 100"):
+        tier.read_into("a", 60, memoryview(bytearray(50)), deadline=soon())
+
+
+def test_read_into_of_nothing_there_is_not_found(tier: FileTier) -> None:
+    with pytest.raises(NotFoundError):
+        tier.read_into("a", 0, memoryview(bytearray(5)), deadline=soon())
