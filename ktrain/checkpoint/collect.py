@@ -6,7 +6,7 @@ goes whose name ktrain does not give.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from ktrain.abc.tier import Stored
@@ -70,7 +70,7 @@ class Collector:
         self._catalog = catalog
         self._clock = clock
         self._watch = ReaderWatch(timeouts.lease_s, clock)
-        self._look_again_s = timeouts.lease_s / 2
+        self._lease_s = timeouts.lease_s
         self._grace_s = timeouts.drain_s if grace_s is None else grace_s
         self._uploads: dict[Write, tuple[tuple[Stored, ...], float]] = {}  # as seen, and since when unchanged
 
@@ -107,6 +107,22 @@ class Collector:
             stale=() if doubts else (*dead, *map(doomed_name, sorted(unwanted))),
         )
 
+    def plan_watched(self, terms: Terms, say_wait: Callable[[float], None]) -> tuple[Seen, Plan]:
+        """Like `plan`, for who looks only once: first watches uploads and readers until they are known to be dead.
+
+        `say_wait` is told the seconds, where it takes any.
+        """
+        seen = Seen.read(self._catalog)
+        plan = self.plan(seen, terms)
+        waits = [self._grace_s] if plan.waiting else []
+        waits += [max(self._lease_s, 3 * reader.renew_s) for reader in plan.readers]
+        if waits and not plan.doubts:
+            say_wait(max(waits))
+            self._clock.sleep(max(waits))
+            seen = Seen.read(self._catalog)
+            plan = self.plan(seen, terms)
+        return seen, plan
+
     def carry_out(self, plan: Plan, terms: Terms) -> Outcome:
         """Removes what the plan says, except what somebody has named since."""
         outcome = Outcome(spared=list(plan.spared))
@@ -124,7 +140,7 @@ class Collector:
     def _remove(self, plan: Plan, terms: Terms, outcome: Outcome) -> None:
         looked_s, marks = 0.0, None
         for removal in plan.removals:
-            if marks is None or self._clock.monotonic() - looked_s >= self._look_again_s:
+            if marks is None or self._clock.monotonic() - looked_s >= self._lease_s / 2:
                 looked_s = self._clock.monotonic()
                 marks = read_marks(self._catalog)
                 self._require_newest_attempt(terms)

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import click
 
+from ktrain.cli.ckpt.gc import collect_garbage
 from ktrain.cli.ckpt.ls import list_checkpoints
+from ktrain.cli.ckpt.pin import pin
 from ktrain.cli.ckpt.rm import remove
+from ktrain.cli.ckpt.show import show
 from ktrain.cli.ckpt.verify import verify
 
 
 @click.group()
 def ckpt() -> None:
-    """List, verify and remove checkpoints."""
+    """List, show, prove, pin and remove checkpoints."""
 
 
-ckpt.add_command(list_checkpoints)
-ckpt.add_command(verify)
-ckpt.add_command(remove)
+for _verb in (list_checkpoints, show, verify, pin, remove, collect_garbage):
+    ckpt.add_command(_verb)

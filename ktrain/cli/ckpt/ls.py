@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ktrain.base import contract, settings
+from ktrain.checkpoint.removal import Seen
 from ktrain.cli.ckpt.base import OUTPUT, commit_row, open_run, show_rows, volumes_of
 from ktrain.errors import ConfigError
 from ktrain.snapshot.slots import Held
@@ -26,8 +27,12 @@ def list_checkpoints(run: str | None, volume: bool, output: str) -> int:
     if run is None:
         raise ConfigError("ckpt ls: expected RUN, or --volume for what lies in this machine's memory")
     catalog = open_run(run)
-    listing = catalog.listing()
-    rows = [commit_row(commit) for commit in listing.commits]
+    seen = Seen.read(catalog)
+    listing, line = seen.listing, seen.line()
+    rows = [
+        {**commit_row(commit), "on_line": commit in line, "pinned": commit.identity.step in seen.marks.pins}
+        for commit in listing.commits
+    ]
     rows += [
         {"step": None, "tier": contract.TIER_BUCKET, "committed": False, "where": name, "reason": reason}
         for name, reason in listing.broken

@@ -9,8 +9,10 @@ import click
 
 from ktrain.base import contract, settings
 from ktrain.checkpoint.catalog import RunCatalog, verify_commit
-from ktrain.cli.ckpt.base import OUTPUT, commit_row, open_run
+from ktrain.checkpoint.reading import reading
+from ktrain.cli.ckpt.base import OUTPUT, commit_row, open_run, warn_unprotected
 from ktrain.errors import CorruptionError, NotFoundError
+from ktrain.format.record import CommitRecord
 from ktrain.snapshot.arena import NodeVolume
 from ktrain.snapshot.slots import Held
 from ktrain.snapshot.volumes import list_volumes
@@ -58,18 +60,29 @@ def _verify_bucket(catalog: RunCatalog, step: int | None) -> list[tuple[dict[str
     listing = catalog.listing()
     results = []
     for commit in listing.commits:
-        if step not in (None, commit.identity.step):
-            continue
-        findings = [
-            {"rank": item.rank, "name": item.name, "reason": item.reason, "begin": item.begin, "end": item.end}
-            for item in verify_commit(catalog, commit)
-        ]
-        results.append(({**commit_row(commit)}, findings))
+        if step in (None, commit.identity.step):
+            findings = _verify_commit(catalog, commit)
+            if findings is not None:
+                results.append(({**commit_row(commit)}, findings))
     for name, reason in listing.broken:
         if step is None or contract.step_dirname(step) in name:
             row = {"step": step, "epoch": None, "tier": contract.TIER_BUCKET}
             results.append((row, [{"rank": None, "name": name, "reason": reason}]))
     return results
+
+
+def _verify_commit(catalog: RunCatalog, commit: CommitRecord) -> list[dict[str, Any]] | None:
+    """What is not proven of one checkpoint; None when it was collected before it could be read."""
+    with reading(catalog, commit.identity.step, timeouts=settings.timeouts()) as failure:
+        warn_unprotected(failure)
+        found = list(verify_commit(catalog, commit))
+        if (found or failure) and commit not in catalog.listing().commits:
+            click.echo(f"step {commit.identity.step} was collected meanwhile", err=True)
+            return None
+    return [
+        {"rank": item.rank, "name": item.name, "reason": item.reason, "begin": item.begin, "end": item.end}
+        for item in found
+    ]
 
 
 def _verify_memory(run_id: str, step: int | None) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:

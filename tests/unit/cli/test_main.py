@@ -23,7 +23,10 @@ OPTIONS = {
     "cancel": set(),
     "ckpt ls": {"--volume", "--output"},
     "ckpt verify": {"--step", "--tier", "--output"},
-    "ckpt rm": {"--volume", "--all"},
+    "ckpt rm": {"--step", "--volume", "--all", "--force", "--yes", "--dry-run", "--output"},
+    "ckpt show": {"--step", "--output"},
+    "ckpt pin": {"--step", "--off", "--output"},
+    "ckpt gc": {"--keep", "--dry-run", "--output"},
 }  # fmt: skip
 
 
