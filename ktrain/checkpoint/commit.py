@@ -46,7 +46,7 @@ def commit_drain(
     prove(catalog, commit)
     faults.reached("commit.begin", step=identity.step)
     catalog.write_commit(commit)
-    _require_untouched(catalog, commit)
+    require_untouched(catalog, commit)
     faults.reached("commit.record", step=identity.step)
     return commit
 
@@ -57,7 +57,7 @@ def prove(catalog: RunCatalog, commit: CommitRecord) -> None:
     records.check_coverage([catalog.read_manifest(commit, files) for files in commit.ranks])
 
 
-def _require_untouched(catalog: RunCatalog, commit: CommitRecord) -> None:
+def require_untouched(catalog: RunCatalog, commit: CommitRecord) -> None:
     """The record is there: now whoever collects sees it, or has left its mark, or has removed files (ADR 0012)."""
     mark = doomed_name(write_of(commit))
     try:

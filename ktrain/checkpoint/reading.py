@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from ktrain.base import ids
 from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
 from ktrain.base.settings import Timeouts
-from ktrain.checkpoint.catalog import RunCatalog
+from ktrain.checkpoint.catalog import Finding, RunCatalog, verify_commit
 from ktrain.checkpoint.marks import read_marks, reader_name, remove_mark, write_mark
 from ktrain.errors import KtrainError
+from ktrain.format.record import CommitRecord
 
 _RENEWALS_PER_LEASE = 3
 
@@ -39,6 +40,20 @@ def reading(
         yield failure
     finally:
         mark.close()
+
+
+def verify_read(
+    catalog: RunCatalog, commit: CommitRecord, *, timeouts: Timeouts, clock: Clock = SYSTEM_CLOCK
+) -> tuple[list[Finding] | None, KtrainError | None]:
+    """Reads every byte of a checkpoint while collectors are kept off it.
+
+    Returns what is not proven, or None when it was collected before it was read; and why it was not protected, if so.
+    """
+    with reading(catalog, commit.identity.step, timeouts=timeouts, clock=clock) as failure:
+        found = list(verify_commit(catalog, commit))
+        if found and commit not in catalog.listing().commits:
+            return None, failure
+        return found, failure
 
 
 def await_collectors(catalog: RunCatalog, step: int, *, timeouts: Timeouts, clock: Clock = SYSTEM_CLOCK) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from ktrain.base import contract, settings
-from ktrain.checkpoint.catalog import RunCatalog, verify_commit
-from ktrain.checkpoint.reading import reading
+from ktrain.checkpoint.catalog import RunCatalog
+from ktrain.checkpoint.reading import verify_read
 from ktrain.cli.ckpt.base import OUTPUT, commit_row, open_run, warn_unprotected
 from ktrain.errors import CorruptionError, NotFoundError
 from ktrain.format.record import CommitRecord
@@ -73,12 +73,11 @@ def _verify_bucket(catalog: RunCatalog, step: int | None) -> list[tuple[dict[str
 
 def _verify_commit(catalog: RunCatalog, commit: CommitRecord) -> list[dict[str, Any]] | None:
     """What is not proven of one checkpoint; None when it was collected before it could be read."""
-    with reading(catalog, commit.identity.step, timeouts=settings.timeouts()) as failure:
-        warn_unprotected(failure)
-        found = list(verify_commit(catalog, commit))
-        if (found or failure) and commit not in catalog.listing().commits:
-            click.echo(f"step {commit.identity.step} was collected meanwhile", err=True)
-            return None
+    found, failure = verify_read(catalog, commit, timeouts=settings.timeouts())
+    warn_unprotected(failure)
+    if found is None:
+        click.echo(f"step {commit.identity.step} was collected meanwhile", err=True)
+        return None
     return [
         {"rank": item.rank, "name": item.name, "reason": item.reason, "begin": item.begin, "end": item.end}
         for item in found

@@ -8,7 +8,7 @@ from ktrain.base.clock import Deadline
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.collect import Collector
 from ktrain.checkpoint.marks import doomed_name
-from ktrain.checkpoint.reading import await_collectors, reading
+from ktrain.checkpoint.reading import await_collectors, reading, verify_read
 from ktrain.checkpoint.removal import Seen, Terms
 from ktrain.checkpoint.retention import Latest
 from ktrain.testing.fake_bucket import FakeBucket
@@ -89,6 +89,25 @@ def test_await_collectors_mark_of_a_dead_collector_holds_up_for_one_lease(bucket
     began = clock.monotonic()
     await_collectors(catalog(bucket), 20, timeouts=TIMEOUTS, clock=clock)
     assert clock.monotonic() == began
+
+
+def test_verify_read_step_that_goes_meanwhile_is_no_damage(bucket: FakeBucket) -> None:
+    """Somebody removes the files by hand, and heeds no mark."""
+    commit = catalog(bucket).listing().commits[0]
+
+    def remove() -> None:
+        for name in [name for name in bucket.objects if "step-00000010" in name]:
+            del bucket.objects[name]
+
+    racing = Meddler(bucket, "read", "*/step-00000010/data-*", remove, when="before")
+    assert verify_read(catalog(racing), commit, timeouts=TIMEOUTS) == (None, None)
+
+
+def test_verify_read_missing_file_of_a_committed_step_is_damage(bucket: FakeBucket) -> None:
+    commit = catalog(bucket).listing().commits[0]
+    del bucket.objects[commit.ranks[1].payload]
+    found, _ = verify_read(catalog(bucket), commit, timeouts=TIMEOUTS)
+    assert found is not None and [finding.rank for finding in found] == [1]
 
 
 # Who looks only once

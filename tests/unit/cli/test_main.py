@@ -25,6 +25,8 @@ OPTIONS = {
     "ckpt verify": {"--step", "--tier", "--output"},
     "ckpt rm": {"--step", "--volume", "--all", "--force", "--yes", "--dry-run", "--output"},
     "ckpt show": {"--step", "--output"},
+    "ckpt diff": {"--step", "--output"},
+    "ckpt repair": {"--step", "--dry-run", "--output"},
     "ckpt pin": {"--step", "--off", "--output"},
     "ckpt gc": {"--keep", "--dry-run", "--output"},
 }  # fmt: skip
