@@ -54,11 +54,15 @@ class Plan:
 
 @dataclass(slots=True)
 class Outcome:
-    """What went. `failure` ended the work; what it left is gone on with by the next collection."""
+    """What went. `failure` ended the work; what it left is gone on with by the next collection.
+
+    `doubts` are those of the plan: reasons why nothing went at all.
+    """
 
     removed: list[Removal] = field(default_factory=list)
     spared: list[tuple[int, str]] = field(default_factory=list)
     failure: KtrainError | None = None
+    doubts: tuple[str, ...] = ()
 
 
 class Collector:
@@ -125,7 +129,7 @@ class Collector:
 
     def carry_out(self, plan: Plan, terms: Terms) -> Outcome:
         """Removes what the plan says, except what somebody has named since."""
-        outcome = Outcome(spared=list(plan.spared))
+        outcome = Outcome(spared=list(plan.spared), doubts=plan.doubts)
         try:
             for name in plan.stale:
                 remove_mark(self._catalog, name)

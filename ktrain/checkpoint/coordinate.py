@@ -318,6 +318,7 @@ class Coordinator:
             outcome = Outcome(failure=error)
         for step in [removal.step for removal in outcome.removed if removal.why != "never committed"]:
             self._emit("collected", tier=contract.TIER_BUCKET, step=step)
-        if outcome.failure is not None and not self._keeps_all:
-            self._emit("notice", message=f"nothing more is removed from the bucket for now: {outcome.failure}")
-        self._keeps_all = outcome.failure is not None
+        reason = outcome.failure or next(iter(outcome.doubts), None)
+        if reason is not None and not self._keeps_all:
+            self._emit("notice", message=f"nothing more is removed from the bucket for now: {reason}")
+        self._keeps_all = reason is not None

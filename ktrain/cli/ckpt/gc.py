@@ -29,7 +29,7 @@ def collect_garbage(run: str, keep: int | None, dry_run: bool, output: str) -> i
     terms = Terms(None if keep is None else Latest(keep), catalog.newest_epoch(), holds_run=True)
     if dry_run:
         plan = collector.plan(Seen.read(catalog), terms)
-        _report(plan, Outcome(spared=list(plan.spared)), output, dry_run=True)
+        _report(plan, Outcome(spared=list(plan.spared), doubts=plan.doubts), output, dry_run=True)
         return contract.EXIT_CORRUPT if plan.doubts else contract.EXIT_OK
     with held(catalog, run):
         _, plan = collector.plan_watched(terms, say_wait)
