@@ -99,16 +99,17 @@ class Collector:
         found += grown
         spared = [(removal, why_protected(removal, seen.marks, readers)) for removal in found]
         going = tuple(removal for removal, reason in spared if reason is None)
-        doubts = tuple(self._doubts(seen, terms)) if going or waiting else ()
         dead = [reader.name for reader in seen.marks.readers if reader not in readers]
         unwanted = seen.marks.doomed - {removal.write for removal in going}
+        stale = (*dead, *map(doomed_name, sorted(unwanted)))
+        doubts = tuple(self._doubts(seen, terms)) if going or waiting or stale else ()
         return Plan(
             removals=() if doubts else going,
             spared=tuple((removal.step, reason) for removal, reason in spared if reason is not None),
             doubts=doubts,
             waiting=waiting,
             readers=readers,
-            stale=() if doubts else (*dead, *map(doomed_name, sorted(unwanted))),
+            stale=() if doubts else stale,
         )
 
     def plan_watched(self, terms: Terms, say_wait: Callable[[float], None]) -> tuple[Seen, Plan]:
@@ -131,6 +132,8 @@ class Collector:
         """Removes what the plan says, except what somebody has named since."""
         outcome = Outcome(spared=list(plan.spared), doubts=plan.doubts)
         try:
+            if plan.stale or plan.removals:
+                self._require_newest_attempt(terms)
             for name in plan.stale:
                 remove_mark(self._catalog, name)
             for removal in plan.removals:

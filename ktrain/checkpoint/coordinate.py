@@ -283,9 +283,7 @@ class Coordinator:
             drain = self._drains.try_complete()
         if drain is None:
             return
-        identity = drain.identity
-        with self._lock:
-            metrics = self._metrics.of(identity.step, identity.epoch)
+        metrics = self._metrics.of(drain.identity.step, drain.identity.epoch)
         try:
             commit_drain(self._catalog, drain, clock=self._clock, faults=self._faults, metrics=metrics)
         except KtrainError as error:

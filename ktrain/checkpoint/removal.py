@@ -173,13 +173,12 @@ def why_protected(removal: Removal, marks: Marks, readers: Iterable[Reader]) -> 
 
 
 def _files_by_write(listing: Listing) -> dict[Write, tuple[Stored, ...]]:
-    found: dict[Write, tuple[Stored, ...]] = {}
+    found: dict[Write, list[Stored]] = {}
     for stored in listing.stored:
         match = _FILE.fullmatch(stored.name)
         if match is not None:
-            write = (int(match[1]), int(match[2]), match[3])
-            found[write] = (*found.get(write, ()), stored)
-    return found
+            found.setdefault((int(match[1]), int(match[2]), match[3]), []).append(stored)
+    return {write: tuple(files) for write, files in found.items()}
 
 
 def _is_rank_file(name: str, write: Write) -> bool:

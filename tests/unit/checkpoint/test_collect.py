@@ -192,6 +192,15 @@ def test_collect_newer_attempt_that_begins_meanwhile_ends_it(bucket: FakeBucket)
     assert len(committed(bucket)) == 2
 
 
+def test_collect_by_a_sleeper_leaves_the_marks_of_the_newer_attempt(bucket: FakeBucket) -> None:
+    """The newer head is about to remove step 10, which the sleeper's own policy would keep."""
+    put(bucket, 10, 20)
+    bucket.objects[doomed_name((10, 1, "0a1b"))] = b"{}"
+    catalog(bucket).next_epoch({"by": "another"})
+    collect(bucket, Latest(2), epoch=0)
+    assert names(bucket, "doomed") != []
+
+
 @pytest.mark.parametrize("part", ["restored", "committed"])
 def test_collect_attempt_whose_part_is_torn_removes_nothing(bucket: FakeBucket, part: str) -> None:
     put(bucket, 10, 20)
