@@ -18,6 +18,7 @@ from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.catalog import RunCatalog, verify_commit
 from ktrain.checkpoint.commit import require_untouched
 from ktrain.checkpoint.lineage import on_line
+from ktrain.checkpoint.reading import verify_read
 from ktrain.checkpoint.removal import Seen
 from ktrain.errors import CorruptionError, KtrainError
 from ktrain.format import record as records
@@ -75,8 +76,11 @@ class Damage:
         return bool(self.chosen) and not self.missing
 
 
-def find_damage(catalog: RunCatalog, seen: Seen, step: int | None = None) -> list[Damage]:
-    """Checkpoints of the line that are not whole in any of their records; reads every byte of the bucket's."""
+def find_damage(catalog: RunCatalog, seen: Seen, timeouts: Timeouts, step: int | None = None) -> list[Damage]:
+    """Checkpoints of the line that are not whole in any of their records; reads every byte of the bucket's.
+
+    What is collected meanwhile is no damage.
+    """
     found: dict[tuple[int, int], Damage] = {}
     whole: set[tuple[int, int]] = set()
     for name, reason in seen.listing.broken:
@@ -89,7 +93,9 @@ def find_damage(catalog: RunCatalog, seen: Seen, step: int | None = None) -> lis
         key = (commit.identity.step, commit.identity.epoch)
         if step not in (None, key[0]):
             continue
-        findings = list(verify_commit(catalog, commit))
+        findings, _ = verify_read(catalog, commit, timeouts=timeouts)
+        if findings is None:
+            continue
         if not findings:
             whole.add(key)
         damage = found.setdefault(key, Damage(*key))

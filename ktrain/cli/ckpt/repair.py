@@ -35,7 +35,7 @@ def repair(run: str, step: int | None, dry_run: bool, output: str) -> int:
     known = [commit.identity.step for commit in seen.listing.commits]
     if step is not None and step not in known and contract.step_dirname(step) not in str(seen.listing.broken):
         raise NotFoundError(f"run {run}: there is no checkpoint of step {step} in the bucket; see `ktrain ckpt ls`")
-    rows = [_repair(catalog, damage, places, dry_run) for damage in find_damage(catalog, seen, step)]
+    rows = [_repair(catalog, damage, places, dry_run) for damage in find_damage(catalog, seen, places.timeouts, step)]
     if output == "json":
         click.echo(json.dumps({"dry_run": dry_run, "damaged": rows}, indent=1))
     else:

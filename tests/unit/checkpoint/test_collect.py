@@ -170,6 +170,19 @@ def test_collect_listing_that_lacks_what_was_just_committed_removes_nothing(buck
     assert steps(outcome) == [] and committed(bucket) == [(10, 1), (20, 1)]
 
 
+@pytest.mark.parametrize("age_s", [0.0, 5.0])
+def test_collect_listing_that_lags_removes_nothing_it_would_miss(bucket: FakeBucket, age_s: float) -> None:
+    """Step 30 was written a moment ago, or long enough ago to be listed."""
+    clock = FakeClock()
+    slow = FaultyTier(bucket, TierFault("list", Fault.LAGGING, count=99, seconds=2.0), clock=clock)
+    for step in (10, 20):
+        put_checkpoint(slow, identity(step))
+    clock.advance(10.0)
+    put_checkpoint(slow, identity(30))
+    clock.advance(age_s)
+    assert steps(collect(slow, newest=identity(30))) == ([10, 20] if age_s else [])
+
+
 def test_collect_attempt_records_that_lag_do_not_cost_the_line(bucket: FakeBucket) -> None:
     """Without attempt 2's records, step 30 of attempt 1 would be the newest, and its own step 15 superseded."""
     put(bucket, 10, 20, 30)

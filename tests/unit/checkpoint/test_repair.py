@@ -59,7 +59,7 @@ def hold_on_disk(places: Places, rank: int, step: int) -> None:
 
 def damages(tier: FakeBucket | FaultyTier, places: Places) -> list[Damage]:
     found = catalog(tier)
-    damaged = find_damage(found, Seen.read(found))
+    damaged = find_damage(found, Seen.read(found), places.timeouts)
     for damage in damaged:
         choose_spares(found, damage, places)
     return damaged
