@@ -30,6 +30,7 @@ EVENTS_FILE = "events.jsonl"
 EVENTS_DIR = "events"
 CHECKPOINTS_DIR = "checkpoints"
 ATTEMPTS_DIR = "attempts"
+MARKS_DIR = "marks"  # pins, readers, what is about to go, late metrics (ADR 0012)
 LOGS_DIR = "logs"
 RUN_FILE = "run.json"  # identity of the run: its id, made once
 HOLDER_FILE = "holder.json"  # who runs it now

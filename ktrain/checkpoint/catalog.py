@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ktrain.abc.tier import Tier
+from ktrain.abc.tier import Stored, Tier
 from ktrain.base import contract, ids
 from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
 from ktrain.base.settings import Timeouts
@@ -59,12 +59,24 @@ class Listing:
         broken: (name, reason) of every record that cannot be used.
         lost: names among them that were written to their end: each stands for a checkpoint that was committed.
         newer: names among them that a newer ktrain wrote.
+        stored: every object below the run's checkpoints, whoever wrote it.
     """
 
     commits: tuple[CommitRecord, ...]
     broken: tuple[tuple[str, str], ...] = field(default=())
     lost: tuple[str, ...] = field(default=())
     newer: tuple[str, ...] = field(default=())
+    stored: tuple[Stored, ...] = field(default=(), compare=False, repr=False)
+
+
+_PARTS = ("start", "restored", "committed", "durable", "end")
+
+
+def _parse_attempt(stored: Stored) -> tuple[int, str]:
+    """Epoch and part of an attempt's record; (0, "") for any other object."""
+    stem = stored.name.removeprefix(f"{contract.ATTEMPTS_DIR}/attempt-").removesuffix(".json")
+    number, _, part = stem.partition("-")
+    return (int(number), part) if number.isascii() and number.isdecimal() and part in _PARTS else (0, "")
 
 
 def _attempt_name(epoch: int, part: str) -> str:
@@ -159,30 +171,28 @@ class RunCatalog:
 
     def record(self, epoch: int, part: str, fields: dict[str, Any]) -> None:
         """Adds a part ("restored", "committed", "durable", "end") to an attempt's records."""
-        assert part in ("restored", "committed", "durable", "end"), part
+        assert part in _PARTS[1:], part
         data = json.dumps({**fields, "time": self._clock.wall()}).encode()
         self.tier.write(_attempt_name(epoch, part), data, deadline=self._deadline())
+
+    def newest_epoch(self) -> int:
+        """The newest attempt's epoch, from the names alone; 0 before there is one."""
+        found = self.tier.list(f"{contract.ATTEMPTS_DIR}/", deadline=self._deadline())
+        return max((epoch for epoch, _ in map(_parse_attempt, found)), default=0)
 
     def attempts(self) -> list[AttemptRecord]:
         """All attempts, oldest first. A part that is torn counts as not written."""
         parts: dict[int, dict[str, Any]] = {}
         for stored in self.tier.list(f"{contract.ATTEMPTS_DIR}/", deadline=self._deadline()):
-            stem = stored.name.removeprefix(f"{contract.ATTEMPTS_DIR}/attempt-").removesuffix(".json")
-            number, _, part = stem.partition("-")
-            if not (number.isascii() and number.isdecimal()) or part not in (
-                "start",
-                "restored",
-                "committed",
-                "durable",
-                "end",
-            ):
+            epoch, part = _parse_attempt(stored)
+            if not epoch:
                 continue
             try:
                 value = json.loads(self.tier.read(stored.name, deadline=self._deadline()))
             except (ValueError, NotFoundError):
                 value = None
             whole = isinstance(value, dict) and (part != "restored" or isinstance(value.get("step"), int))
-            parts.setdefault(int(number), {})[part] = value if whole else None
+            parts.setdefault(epoch, {})[part] = value if whole else None
         return [AttemptRecord(epoch=epoch, **parts[epoch]) for epoch in sorted(parts)]
 
     # Checkpoints
@@ -193,7 +203,8 @@ class RunCatalog:
         broken: list[tuple[str, str]] = []
         lost: list[str] = []
         newer: list[str] = []
-        for stored in self.tier.list(f"{contract.CHECKPOINTS_DIR}/", deadline=self._deadline()):
+        found = self.tier.list(f"{contract.CHECKPOINTS_DIR}/", deadline=self._deadline())
+        for stored in found:
             if records.parse_commit_name(stored.name) is None:
                 continue
             try:
@@ -210,7 +221,7 @@ class RunCatalog:
                 if isinstance(error, ConfigError):
                     newer.append(stored.name)
         commits.sort(key=lambda commit: (commit.identity.step, commit.identity.epoch))
-        return Listing(tuple(commits), tuple(broken), tuple(lost), tuple(newer))
+        return Listing(tuple(commits), tuple(broken), tuple(lost), tuple(newer), tuple(found))
 
     def _require_unlisted(self, name: str) -> None:
         """Raises UnavailableError where the store lists what it says it has not: one of its answers is wrong."""
@@ -265,14 +276,6 @@ class RunCatalog:
             raise failure or CorruptionError(
                 f"{name}: read back {len(found)} bytes that differ from the {len(data)} written"
             )
-
-    def delete(self, commit: CommitRecord) -> None:
-        """Removes a checkpoint: first the record, so that it is uncommitted before it is incomplete, then its data."""
-        identity = commit.identity
-        self.tier.delete(records.commit_name(identity.step, identity.epoch, commit.write_id), deadline=self._deadline())
-        for files in commit.ranks:
-            self.tier.delete(files.payload, deadline=self._deadline())
-            self.tier.delete(files.manifest, deadline=self._deadline())
 
 
 def _parse_run(tier: Tier, data: bytes) -> tuple[str, int]:

@@ -29,6 +29,7 @@ from ktrain.checkpoint.line import connect
 from ktrain.checkpoint.policy import Every, Keep, Policies, as_every, as_keep
 from ktrain.checkpoint.pulse import Pulse
 from ktrain.checkpoint.restore import Restorer
+from ktrain.checkpoint.retention import Retention
 from ktrain.checkpoint.save import Saver
 from ktrain.errors import ConfigError, DeadlineError
 from ktrain.state.rng import RNG_PART, rng_part
@@ -45,7 +46,7 @@ class Checkpointer:
         run: path or URL of the run; None takes the one of `ktrain launch`.
         state: named parts with `state_dict` and `load_state_dict`. The generators of every rank are added as "rng".
         every: cadence; a number counts steps between snapshots in memory.
-        keep: retention; a number counts checkpoints kept in the bucket.
+        keep: retention; a number or a policy says which checkpoints stay in the bucket.
 
     Raises:
         ConfigError: the arguments cannot work, or the run cannot be written.
@@ -58,7 +59,7 @@ class Checkpointer:
         *,
         state: Mapping[str, Any],
         every: int | Every = 10,
-        keep: int | Keep = 3,
+        keep: int | Retention | Keep = 3,
     ) -> None:
         self._policies = Policies(as_every(every), as_keep(keep))
         self._topology = Topology.current()

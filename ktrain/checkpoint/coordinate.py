@@ -20,11 +20,14 @@ from ktrain.base.faults import FaultPoints
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.agreement import StopAgreement
 from ktrain.checkpoint.catalog import RunCatalog
-from ktrain.checkpoint.commit import collect, commit_drain
+from ktrain.checkpoint.collect import Collector, Outcome
+from ktrain.checkpoint.commit import commit_drain
 from ktrain.checkpoint.commits import Commits
 from ktrain.checkpoint.direct import Desk, RestoreDirector
 from ktrain.checkpoint.drain import Drain, DrainSchedule
+from ktrain.checkpoint.marks import MetricBook
 from ktrain.checkpoint.policy import Policies
+from ktrain.checkpoint.removal import Terms
 from ktrain.checkpoint.roster import Attempt, Member, RankProgress, Roster
 from ktrain.errors import ConflictError, KtrainError
 
@@ -55,6 +58,9 @@ class Coordinator:
         self._attempt = Attempt()
         self._commits = Commits(self._attempt, self._emit)
         self._drains = DrainSchedule(timeouts=timeouts, emit=self._emit, clock=clock)
+        self._collector = Collector(catalog, timeouts=timeouts, clock=clock)
+        self._metrics = MetricBook()
+        self._keeps_all = False  # the last collection could not be carried out; said once
         self._faults = FaultPoints([], epoch=0)
         self._policies = Policies()
         self._restore: RestoreDirector | None = None
@@ -173,6 +179,7 @@ class Coordinator:
             member, fresh = self._roster.take(said, self._clock.monotonic())
             for event in fresh:
                 self._emit_event(event)
+                self._metrics.take(event)
             if int(said["epoch"]) == epoch:
                 self._take_ranks(member, said)
             restored = None if self._restore is None else self._restore.restored
@@ -277,8 +284,9 @@ class Coordinator:
             drain = self._drains.try_complete()
         if drain is None:
             return
+        metrics = self._metrics.of(drain.identity.step, drain.identity.epoch)
         try:
-            commit_drain(self._catalog, drain, clock=self._clock, faults=self._faults)
+            commit_drain(self._catalog, drain, clock=self._clock, faults=self._faults, metrics=metrics)
         except KtrainError as error:
             with self._lock:
                 self._drains.failed(drain, f"{error.kind}: {error}")
@@ -294,15 +302,22 @@ class Coordinator:
         with self._lock:
             if not self._drains.done(drain):
                 return
-            commits, keep, epoch = self._commits, self._policies.keep.bucket, self._attempt.epoch
+            commits, keep, epoch = self._commits, self._policies.keep.in_bucket, self._attempt.epoch
             commits.note_bucket(drain.identity)
         if not commits.durable_is_recorded:
             self._catalog.record(epoch, "durable", {"step": drain.identity.step})
             commits.durable_is_recorded = True
+        self._collect(Terms(keep, epoch, newest=drain.identity))
+
+    def _collect(self, terms: Terms) -> None:
+        """Removes what the bucket's policy gives up; what stays for want of certainty is said once."""
         try:
-            removed = collect(self._catalog, keep=keep)
+            outcome = self._collector.collect(terms, self._metrics)
         except KtrainError as error:
-            self._emit("notice", message=f"retention in the bucket: {error}; tried again after the next commit")
-            return
-        for commit in removed:
-            self._emit("collected", tier=contract.TIER_BUCKET, step=commit.identity.step)
+            outcome = Outcome(failure=error)
+        for step in [removal.step for removal in outcome.removed if removal.why != "never committed"]:
+            self._emit("collected", tier=contract.TIER_BUCKET, step=step)
+        reason = outcome.failure or next(iter(outcome.doubts), None)
+        if reason is not None and not self._keeps_all:
+            self._emit("notice", message=f"nothing more is removed from the bucket for now: {reason}")
+        self._keeps_all = reason is not None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ktrain.checkpoint import retention
+from ktrain.checkpoint.retention import Retention, as_retention
 from ktrain.errors import ConfigError
 
 
@@ -38,27 +39,34 @@ class Every:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """How many checkpoints stay, per tier: the newest `bucket` in the bucket, `memory` slots per rank in memory.
+    """What stays, per tier: checkpoints in the bucket by a policy, a number of slots or snapshots elsewhere.
 
     Attributes:
-        bucket: at least 1.
+        bucket: a policy of `checkpoint.retention`; a number means the newest so many, at least 1.
         memory: slots per rank, at least 3 (newest in memory, newest at peers, one to write); one more is made
             for the drain, which reads a slot while it uploads.
         disk: snapshots of a rank on its node's disk, at least 1.
         kept: slots per rank kept for another node, at least 2 (one proven copy while the next arrives).
     """
 
-    bucket: int = 3
+    bucket: int | Retention = 3
     memory: int = 3
     kept: int = 2
     disk: int = 2
 
     def __post_init__(self) -> None:
-        if self.bucket < 1 or self.memory < 3 or self.kept < 2 or self.disk < 1:
+        few = isinstance(self.bucket, int) and self.bucket < 1
+        if few or self.memory < 3 or self.kept < 2 or self.disk < 1:
             raise ConfigError(
                 f"keep: expected bucket >= 1, memory >= 3, kept >= 2 and disk >= 1, found bucket={self.bucket}, "
                 f"memory={self.memory}, kept={self.kept}, disk={self.disk}"
             )
+        as_retention(self.bucket)  # refuses what is neither
+
+    @property
+    def in_bucket(self) -> Retention:
+        """The policy of the bucket."""
+        return as_retention(self.bucket)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +77,15 @@ class Policies:
     keep: Keep = Keep()
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        bucket = self.keep.bucket
+        said = bucket if isinstance(bucket, int) else retention.to_json(bucket)
+        return {"every": asdict(self.every), "keep": {**asdict(replace(self.keep, bucket=1)), "bucket": said}}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Policies:
-        return cls(every=Every(**value["every"]), keep=Keep(**value["keep"]))
+        said = value["keep"]["bucket"]
+        bucket = said if isinstance(said, int) else retention.from_json(said)
+        return cls(every=Every(**value["every"]), keep=Keep(**{**value["keep"], "bucket": bucket}))
 
 
 def as_every(value: int | Every) -> Every:
@@ -81,12 +93,6 @@ def as_every(value: int | Every) -> Every:
     return value if isinstance(value, Every) else Every(memory=value)
 
 
-def as_keep(value: int | Keep) -> Keep:
-    """`keep=3` means the newest three in the bucket."""
+def as_keep(value: int | Retention | Keep) -> Keep:
+    """`keep=3` means the newest three in the bucket; a policy alone is the bucket's."""
     return value if isinstance(value, Keep) else Keep(bucket=value)
-
-
-def superseded(committed: Collection[tuple[int, int]], keep: int) -> list[tuple[int, int]]:
-    """The (step, epoch) that retention may remove, oldest first; the newest `keep` and so at least one stay."""
-    assert keep >= 1
-    return sorted(committed)[:-keep]

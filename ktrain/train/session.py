@@ -32,6 +32,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from ktrain.base import settings
 from ktrain.checkpoint.log import LogReader
 from ktrain.checkpoint.policy import Every, Keep
+from ktrain.checkpoint.retention import Retention
 from ktrain.data.batch import lay_out_batch
 from ktrain.data.order import SampleOrder
 from ktrain.data.samples import Dataset, Samples, evaluation_batches
@@ -68,7 +69,7 @@ class OpenCheckpointer(Protocol):
     """Makes the Checkpointer of a session, once the tracked parts are known."""
 
     def __call__(
-        self, run: str, *, state: Mapping[str, Any], every: int | Every, keep: int | Keep
+        self, run: str, *, state: Mapping[str, Any], every: int | Every, keep: int | Retention | Keep
     ) -> Checkpointing: ...
 
 
@@ -81,7 +82,7 @@ class SessionConfig:
     precision: Precision
     seed: int
     every: int | Every
-    keep: int | Keep
+    keep: int | Retention | Keep
 
 
 def session(  # noqa: PLR0913 -- a front door
@@ -90,7 +91,7 @@ def session(  # noqa: PLR0913 -- a front door
     mesh: str = "fsdp",
     seed: int = 0,
     every: int | Every = 10,
-    keep: int | Keep = 3,
+    keep: int | Retention | Keep = 3,
     precision: str = "fp32",
 ) -> Session:
     """A session on a run; the same run again means: continue.
@@ -100,7 +101,7 @@ def session(  # noqa: PLR0913 -- a front door
         mesh: "fsdp" or "ddp" over all ranks, or "none" for one rank.
         seed: of initial values, sample order and generators.
         every: steps between two snapshots.
-        keep: checkpoints that stay in the bucket.
+        keep: how many checkpoints stay in the bucket, or a policy of `ktrain.checkpoint.retention`.
         precision: "fp32" or "bf16" in forward and backward; parameters stay float32.
 
     Raises:
@@ -440,7 +441,9 @@ class Step:
             )
 
 
-def _open_checkpointer(run: str, *, state: Mapping[str, Any], every: int | Every, keep: int | Keep) -> Checkpointing:
+def _open_checkpointer(
+    run: str, *, state: Mapping[str, Any], every: int | Every, keep: int | Retention | Keep
+) -> Checkpointing:
     from ktrain.checkpoint.checkpointer import Checkpointer
 
     return Checkpointer(run, state=state, every=every, keep=keep)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from ktrain.checkpoint.policy import Every, Keep
+from ktrain.checkpoint.retention import Retention
 from ktrain.data.samples import Dataset
 from ktrain.errors import ConfigError
 from ktrain.train.loss import Loss
@@ -88,7 +89,7 @@ class Trainer:
         precision: str = "fp32",
         seed: int = 0,
         every: int | Every = 10,
-        keep: int | Keep = 3,
+        keep: int | Retention | Keep = 3,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         if eval_every is not None and eval_data is None:

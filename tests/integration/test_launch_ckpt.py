@@ -55,6 +55,13 @@ def test_ckpt_of_a_stopped_run_is_listed_and_a_flipped_bit_is_found_in_every_tie
     assert finding["rank"] == 0 and finding["begin"] <= 5000 < finding["end"]
     assert here.ktrain("ckpt", "verify", run, "--step", str(step), "--tier", "memory").returncode == contract.EXIT_OK
 
+    repaired = json.loads(here.ktrain("ckpt", "repair", run, "--output", "json").stdout)["damaged"]
+    assert [(row["step"], row["failure"], row["from"]) for row in repaired] == [(step, None, {"0": "memory node-0"})]
+    shown = json.loads(here.ktrain("ckpt", "show", run, "--step", str(step), "--output", "json").stdout)
+    losses = {event["step"]: event["loss"] for event in here.events("step")}
+    assert shown["metrics"]["loss"] == losses[step] and "rng" in {part["name"] for part in shown["parts"]}
+    assert here.ktrain("ckpt", "repair", run).returncode == contract.EXIT_OK
+
     for slot in here.volume.rglob("slot-*.safetensors"):
         flip_bit(slot, 5000)
     bad = here.ktrain("ckpt", "verify", run, "--tier", "memory")

@@ -2,7 +2,8 @@
 
 The model knows which copies are good: it looks at what the nodes and the bucket hold and remembers what it spoilt.
 A restore must choose the newest step of the line that has a good copy of every rank, never load a bad byte (the
-workers compare them), never call a run fresh that has committed, and never remove the last good copy.
+workers compare them), never call a run fresh that has committed, and never remove the last good copy. Meanwhile the job
+collects by some policy, steps are pinned, and somebody reads some: what is pinned, read or wanted must stay.
 """
 
 from __future__ import annotations
@@ -18,11 +19,23 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ktrain.base import ids
+from ktrain.checkpoint.marks import pin_name, reader_name, remove_mark, write_mark
+from ktrain.checkpoint.policy import Every, Keep, Policies
+from ktrain.checkpoint.retention import AnyOf, Best, EverySeconds, EverySteps, Latest, Retention
 from ktrain.format.manifest import Identity
 from tests.unit.checkpoint.cluster import Cluster, Node, RestoreFailed
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]  # young: it has not yet proven itself in the main suite
 NODES = st.integers(0, 1)
+POLICIES = st.sampled_from(
+    [
+        Latest(1),
+        Latest(3),
+        AnyOf(Latest(2), EverySteps(40)),
+        AnyOf(EverySteps(30), EverySeconds(20)),
+        Best(2, "loss"),
+    ]
+)
 Key = tuple[int, int]  # step, epoch
 
 
@@ -43,6 +56,8 @@ class Job(RuleBasedStateMachine):
         self.line: set[Key] = set()  # what a restore may choose, complete or not
         self.spoilt: set[tuple[str, int, Key]] = set()  # (place, rank, key)
         self.durable: set[Key] = set()  # committed in the bucket, as the job was told
+        self.policy: Retention = Latest(3)
+        self.kept: dict[str, set[Key]] = {}  # mark -> what was in the bucket of its step when it was written
         self.is_over = False  # no good copy is left, or none can be told
 
     def teardown(self) -> None:
@@ -74,13 +89,24 @@ class Job(RuleBasedStateMachine):
 
     # What may happen
 
-    @initialize()
-    def start(self) -> None:
+    @initialize(policy=POLICIES)
+    def start(self, policy: Retention) -> None:
+        self.policy = policy
+        self.cluster.policies = Policies(Every(10), Keep(bucket=policy))
         assert self.cluster.restore() == 0
 
     @precondition(lambda self: not self.is_over)
     @rule(drains=st.booleans())
     def train_and_save(self, drains: bool) -> None:
+        self.save(drains)
+
+    @precondition(lambda self: not self.is_over)
+    @rule(count=st.integers(2, 4))
+    def train_on_so_that_steps_are_collected(self, count: int) -> None:
+        for _ in range(count):
+            self.save(True)
+
+    def save(self, drains: bool) -> None:
         self.step += 10
         self.cluster.drains = drains
         if all(worker.save(self.cluster.catalog.run_id, self.step, 2) for worker in self.cluster.workers):
@@ -153,7 +179,38 @@ class Job(RuleBasedStateMachine):
                 self.cluster.spoil_bucket(newest[0], rank)
                 self.spoilt.add(("bucket", rank, newest))
 
+    @precondition(lambda self: not self.is_over)
+    @rule(index=st.integers(0, 3), is_pin=st.booleans())
+    def step_in_the_bucket_is_pinned_or_read_and_training_goes_on(self, index: int, is_pin: bool) -> None:
+        there = sorted(self.in_bucket())
+        if there:
+            step = there[index % len(there)][0]
+            name = pin_name(step) if is_pin else reader_name(str(step))
+            write_mark(self.cluster.catalog, name, {"step": step, "who": "the model", "renew_s": 600})
+            self.kept[name] = {at for at in there if at[0] == step}
+            self.train_on_so_that_steps_are_collected(2)
+
+    @precondition(lambda self: self.kept and not self.is_over)
+    @rule(index=st.integers(0, 5))
+    def pin_or_reader_goes(self, index: int) -> None:
+        name = sorted(self.kept)[index % len(self.kept)]
+        remove_mark(self.cluster.catalog, name)
+        del self.kept[name]
+
+    @precondition(lambda self: self.is_over)
+    @rule()
+    def nothing_more_can_happen(self) -> None:
+        """A machine needs a rule that it can follow."""
+
     # What must hold
+
+    def in_bucket(self) -> set[Key]:
+        return {key(commit.identity) for commit in self.cluster.catalog.listing().commits}
+
+    @invariant()
+    def what_is_pinned_or_read_stays(self) -> None:
+        there = self.in_bucket()
+        assert all(kept <= there for kept in self.kept.values())
 
     def note_durable(self) -> None:
         found = self.cluster.coordinator.committed().get("bucket")
@@ -183,7 +240,7 @@ class Job(RuleBasedStateMachine):
     def newest_durable_step_of_the_line_is_in_the_bucket(self) -> None:
         told = self.durable & self.line
         if told:
-            assert max(told) in {key(commit.identity) for commit in self.cluster.catalog.listing().commits}
+            assert max(told) in self.in_bucket()
 
     @invariant()
     def every_record_names_files_that_are_there(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 from ktrain import native
@@ -54,22 +55,25 @@ def upload(tier: Tier, at: Identity, write_id: str = "0a1b") -> Drain:
     """What the ranks of a drain leave in the store, before anything is committed."""
     drain = Drain(at, started_s=0.0, write_id=write_id)
     for rank in range(at.world_size):
-        payload, manifest = snapshot(rank, at)
-        data = manifest.to_bytes()
-        files = RankFiles(
-            rank,
-            records.payload_name(at.step, at.epoch, write_id, rank),
-            len(payload),
-            manifest.payload_digest(),
-            records.manifest_name(at.step, at.epoch, write_id, rank),
-            len(data),
-            manifest.digest(),
-        )
-        tier.write(files.payload, payload, deadline=deadline())
-        tier.write(files.manifest, data, deadline=deadline())
-        report = {name: getattr(files, name) for name in RankFiles.__slots__}
-        drain.take({"write_id": write_id, "files": report, "plan_digest": manifest.plan_digest})
+        _put_rank(tier, drain, *snapshot(rank, at))
     return drain
+
+
+def _put_rank(tier: Tier, drain: Drain, payload: bytes, manifest: Manifest) -> None:
+    at, data = (drain.identity.step, drain.identity.epoch, drain.write_id, manifest.rank), manifest.to_bytes()
+    files = RankFiles(
+        manifest.rank,
+        records.payload_name(*at),
+        len(payload),
+        manifest.payload_digest(),
+        records.manifest_name(*at),
+        len(data),
+        manifest.digest(),
+    )
+    tier.write(files.payload, payload, deadline=deadline())
+    tier.write(files.manifest, data, deadline=deadline())
+    report = {name: getattr(files, name) for name in RankFiles.__slots__}
+    drain.take({"write_id": drain.write_id, "files": report, "plan_digest": manifest.plan_digest})
 
 
 def record_of(drain: Drain) -> CommitRecord:
@@ -82,6 +86,25 @@ def put_checkpoint(tier: Tier, at: Identity, write_id: str = "0a1b") -> CommitRe
     """A committed checkpoint."""
     commit = record_of(upload(tier, at, write_id))
     tier.write(records.commit_name(at.step, at.epoch, write_id), commit.to_bytes(), deadline=deadline())
+    return commit
+
+
+def put_tensors(
+    tier: Tier, at: Identity, ranks: Sequence[Sequence[tuple[Shard, bytes]]], objects: dict[str, Any] | None = None
+) -> CommitRecord:
+    """A committed checkpoint of these shards, by rank."""
+    drain = Drain(at, started_s=0.0, write_id="0a1b")
+    for rank, shards in enumerate(ranks):
+        layout = lay_out([shard for shard, _ in shards])
+        data = {(shard.name, shard.box): values for shard, values in shards}
+        payload = layout.header + b"".join(data[entry.shard.name, entry.shard.box] for entry in layout.entries)
+        chunks = tuple(native.digest_chunks(payload, chunk_nbytes=CHUNK_NBYTES))
+        manifest = Manifest(
+            at, rank, f"{rank:016x}", len(payload), CHUNK_NBYTES, chunks, layout.entries, objects or {}, {}
+        )
+        _put_rank(tier, drain, payload, manifest)
+    commit = record_of(drain)
+    tier.write(commit_name(commit), commit.to_bytes(), deadline=deadline())
     return commit
 
 

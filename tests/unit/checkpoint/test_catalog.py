@@ -231,14 +231,6 @@ def test_read_manifest_of_another_rank_is_refused(bucket: FakeBucket) -> None:
         catalog(bucket).read_manifest(commit, first)
 
 
-def test_delete_uncommits_before_it_removes_data(bucket: FakeBucket) -> None:
-    commit = put_checkpoint(bucket, identity(10))
-    faulty = FaultyTier(bucket)
-    catalog(faulty).delete(commit)
-    deleted = [name for operation, name in faulty.calls if operation == "delete"]
-    assert deleted[0] == commit_name(commit) and len(deleted) == 5 and bucket.objects == {}
-
-
 # Verification
 
 

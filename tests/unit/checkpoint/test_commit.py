@@ -6,7 +6,7 @@ import pytest
 
 from ktrain.base import faults
 from ktrain.base.faults import FaultPoints
-from ktrain.checkpoint.commit import collect, commit_drain
+from ktrain.checkpoint.commit import commit_drain
 from ktrain.checkpoint.drain import Drain
 from ktrain.errors import CorruptionError, InternalError, KtrainError
 from ktrain.format.record import CommitRecord
@@ -14,7 +14,7 @@ from ktrain.testing.fake_bucket import FakeBucket
 from ktrain.testing.fake_clock import FakeClock
 from ktrain.testing.fault_plan import FaultPlan
 from ktrain.testing.faulty_tier import Fault, FaultyTier, TierFault
-from tests.unit.checkpoint.builders import catalog, commit_name, flip, identity, put_checkpoint, snapshot, upload
+from tests.unit.checkpoint.builders import catalog, flip, identity, snapshot, upload
 
 QUIET = FaultPoints([], epoch=1)
 
@@ -130,64 +130,6 @@ def test_commit_same_step_twice_by_two_heads_is_two_true_records(bucket: FakeBuc
     commit(bucket, upload(bucket, identity(10), "aaaa"))
     commit(bucket, upload(bucket, identity(10), "bbbb"))
     assert committed(bucket) == [(10, 1), (10, 1)]
-
-
-# Retention
-
-
-def test_collect_keeps_the_newest_and_removes_every_byte_of_the_rest(bucket: FakeBucket) -> None:
-    for step in (10, 20, 30, 40):
-        put_checkpoint(bucket, identity(step))
-    removed = collect(catalog(bucket), keep=2)
-    assert [found.identity.step for found in removed] == [10, 20]
-    assert committed(bucket) == [(30, 1), (40, 1)]
-    assert not [name for name in bucket.objects if "step-00000010" in name or "step-00000020" in name]
-
-
-@pytest.mark.parametrize("spoil", [lose_payload, cut_payload, lose_manifest, flip_manifest])
-def test_collect_newest_that_is_not_proven_removes_nothing(
-    bucket: FakeBucket, spoil: Callable[[FakeBucket, Drain], None]
-) -> None:
-    for step in (10, 20):
-        put_checkpoint(bucket, identity(step))
-    drain = upload(bucket, identity(30))
-    commit(bucket, drain)
-    spoil(bucket, drain)
-    before = dict(bucket.objects)
-    assert collect(catalog(bucket), keep=1) == []
-    assert bucket.objects == before
-
-
-def test_collect_foreign_torn_and_unknown_objects_stay(bucket: FakeBucket) -> None:
-    for step in (10, 20, 30):
-        put_checkpoint(bucket, identity(step))
-    torn = commit_name(put_checkpoint(bucket, identity(5)))
-    bucket.objects[torn] = bucket.objects[torn][:-20]
-    bucket.objects["checkpoints/step-00000001/notes.txt"] = b"mine"
-    bucket.objects["elsewhere/commit-000001-0a1b.json"] = b"{}"
-    staying = {name for name in bucket.objects if "step-00000005" in name or "notes" in name or "elsewhere" in name}
-    collect(catalog(bucket), keep=1)
-    assert staying <= set(bucket.objects) and committed(bucket) == [(30, 1)]
-
-
-def test_collect_steps_off_the_line_neither_count_nor_go(bucket: FakeBucket) -> None:
-    for step in (10, 20, 30):
-        put_checkpoint(bucket, identity(step, 1))
-    found = catalog(bucket)
-    found.record(2, "restored", {"step": 10})
-    found.record(2, "committed", {"step": 15})
-    put_checkpoint(bucket, identity(15, 2))
-    assert [gone.identity.step for gone in collect(found, keep=1)] == [10]
-    assert committed(bucket) == [(15, 2), (20, 1), (30, 1)]
-
-
-def test_collect_interrupted_leaves_no_record_without_data(bucket: FakeBucket) -> None:
-    for step in (10, 20):
-        put_checkpoint(bucket, identity(step))
-    faulty = FaultyTier(bucket, TierFault("delete", Fault.UNAVAILABLE, nth=2))
-    with pytest.raises(KtrainError):
-        collect(catalog(faulty), keep=1)
-    assert committed(bucket) == [(20, 1)]
 
 
 def test_commit_error_names_the_object_and_both_sizes(bucket: FakeBucket) -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ktrain.checkpoint.policy import Every, Keep, Policies, as_every, as_keep, superseded
+from ktrain.checkpoint.policy import Every, Keep, Policies, as_every, as_keep
+from ktrain.checkpoint.retention import AnyOf, Best, Latest
 from ktrain.errors import ConfigError
 
 
@@ -33,9 +35,16 @@ def test_policies_cross_the_channel_unchanged() -> None:
     assert Policies.from_json(crossed) == policies
 
 
-@given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 3)), unique=True), st.integers(1, 5))
-def test_superseded_spares_the_newest(committed: list[tuple[int, int]], keep: int) -> None:
-    doomed = superseded(committed, keep)
-    staying = set(committed) - set(doomed)
-    assert len(staying) == min(keep, len(committed))
-    assert all(gone < stays for gone in doomed for stays in staying)
+@pytest.mark.parametrize("keep", [5, Latest(5), AnyOf(Latest(2), Best(1, "val_loss", "max")), Keep(memory=4)])
+def test_keep_of_any_form_crosses_the_channel_unchanged(keep: Any) -> None:
+    policies = Policies(keep=as_keep(keep))
+    assert Policies.from_json(json.loads(json.dumps(policies.to_json()))) == policies
+
+
+def test_keep_number_means_the_latest_in_the_bucket() -> None:
+    assert as_keep(4).in_bucket == Latest(4)
+
+
+def test_keep_of_neither_number_nor_policy_is_refused() -> None:
+    with pytest.raises(ConfigError, match="expected a number of 1 or more, found 'all'"):
+        as_keep("all")  # type: ignore[arg-type]

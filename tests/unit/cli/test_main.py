@@ -23,8 +23,13 @@ OPTIONS = {
     "cancel": set(),
     "ckpt ls": {"--volume", "--output"},
     "ckpt verify": {"--step", "--tier", "--output"},
-    "ckpt rm": {"--volume", "--all"},
     "ckpt upgrade": {"--confirm"},
+    "ckpt rm": {"--step", "--volume", "--all", "--force", "--yes", "--dry-run", "--output"},
+    "ckpt show": {"--step", "--output"},
+    "ckpt diff": {"--step", "--output"},
+    "ckpt repair": {"--step", "--dry-run", "--output"},
+    "ckpt pin": {"--step", "--off", "--output"},
+    "ckpt gc": {"--keep", "--dry-run", "--output"},
 }  # fmt: skip
 
 

@@ -53,3 +53,19 @@ def test_ckpt_verify_with_flipped_bit_names_the_byte_range(tmp_path: Path) -> No
     assert verified.returncode == 3
     assert "rank 1" in verified.stdout + verified.stderr
     assert f"{len(data)}" in verified.stdout + verified.stderr
+
+
+def test_ckpt_verbs_without_torch_ray_fsspec_work(tmp_path: Path) -> None:
+    run = str(golden_run(tmp_path / "run"))
+    for verb, code, said in (
+        (("show", run), 0, "model/weight"),
+        (("diff", run, "--step", "10", "--step", "10"), 0, "are equal"),
+        (("pin", run, "--step", "10"), 0, "is pinned"),
+        (("gc", run), 0, "nothing to remove"),
+        (("repair", run), 0, "is whole"),
+        (("rm", run, "--step", "10", "--dry-run", "--force", "pinned", "--force", "last"), 0, "would remove"),
+        (("rm", run, "--step", "10", "--yes", "--force", "pinned"), 3, "--force last"),
+    ):
+        done = run_cli("ckpt", *verb)
+        assert done.returncode == code, (verb, done.stdout, done.stderr)
+        assert said in done.stdout + done.stderr

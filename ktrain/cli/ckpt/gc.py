@@ -1,0 +1,70 @@
+"""`ktrain ckpt gc`: remove what dead attempts left in the bucket."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from ktrain.base import contract, settings
+from ktrain.checkpoint.collect import Collector, Outcome, Plan
+from ktrain.checkpoint.removal import Removal, Seen, Terms
+from ktrain.checkpoint.retention import Latest
+from ktrain.cli.ckpt.base import DRY_RUN, OUTPUT, held, open_run, say_wait
+
+
+@click.command("gc")
+@click.argument("run")
+@click.option("--keep", type=click.IntRange(min=1), help="Also remove all but the newest so many. [default: keep all]")
+@DRY_RUN
+@OUTPUT
+def collect_garbage(run: str, keep: int | None, dry_run: bool, output: str) -> int:
+    """Remove from RUN's bucket what nobody can use: uploads that were never committed, checkpoints off the line.
+
+    RUN must not be live. Exit code 0: done; 3: nothing was removed, because something cannot be told.
+    """
+    catalog, timeouts = open_run(run), settings.timeouts()
+    collector = Collector(catalog, timeouts=timeouts, grace_s=timeouts.storage_s)
+    terms = Terms(None if keep is None else Latest(keep), catalog.newest_epoch(), holds_run=True)
+    if dry_run:
+        plan = collector.plan(Seen.read(catalog), terms)
+        _report(plan, Outcome(spared=list(plan.spared), doubts=plan.doubts), output, dry_run=True)
+        return contract.EXIT_CORRUPT if plan.doubts else contract.EXIT_OK
+    with held(catalog, run):
+        _, plan = collector.plan_watched(terms, say_wait)
+        outcome = collector.carry_out(plan, terms)
+    _report(plan, outcome, output, dry_run=False)
+    if outcome.failure is not None:
+        raise outcome.failure
+    return contract.EXIT_CORRUPT if plan.doubts else contract.EXIT_OK
+
+
+def _report(plan: Plan, outcome: Outcome, output: str, *, dry_run: bool) -> None:
+    removed = list(plan.removals) if dry_run else outcome.removed
+    if output == "json":
+        value: dict[str, Any] = {
+            "dry_run": dry_run,
+            "removed": [removal.to_json() for removal in removed],
+            "spared": [{"step": step, "reason": reason} for step, reason in outcome.spared],
+            "waiting": [{"step": step, "epoch": epoch, "write_id": name} for step, epoch, name in plan.waiting],
+            "doubts": list(plan.doubts),
+        }
+        click.echo(json.dumps(value, indent=1))
+        return
+    for doubt in plan.doubts:
+        click.echo(f"nothing is removed: {doubt}", err=True)
+    for step, reason in outcome.spared:
+        click.echo(f"stays: step {step}: {reason}")
+    for step, epoch, name in plan.waiting:
+        click.echo(f"stays for now: upload {name} of step {step} epoch {epoch}, until it was watched")
+    for removal in removed:
+        click.echo(f"{'would remove' if dry_run else 'removed'}: {describe(removal)}")
+    if not removed and not plan.doubts:
+        click.echo("nothing to remove")
+
+
+def describe(removal: Removal) -> str:
+    """One line for a person."""
+    said = removal.to_json()
+    return f"step {said['step']} epoch {said['epoch']} ({said['write_id']}), {said['nbytes']} bytes, {said['why']}"
