@@ -1,0 +1,453 @@
+"""Storage for `torch.distributed.checkpoint` (DCP): a save through it is an ordinary checkpoint of a run (ADR 0014).
+
+    writer = RunStorageWriter("s3://bucket/net-a")
+    dcp.save({"model": model, "optim": optimizer}, storage_writer=writer, checkpoint_id="step-100")
+    dcp.load({"model": model, "optim": optimizer}, storage_reader=RunStorageReader("s3://bucket/net-a"))
+
+Invariant: the commit record is written by the coordinator, last, after every rank's payload and manifest was found in
+the store and proven; the planner's bytes are stored as they are and never opened.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+import ktrain
+from ktrain import native
+from ktrain.base import settings
+from ktrain.base.faults import FaultPoints
+from ktrain.base.job import canonical_url
+from ktrain.checkpoint.catalog import RunCatalog
+from ktrain.checkpoint.dcp_attempt import Save, Word, attempt_of, note_loaded
+from ktrain.checkpoint.stored import ProvenRanges, StoredCheckpoint, span, strides_of
+from ktrain.errors import ConfigError, ConflictError, CorruptionError, InternalError
+from ktrain.format import objects
+from ktrain.format import record as records
+from ktrain.format.digest import digest_text
+from ktrain.format.dtype import is_dtype
+from ktrain.format.manifest import Identity, Manifest
+from ktrain.format.payload import CHUNK_NBYTES, Entry, Layout, lay_out
+from ktrain.format.record import RankFiles
+from ktrain.format.shard import Box, Role, Shard
+from ktrain.state.tensors import dtype_name, dtype_of
+
+PART = "dcp"  # the part, and its kind, that a DCP save has in its manifests
+_FILES = MetadataIndex("ktrain/files")  # the result that names what a rank wrote
+_STEP = re.compile(r"(?:.*/)?(?:step[-_]?)?(\d+)/?", re.DOTALL)
+
+
+def step_of(checkpoint_id: str | int | os.PathLike[str]) -> int:
+    """The step that a checkpoint id names: `100`, `"step-100"`, `"some/folder/step-100"`.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    match = _STEP.fullmatch(str(checkpoint_id) if isinstance(checkpoint_id, int) else os.fspath(checkpoint_id))
+    if match is None:
+        raise ConfigError(
+            f"checkpoint_id {checkpoint_id!r}: expected a step, such as 100, 'step-100' or 'folder/step-100'; the run "
+            "is "
+            "named where the storage is made"
+        )
+    return int(match[1])
+
+
+class RunStorageWriter(StorageWriter):
+    """Writes DCP saves into a run. Every rank makes one; keep it, or make one for each save.
+
+    Holds the run from the first save until `close()` or the end of the process, so that no other job writes to it.
+
+    Args:
+        run: path or URL of the run.
+        step: the step of the next save, where `checkpoint_id` does not name it.
+    """
+
+    def __init__(self, run: str | os.PathLike[str], *, step: int | None = None) -> None:
+        self._run = canonical_url(os.fspath(run))
+        self._step = step
+        self._is_coordinator = False
+        self._save: Save | None = None
+        self._own: _Written | None = None  # the coordinator's, until its manifest is written
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        if checkpoint_id is not None:
+            self._step = step_of(checkpoint_id)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        if not kwargs.get("use_collectives", True):
+            raise ConfigError("RunStorageWriter: use_collectives=False gives no coordinator to commit; leave it out")
+        if self._step is None:
+            raise ConfigError(
+                "RunStorageWriter: no step is named; pass checkpoint_id='step-N' or RunStorageWriter(step=N)"
+            )
+        self._is_coordinator = is_coordinator
+        self._own = None
+        self._save = attempt_of(self._run).next_save(self._step)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        word = attempt_of(self._run).begin(len(plans), self._current().step)
+        return [replace(plan, storage_data=replace(word, rank=rank)) for rank, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        save, word = self._current(), plan.storage_data
+        if not isinstance(word, Word) or word.url != self._run:
+            raise ConfigError(
+                f"RunStorageWriter: the plan of this save was made for {getattr(word, 'url', 'other storage')}, this "
+                "writer "
+                f"writes to {self._run}; use a planner of its own (enable_plan_caching shares plans between all saves)"
+            )
+        catalog = attempt_of(self._run).join(word)
+        faults = FaultPoints.from_environment(word.epoch)
+        payload = _capture(plan, planner)
+        written = _Written(word, save, payload)
+        faults.reached("drain.payload", step=save.step, rank=word.rank)
+        deadline = catalog.transfer_deadline(payload.layout.nbytes)
+        catalog.tier.write(written.payload_name, payload.memory, deadline=deadline)
+        written.payload.release()
+        if self._is_coordinator:
+            self._own = written  # its manifest holds what the planner knows of all ranks, which finish() is told
+            return _done([])
+        faults.reached("drain.manifest", step=save.step, rank=word.rank)
+        report = written.write_manifest(catalog, {})
+        return _done([WriteResult(_FILES, payload.layout.nbytes, report)])
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        save, own = self._current(), self._own
+        if own is None:
+            raise InternalError(f"RunStorageWriter: step {save.step} is finished by a rank that wrote nothing of it")
+        attempt = attempt_of(self._run)
+        encoded = objects.encode(metadata.planner_data, tensor=_no_tensor, path="planner_data")
+        reports = [own.write_manifest(attempt.join(own.word), {"planner_data": encoded})]
+        reports += [result.storage_data for row in results for result in row if result.index == _FILES]
+        attempt.commit(save, own.word, reports, _expected(metadata))
+        self._own = None
+
+    def close(self) -> None:
+        """Lets go of the run in this process. May be called again; a later save takes it again, as a new attempt."""
+        attempt_of(self._run).close()
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return _STEP.fullmatch(os.fspath(checkpoint_id)) is not None
+
+    def _current(self) -> Save:
+        if self._save is None:
+            raise InternalError("RunStorageWriter: DCP set up no save")
+        return self._save
+
+
+@dataclass(slots=True)
+class _Payload:
+    """A rank's payload in host memory; `memory` is given back by `release`."""
+
+    layout: Layout
+    memory: memoryview
+    chunks: tuple[int, ...]
+    bytes_names: list[str]
+
+    def release(self) -> None:
+        self.memory = memoryview(b"")
+
+
+@dataclass(slots=True)
+class _Written:
+    """What one rank has written of a save, or is writing."""
+
+    word: Word
+    save: Save
+    payload: _Payload
+    payload_name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.payload_name = records.payload_name(self.save.step, self.word.epoch, self._write_id, self.word.rank)
+
+    @property
+    def _write_id(self) -> str:
+        return self.save.write_id(self.word)
+
+    def write_manifest(self, catalog: RunCatalog, about: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes the manifest; returns what the coordinator needs to know of this rank."""
+        word, layout, step = self.word, self.payload.layout, self.save.step
+        manifest = Manifest(
+            identity=Identity(word.run, step, word.epoch, word.world_size),
+            rank=word.rank,
+            plan_digest=_plan_digest(layout),
+            nbytes=layout.nbytes,
+            chunk_nbytes=CHUNK_NBYTES,
+            chunks=self.payload.chunks,
+            entries=layout.entries,
+            objects={PART: {"kind": PART, "bytes": self.payload.bytes_names, **about}},
+            origin={"ktrain": ktrain.__version__, "torch": torch.__version__},
+        )
+        data, digest = manifest.to_bytes(), manifest.digest()
+        name = records.manifest_name(step, word.epoch, self._write_id, word.rank)
+        catalog.tier.write(name, data, deadline=catalog.transfer_deadline(len(data)))
+        files = RankFiles(
+            word.rank, self.payload_name, layout.nbytes, manifest.payload_digest(), name, len(data), digest
+        )
+        return {"write_id": self._write_id, "files": asdict(files), "plan_digest": manifest.plan_digest}
+
+
+def _capture(plan: SavePlan, planner: SavePlanner) -> _Payload:
+    """Copies what a rank's plan names into one payload and digests it."""
+    shards: dict[Shard, list[WriteItem]] = {}
+    opaque: dict[str, bytes] = {}
+    for item in plan.items:
+        if item.type is WriteItemType.BYTE_IO:
+            data = opaque[item.index.fqn] = _bytes_of(planner.resolve_data(item), item.index.fqn)
+            shard = Shard(item.index.fqn, "uint8", (len(data),), Box.whole((len(data),)), Role.REPLICATED)
+        else:
+            shard = _shard_of(item)
+        shards.setdefault(shard, []).append(item)
+    layout = lay_out(list(shards))
+    buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
+    buffer[: len(layout.header)] = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
+    for entry in layout.entries:
+        target = buffer[entry.begin : entry.end]
+        item = shards[entry.shard][0]
+        if item.type is WriteItemType.BYTE_IO:
+            data = opaque.pop(entry.shard.name)
+            if data:
+                target.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        else:
+            _copy(entry, planner.resolve_data(item), target)
+    memory = buffer.numpy().data
+    chunks = native.digest_chunks(memory, chunk_nbytes=CHUNK_NBYTES, num_threads=_num_threads())
+    names = sorted(item.index.fqn for item in plan.items if item.type is WriteItemType.BYTE_IO)
+    return _Payload(layout, memory, tuple(chunks), names)
+
+
+def _shard_of(item: WriteItem) -> Shard:
+    about, fqn = item.tensor_data, item.index.fqn
+    if about is None:
+        raise ConfigError(f"tensor {fqn!r}: the planner names neither its shape nor its dtype; correct the planner")
+    dtype = dtype_name(about.properties.dtype)
+    if not is_dtype(dtype):
+        raise ConfigError(f"tensor {fqn!r} cannot be stored: its dtype is {about.properties.dtype}; convert it first")
+    box = Box(tuple(map(int, about.chunk.offsets)), tuple(map(int, about.chunk.sizes)))
+    role = Role.SHARDED if item.type is WriteItemType.SHARD else Role.REPLICATED
+    return Shard(fqn, dtype, tuple(map(int, about.size)), box, role)
+
+
+def _bytes_of(value: Any, fqn: str) -> bytes:
+    if not isinstance(value, io.BytesIO):
+        raise ConfigError(f"{fqn!r}: the planner promised bytes, it gave {type(value).__name__}; correct the planner")
+    return value.getvalue()
+
+
+def _copy(entry: Entry, tensor: Any, target: torch.Tensor) -> None:
+    """Copies a tensor, on whatever device and however strided, into its bytes of the payload."""
+    shard = entry.shard
+    if not isinstance(tensor, torch.Tensor):
+        raise ConfigError(f"tensor {shard.name!r}: the planner gave {type(tensor).__name__}; correct the planner")
+    found = dtype_name(tensor.dtype), tuple(tensor.shape), tensor.layout
+    if found != (shard.dtype, shard.box.lengths, torch.strided):
+        raise ConfigError(
+            f"tensor {shard.name!r}: the planner promised {shard.dtype} {shard.box.lengths}, it gave {found[0]} "
+            f"{found[1]} "
+            f"({found[2]}); correct the planner"
+        )
+    if shard.box.numel:
+        with torch.no_grad():
+            target.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+
+
+def _num_threads() -> int:
+    return max(1, min(4, len(os.sched_getaffinity(0))))
+
+
+def _plan_digest(layout: Layout) -> str:
+    shards = [entry.shard for entry in layout.entries]
+    rows = [[s.name, s.dtype, s.global_shape, s.box.offsets, s.box.lengths, s.role] for s in shards]
+    return digest_text(json.dumps(rows, separators=(",", ":")).encode())
+
+
+def _no_tensor(value: Any, path: str) -> None:
+    del value, path
+
+
+def _done(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
+
+
+def _expected(metadata: Metadata) -> dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]] | None]:
+    """By name, the chunks that make a tensor, in order; None for the planner's bytes."""
+    return {
+        fqn: None
+        if isinstance(about, BytesStorageMetadata)
+        else sorted((tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in about.chunks)
+        for fqn, about in metadata.state_dict_metadata.items()
+    }
+
+
+class RunStorageReader(StorageReader):
+    """Reads DCP saves of a run: byte ranges only, each proven, whatever the number of ranks.
+
+    Args:
+        run: path or URL of the run.
+        step: which step, where `checkpoint_id` does not name one; None is the newest.
+    """
+
+    def __init__(self, run: str | os.PathLike[str], *, step: int | None = None) -> None:
+        self._run = canonical_url(os.fspath(run))
+        self._step = step
+        self._stored: StoredCheckpoint | None = None
+        self._entries: dict[str, list[tuple[int, Entry]]] = {}
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        self._stored = None
+        if checkpoint_id is not None:
+            self._step = step_of(checkpoint_id)
+
+    # No **kwargs here and in set_up_storage_reader: DCP then asks for no metadata of single ranks.
+    def read_metadata(self) -> Metadata:
+        """The metadata of the checkpoint, rebuilt from its manifests.
+
+        Raises:
+            NotFoundError: there is no such checkpoint.
+            ConfigError: it was not saved through DCP.
+            CorruptionError: it cannot be proven.
+        """
+        catalog = RunCatalog.open(self._run, timeouts=settings.timeouts(), create=False)
+        stored = self._stored = StoredCheckpoint.open(catalog, self._step)
+        self._entries = {}
+        opaque: set[str] = set()
+        planner_data: Any = None
+        for rank, manifest in sorted(stored.manifests.items()):
+            about = manifest.objects.get(PART)
+            if not isinstance(about, dict) or about.get("kind") != PART or not isinstance(about.get("bytes"), list):
+                raise ConfigError(
+                    f"run {catalog.tier.url}: {manifest.identity} was not saved through DCP; restore it by "
+                    "Checkpointer, or "
+                    "write it for DCP by `ktrain ckpt export --to dcp`"
+                )
+            opaque.update(about["bytes"])
+            if "planner_data" in about:
+                planner_data = objects.decode(about["planner_data"], tensor=_refuse_tensor)
+            for entry in manifest.entries:
+                self._entries.setdefault(entry.shard.name, []).append((rank, entry))
+        found = {fqn: _metadata_of(rows, fqn in opaque) for fqn, rows in self._entries.items()}
+        return Metadata(found, planner_data=planner_data)
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool) -> None:
+        """The metadata was made here; there is nothing to set up."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        commit = self._current().commit
+        return replace(plan, storage_data=(str(commit.identity), commit.write_id))
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        chosen = [plan.storage_data for plan in plans]
+        for rank, choice in enumerate(chosen):
+            if choice != chosen[0]:
+                raise ConflictError(
+                    f"load: rank 0 reads {chosen[0][0]}, rank {rank} reads {choice[0]}: a checkpoint was committed "
+                    "while the "
+                    "ranks looked; name the step by checkpoint_id, or load again"
+                )
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        stored = self._current()
+        wanted = sorted((self._place(item) for item in plan.items), key=lambda found: found[:3])
+        ranges: dict[int, list[tuple[int, int]]] = {}
+        for rank, begin, end, _, _ in wanted:
+            ranges.setdefault(rank, []).append((begin, end))
+        with ProvenRanges(stored, ranges) as proven:
+            for rank, begin, end, entry, item in wanted:
+                buffer = torch.empty(end - begin, dtype=torch.uint8)
+                if end > begin:
+                    proven.copy(rank, begin, end, buffer.numpy().data)
+                if item.type is LoadItemType.BYTE_IO:
+                    planner.load_bytes(item, io.BytesIO(buffer.numpy().tobytes()))
+                else:
+                    _give(item, entry, buffer, planner)
+        note_loaded(self._run, stored.commit.identity)
+        return _done(None)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return _STEP.fullmatch(os.fspath(checkpoint_id)) is not None
+
+    def _current(self) -> StoredCheckpoint:
+        if self._stored is None:
+            raise InternalError("RunStorageReader: DCP read no metadata before its plan")
+        return self._stored
+
+    def _place(self, item: ReadItem) -> tuple[int, int, int, Entry, ReadItem]:
+        """Rank, byte range and entry that an item is read from."""
+        index = item.storage_index
+        rows = self._entries.get(index.fqn, [])
+        if item.type is LoadItemType.BYTE_IO and rows:
+            rank, entry = rows[0]
+            return rank, entry.begin, entry.end, entry, item
+        offsets = tuple(index.offset or ())
+        for rank, entry in rows:
+            box = entry.shard.box
+            if box.offsets == offsets and box.numel:
+                at = tuple(int(a + b) for a, b in zip(box.offsets, item.storage_offsets, strict=True))
+                begin, end = span(entry, Box(at, tuple(map(int, item.lengths))))
+                return rank, begin, end, entry, item
+        raise InternalError(f"load: the planner asks for {index.fqn!r} at {offsets}, which its metadata does not name")
+
+
+def _give(item: ReadItem, entry: Entry, buffer: torch.Tensor, planner: LoadPlanner) -> None:
+    """Copies a box of a stored shard, of which `buffer` has the bytes from first to last, into the planner's tensor."""
+    target = planner.resolve_tensor(item).detach()
+    lengths = tuple(map(int, item.lengths))
+    if tuple(target.shape) != lengths:
+        raise ConfigError(
+            f"tensor {item.dest_index.fqn!r}: the planner asks for {lengths} and gives room for {tuple(target.shape)}"
+        )
+    if buffer.numel():
+        flat = buffer.view(dtype_of(entry.shard.dtype))
+        target.copy_(flat.as_strided(lengths, strides_of(entry.shard.box.lengths)))
+    planner.commit_tensor(item, target)
+
+
+def _metadata_of(rows: list[tuple[int, Entry]], is_opaque: bool) -> BytesStorageMetadata | TensorStorageMetadata:
+    if is_opaque:
+        return BytesStorageMetadata()
+    shard = rows[0][1].shard
+    chunks = [
+        ChunkStorageMetadata(torch.Size(entry.shard.box.offsets), torch.Size(entry.shard.box.lengths))
+        for _, entry in rows
+    ]
+    return TensorStorageMetadata(TensorProperties(dtype_of(shard.dtype)), torch.Size(shard.global_shape), chunks)
+
+
+def _refuse_tensor(key: str) -> Any:
+    raise CorruptionError(f"planner_data: names a tensor {key[:80]!r}, which it cannot have; take another copy")
