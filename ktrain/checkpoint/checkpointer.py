@@ -97,7 +97,8 @@ class Checkpointer:
     def restore(self) -> int:
         """Loads the newest proven checkpoint into the state; returns the step to continue from.
 
-        Returns 0 only where there never was a durable commit. All ranks get the same step.
+        Returns 0 only where there never was a durable commit, or where weights were imported as step 0
+        (`ktrain ckpt import`). All ranks get the same step.
 
         Raises:
             ConfigError: the checkpoint is of other shapes; nothing was changed.

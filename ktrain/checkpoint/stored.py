@@ -11,6 +11,9 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
+
+import numpy
 
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.lineage import on_line
@@ -22,7 +25,7 @@ from ktrain.format.record import CommitRecord
 from ktrain.format.shard import Box, Role
 
 _WINDOW_NBYTES = 8 << 20  # of one request
-_KEPT_NBYTES = 256 << 20  # of windows that are near, all ranks together, where ranks are few
+_KEPT_NBYTES = 64 << 20  # of windows that are near, all ranks together, where ranks are few
 _NUM_THREADS = 4
 
 
@@ -114,6 +117,31 @@ def _tensor(name: str, rows: Sequence[tuple[int, Entry]]) -> StoredTensor:
     return StoredTensor(name, first.dtype, first.global_shape, tuple(taken) or (rows[0],))
 
 
+def ranges_of(tensors: Iterable[StoredTensor]) -> dict[int, list[tuple[int, int]]]:
+    """What of the payloads the tensors are made of, by saved rank."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for tensor in tensors:
+        for rank, entry in tensor.entries:
+            found.setdefault(rank, []).append((entry.begin, entry.end))
+    return found
+
+
+def assemble(tensor: StoredTensor, proven: ProvenRanges) -> numpy.ndarray[Any, numpy.dtype[numpy.uint8]]:
+    """All bytes of a tensor, row by row, from its entries."""
+    item = item_nbytes(tensor.dtype)
+    whole = numpy.empty((*tensor.shape, item), dtype=numpy.uint8)
+    for rank, entry in tensor.entries:
+        box = entry.shard.box
+        if not box.numel:
+            continue
+        target = whole[tuple(slice(at, at + length) for at, length in zip(box.offsets, box.lengths, strict=True))]
+        piece = target if target.flags.c_contiguous else numpy.empty_like(target, order="C")
+        proven.copy(rank, entry.begin, entry.end, piece.reshape(-1).data)
+        if piece is not target:
+            target[...] = piece
+    return whole.reshape(-1)
+
+
 def span(entry: Entry, box: Box) -> tuple[int, int]:
     """The shortest byte range of a payload that has all items of a box, which lies inside of the entry's."""
     outer = entry.shard.box
@@ -147,7 +175,7 @@ class ProvenRanges:
 
     What is asked for is merged and read in windows of whole chunks, some ahead. Windows that were used last are kept,
     so
-    that ranges that follow one another in a payload cost each window once. Memory stays below 256 MiB, or two windows a
+    that ranges that follow one another in a payload cost each window once. Memory stays below 64 MiB, or two windows a
     rank where there are very many ranks.
     """
 

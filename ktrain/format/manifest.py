@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 KIND = "ktrain.manifest"
+IMPORTED = (
+    "ktrain.imported"  # among `objects`, and no name of a part: the checkpoint was imported and has not all parts
+)
 
 _RUN = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,127}")  # also a folder name, so nothing that walks
 

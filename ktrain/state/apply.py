@@ -9,7 +9,7 @@ from typing import Any
 from ktrain import native
 from ktrain.abc.source import SnapshotSource
 from ktrain.errors import ConfigError
-from ktrain.format.manifest import Identity, Manifest
+from ktrain.format.manifest import IMPORTED, Identity, Manifest
 from ktrain.state.parts import Context
 from ktrain.state.saved import Reader, Saved, Target, Wishes
 from ktrain.state.topology import Topology
@@ -47,7 +47,7 @@ def plan_restore(state: TrainState, manifests: Mapping[int, Manifest], topology:
     identity = manifests[saved.rank].identity
     wishes = Wishes(saved)
     context = Context(topology)
-    _compare_parts(state, saved, wishes)
+    absent = _compare_parts(state, saved, wishes)
     objects: dict[str, Mapping[str, Any]] = {}
     seeds: dict[str, int] = {}
     for part in state.parts:
@@ -65,7 +65,7 @@ def plan_restore(state: TrainState, manifests: Mapping[int, Manifest], topology:
         f"part {name!r} belongs to a rank; it was stored by {saved.world_size} ranks and there are "
         f"{topology.world_size} now, so it is made anew"
         for name in seeds
-    )
+    ) + tuple(f"part {name!r} is not among the imported ones; it stays as the program made it" for name in absent)
     return RestoreNeeds(_ranges(wishes.targets.values()), notices, context, wishes.targets, objects, seeds)
 
 
@@ -86,12 +86,17 @@ def apply(state: TrainState, needs: RestoreNeeds, source: SnapshotSource) -> Non
             part.load(needs.objects[part.name], reader, needs.context)
 
 
-def _compare_parts(state: TrainState, saved: Saved, wishes: Wishes) -> None:
+def _compare_parts(state: TrainState, saved: Saved, wishes: Wishes) -> list[str]:
+    """The state's parts that an imported checkpoint does not have; in any other checkpoint that is a problem."""
     stored = saved.part_names()
-    for name in sorted(set(state.names) - stored):
-        wishes.problems.append(f"{name}: the state has this part, the checkpoint has not")
-    for name in sorted(stored - set(state.names)):
+    absent = sorted(set(state.names) - stored)
+    for name in sorted(stored - {*state.names, IMPORTED}):
         wishes.problems.append(f"{name}: the checkpoint has this part, the state has not")
+    if IMPORTED in stored:
+        return absent
+    for name in absent:
+        wishes.problems.append(f"{name}: the state has this part, the checkpoint has not")
+    return []
 
 
 def _is_kind(name: str, about: Mapping[str, Any], expected: str, wishes: Wishes) -> bool:

@@ -24,6 +24,8 @@ OPTIONS = {
     "ckpt ls": {"--volume", "--output"},
     "ckpt verify": {"--step", "--tier", "--output"},
     "ckpt rm": {"--volume", "--all"},
+    "ckpt export": {"--to", "--step", "--part", "--max-shard-size", "--output"},
+    "ckpt import": {"--from", "--part", "--step", "--key", "--exclude", "--tie", "--output"},
 }  # fmt: skip
 
 
