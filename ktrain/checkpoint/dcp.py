@@ -47,8 +47,8 @@ from ktrain.base.faults import FaultPoints
 from ktrain.base.job import canonical_url
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.dcp_attempt import Save, Word, attempt_of, note_loaded
-from ktrain.checkpoint.stored import ProvenRanges, StoredCheckpoint, span, strides_of
-from ktrain.errors import ConfigError, ConflictError, CorruptionError, InternalError
+from ktrain.checkpoint.stored import ProvenRanges, StoredCheckpoint, choose_commit, span, strides_of
+from ktrain.errors import ConfigError, ConflictError, CorruptionError, InternalError, NotFoundError
 from ktrain.format import objects
 from ktrain.format import record as records
 from ktrain.format.digest import digest_text
@@ -78,6 +78,24 @@ def step_of(checkpoint_id: str | int | os.PathLike[str]) -> int:
             "named where the storage is made"
         )
     return int(match[1])
+
+
+def newest_step(run: str | os.PathLike[str]) -> int | None:
+    """The newest committed step on the run's line; None where there surely is none.
+
+    Raises:
+        UnavailableError, DeadlineError: it could not be told.
+    """
+    try:
+        catalog = RunCatalog.open(canonical_url(os.fspath(run)), timeouts=settings.timeouts(), create=False)
+    except NotFoundError:
+        return None
+    try:
+        return choose_commit(catalog, None).identity.step
+    except NotFoundError:
+        return None
+    finally:
+        catalog.tier.close()
 
 
 class RunStorageWriter(StorageWriter):
