@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -48,7 +49,7 @@ from ktrain.base.job import canonical_url
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.dcp_attempt import Save, Word, attempt_of, note_loaded
 from ktrain.checkpoint.stored import ProvenRanges, StoredCheckpoint, choose_commit, span, strides_of
-from ktrain.errors import ConfigError, ConflictError, CorruptionError, InternalError, NotFoundError
+from ktrain.errors import ConfigError, ConflictError, CorruptionError, InternalError, KtrainError, NotFoundError
 from ktrain.format import objects
 from ktrain.format import record as records
 from ktrain.format.digest import digest_text
@@ -59,6 +60,7 @@ from ktrain.format.record import RankFiles
 from ktrain.format.shard import Box, Role, Shard
 from ktrain.state.tensors import dtype_name, dtype_of
 
+_LOG = logging.getLogger(__name__)
 PART = "dcp"  # the part, and its kind, that a DCP save has in its manifests
 _FILES = MetadataIndex("ktrain/files")  # the result that names what a rank wrote
 _STEP = re.compile(r"(?:.*/)?(?:step[-_]?)?(\d+)/?", re.DOTALL)
@@ -359,6 +361,13 @@ class RunStorageReader(StorageReader):
             ConfigError: it was not saved through DCP.
             CorruptionError: it cannot be proven.
         """
+        try:
+            return self._read_metadata()
+        except KtrainError as error:
+            _LOG.warning("load: %s", error)  # torch 2.11 drops the error and says that there is no metadata
+            raise
+
+    def _read_metadata(self) -> Metadata:
         catalog = RunCatalog.open(self._run, timeouts=settings.timeouts(), create=False)
         stored = self._stored = StoredCheckpoint.open(catalog, self._step)
         self._entries = {}

@@ -30,6 +30,7 @@ def run_ranks(mode: str, world_size: int, folder: Path, faults: str = "") -> tup
         "OMP_NUM_THREADS": "1",
         "WORLD_SIZE": str(world_size),
         "KTRAIN_FAULTS": faults,
+        "MASTER_ADDR": "127.0.0.1",
     }
     ranks = [
         subprocess.Popen(
@@ -81,6 +82,25 @@ def test_load_on_fewer_ranks_gives_the_values_of_the_save(world_size: int, saved
 
     for rank in found_by("load", world_size, folder):
         assert rank == {"1": values["1"], "newest": values["2"]}
+
+
+def test_export_of_four_ranks_saves_is_the_whole_model(saved: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from ktrain.checkpoint.export import export_run
+
+    folder, values = saved
+    export_run(folder / "run", tmp_path / "x", form="safetensors", step=1)
+
+    found = {f"model.{name}": tensor.double().flatten().tolist() for name, tensor in load_file(tmp_path / "x").items()}
+    assert found == {name: value for name, value in values["1"].items() if name.startswith("model.")}
+
+
+def test_async_save_by_process_is_committed_with_the_values_of_its_call(tmp_path: Path) -> None:
+    (found,) = found_by("process", 1, tmp_path)
+
+    assert found == [2.0, 2.0]
+    assert [commit.identity.step for commit in catalog_of(tmp_path).listing().commits] == [1, 2]
 
 
 def test_killed_rank_leaves_no_checkpoint(tmp_path: Path) -> None:
@@ -179,6 +199,26 @@ def load(run: str) -> dict[str, Any]:
     return {"1": first, "newest": program.values()}
 
 
+def save_by_process(run: str) -> list[float]:
+    """Two saves by torch's background process; what a load gives after them."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+    from ktrain.checkpoint.dcp import RunStorageReader, RunStorageWriter
+
+    for step in (1, 2):
+        state = {"w": torch.full((2,), float(step))}
+        writer, by = RunStorageWriter(run), AsyncCheckpointerType.PROCESS
+        future = dcp.async_save(state, storage_writer=writer, checkpoint_id=f"step-{step}", async_checkpointer_type=by)
+        state["w"].zero_()
+        future.result(timeout=60)  # type: ignore[union-attr]
+    found = {"w": torch.zeros(2)}
+    dcp.load(found, storage_reader=RunStorageReader(run))
+    values: list[float] = found["w"].tolist()
+    return values
+
+
 def main(mode: str, folder: Path) -> None:
     import torch.distributed as dist
 
@@ -186,7 +226,7 @@ def main(mode: str, folder: Path) -> None:
     store = dist.FileStore(str(folder / f"store-{mode}-{world_size}"), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
     run = str(folder / "run")
-    print(json.dumps(save(run) if mode == "save" else load(run)))
+    print(json.dumps({"save": save, "load": load, "process": save_by_process}[mode](run)))
     dist.destroy_process_group()
 
 

@@ -92,6 +92,48 @@ def test_recipe_of_import_and_export_from_python(tmp_path: Path) -> None:
     assert set(found) == {"body.weight"} and torch.equal(found["body.weight"], weights["body.weight"])
 
 
+def test_weights_of_transformers_come_in_are_trained_and_go_out(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    import shutil
+
+    import ktrain
+    from ktrain.checkpoint.export import export_run
+    from ktrain.checkpoint.importing import Selection, import_checkpoint
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 40}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    config = transformers.LlamaConfig(**sizes, **heads)
+
+    def fresh(seed: int) -> Any:
+        torch.manual_seed(seed)
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model.eval()(torch.arange(8)[None]).logits
+
+    published = fresh(1)
+    published.save_pretrained(tmp_path / "in", max_shard_size="5KB")
+    assert (tmp_path / "in" / "model.safetensors.index.json").exists()
+
+    tied = Selection(ties={"lm_head.weight": "model.embed_tokens.weight"})
+    import_checkpoint(tmp_path / "in", tmp_path / "run", form="hf", selection=tied)
+    model = fresh(2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    with ktrain.Checkpointer(tmp_path / "run", state={"model": model, "optimizer": optimizer}, every=1) as ckpt:
+        assert ckpt.restore() == 0 and torch.equal(logits(model), logits(published))
+        model.train()(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+        optimizer.step()
+        ckpt.step(1)
+
+    export_run(tmp_path / "run", tmp_path / "out", form="hf", max_shard_nbytes=5000)
+    shutil.copy(tmp_path / "in" / "config.json", tmp_path / "out")
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(logits(loaded), logits(model)) and not torch.equal(logits(loaded), logits(published))
+
+
 def test_recipe_of_accelerate_saves_and_resumes(run: str) -> None:
     accelerate = pytest.importorskip("accelerate")
     names = recipe("Accelerate")
