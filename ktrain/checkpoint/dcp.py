@@ -1,8 +1,8 @@
 """Storage for `torch.distributed.checkpoint` (DCP): a save through it is an ordinary checkpoint of a run (ADR 0014).
 
     writer = RunStorageWriter("s3://bucket/net-a")
-    dcp.save({"model": model, "optim": optimizer}, storage_writer=writer, checkpoint_id="step-100")
-    dcp.load({"model": model, "optim": optimizer}, storage_reader=RunStorageReader("s3://bucket/net-a"))
+    dcp.save({"model": model}, storage_writer=writer, checkpoint_id="step-100")
+    dcp.load({"model": model}, storage_reader=RunStorageReader("s3://bucket/net-a"))
 
 Invariant: the commit record is written by the coordinator, last, after every rank's payload and manifest was found in
 the store and proven; the planner's bytes are stored as they are and never opened.
@@ -11,12 +11,10 @@ the store and proven; the planner's bytes are stored as they are and never opene
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,33 +33,24 @@ from torch.distributed.checkpoint.planner import (
     ReadItem,
     SavePlan,
     SavePlanner,
-    WriteItem,
-    WriteItemType,
 )
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-import ktrain
-from ktrain import native
 from ktrain.base import settings
 from ktrain.base.faults import FaultPoints
 from ktrain.base.job import canonical_url
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.dcp_attempt import Save, Word, attempt_of, note_loaded
+from ktrain.checkpoint.dcp_payload import PART, Written, capture
 from ktrain.checkpoint.stored import ProvenRanges, StoredCheckpoint, choose_commit, span, strides_of
 from ktrain.errors import ConfigError, ConflictError, CorruptionError, InternalError, KtrainError, NotFoundError
 from ktrain.format import objects
-from ktrain.format import record as records
-from ktrain.format.digest import digest_text
-from ktrain.format.dtype import is_dtype
-from ktrain.format.manifest import Identity, Manifest
-from ktrain.format.payload import CHUNK_NBYTES, Entry, Layout, lay_out
-from ktrain.format.record import RankFiles
-from ktrain.format.shard import Box, Role, Shard
-from ktrain.state.tensors import dtype_name, dtype_of
+from ktrain.format.payload import Entry
+from ktrain.format.shard import Box
+from ktrain.state.tensors import dtype_of
 
 _LOG = logging.getLogger(__name__)
-PART = "dcp"  # the part, and its kind, that a DCP save has in its manifests
 _FILES = MetadataIndex("ktrain/files")  # the result that names what a rank wrote
 _STEP = re.compile(r"(?:.*/)?(?:step[-_]?)?(\d+)/?", re.DOTALL)
 
@@ -76,8 +65,7 @@ def step_of(checkpoint_id: str | int | os.PathLike[str]) -> int:
     if match is None:
         raise ConfigError(
             f"checkpoint_id {checkpoint_id!r}: expected a step, such as 100, 'step-100' or 'folder/step-100'; the run "
-            "is "
-            "named where the storage is made"
+            "is named where the storage is made"
         )
     return int(match[1])
 
@@ -115,7 +103,7 @@ class RunStorageWriter(StorageWriter):
         self._step = step
         self._is_coordinator = False
         self._save: Save | None = None
-        self._own: _Written | None = None  # the coordinator's, until its manifest is written
+        self._own: Written | None = None  # the coordinator's, until its manifest is written
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
@@ -144,13 +132,12 @@ class RunStorageWriter(StorageWriter):
         if not isinstance(word, Word) or word.url != self._run:
             raise ConfigError(
                 f"RunStorageWriter: the plan of this save was made for {getattr(word, 'url', 'other storage')}, this "
-                "writer "
-                f"writes to {self._run}; use a planner of its own (enable_plan_caching shares plans between all saves)"
+                f"writer writes to {self._run}; turn enable_plan_caching off, it shares plans between all savers"
             )
         catalog = attempt_of(self._run).join(word)
         faults = FaultPoints.from_environment(word.epoch)
-        payload = _capture(plan, planner)
-        written = _Written(word, save, payload)
+        payload = capture(plan, planner)
+        written = Written(word, save, payload)
         faults.reached("drain.payload", step=save.step, rank=word.rank)
         deadline = catalog.transfer_deadline(payload.layout.nbytes)
         catalog.tier.write(written.payload_name, payload.memory, deadline=deadline)
@@ -185,132 +172,6 @@ class RunStorageWriter(StorageWriter):
         if self._save is None:
             raise InternalError("RunStorageWriter: DCP set up no save")
         return self._save
-
-
-@dataclass(slots=True)
-class _Payload:
-    """A rank's payload in host memory; `memory` is given back by `release`."""
-
-    layout: Layout
-    memory: memoryview
-    chunks: tuple[int, ...]
-    bytes_names: list[str]
-
-    def release(self) -> None:
-        self.memory = memoryview(b"")
-
-
-@dataclass(slots=True)
-class _Written:
-    """What one rank has written of a save, or is writing."""
-
-    word: Word
-    save: Save
-    payload: _Payload
-    payload_name: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.payload_name = records.payload_name(self.save.step, self.word.epoch, self._write_id, self.word.rank)
-
-    @property
-    def _write_id(self) -> str:
-        return self.save.write_id(self.word)
-
-    def write_manifest(self, catalog: RunCatalog, about: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes the manifest; returns what the coordinator needs to know of this rank."""
-        word, layout, step = self.word, self.payload.layout, self.save.step
-        manifest = Manifest(
-            identity=Identity(word.run, step, word.epoch, word.world_size),
-            rank=word.rank,
-            plan_digest=_plan_digest(layout),
-            nbytes=layout.nbytes,
-            chunk_nbytes=CHUNK_NBYTES,
-            chunks=self.payload.chunks,
-            entries=layout.entries,
-            objects={PART: {"kind": PART, "bytes": self.payload.bytes_names, **about}},
-            origin={"ktrain": ktrain.__version__, "torch": torch.__version__},
-        )
-        data, digest = manifest.to_bytes(), manifest.digest()
-        name = records.manifest_name(step, word.epoch, self._write_id, word.rank)
-        catalog.tier.write(name, data, deadline=catalog.transfer_deadline(len(data)))
-        files = RankFiles(
-            word.rank, self.payload_name, layout.nbytes, manifest.payload_digest(), name, len(data), digest
-        )
-        return {"write_id": self._write_id, "files": asdict(files), "plan_digest": manifest.plan_digest}
-
-
-def _capture(plan: SavePlan, planner: SavePlanner) -> _Payload:
-    """Copies what a rank's plan names into one payload and digests it."""
-    shards: dict[Shard, list[WriteItem]] = {}
-    opaque: dict[str, bytes] = {}
-    for item in plan.items:
-        if item.type is WriteItemType.BYTE_IO:
-            data = opaque[item.index.fqn] = _bytes_of(planner.resolve_data(item), item.index.fqn)
-            shard = Shard(item.index.fqn, "uint8", (len(data),), Box.whole((len(data),)), Role.REPLICATED)
-        else:
-            shard = _shard_of(item)
-        shards.setdefault(shard, []).append(item)
-    layout = lay_out(list(shards))
-    buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
-    buffer[: len(layout.header)] = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
-    for entry in layout.entries:
-        target = buffer[entry.begin : entry.end]
-        item = shards[entry.shard][0]
-        if item.type is WriteItemType.BYTE_IO:
-            data = opaque.pop(entry.shard.name)
-            if data:
-                target.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        else:
-            _copy(entry, planner.resolve_data(item), target)
-    memory = buffer.numpy().data
-    chunks = native.digest_chunks(memory, chunk_nbytes=CHUNK_NBYTES, num_threads=_num_threads())
-    names = sorted(item.index.fqn for item in plan.items if item.type is WriteItemType.BYTE_IO)
-    return _Payload(layout, memory, tuple(chunks), names)
-
-
-def _shard_of(item: WriteItem) -> Shard:
-    about, fqn = item.tensor_data, item.index.fqn
-    if about is None:
-        raise ConfigError(f"tensor {fqn!r}: the planner names neither its shape nor its dtype; correct the planner")
-    dtype = dtype_name(about.properties.dtype)
-    if not is_dtype(dtype):
-        raise ConfigError(f"tensor {fqn!r} cannot be stored: its dtype is {about.properties.dtype}; convert it first")
-    box = Box(tuple(map(int, about.chunk.offsets)), tuple(map(int, about.chunk.sizes)))
-    role = Role.SHARDED if item.type is WriteItemType.SHARD else Role.REPLICATED
-    return Shard(fqn, dtype, tuple(map(int, about.size)), box, role)
-
-
-def _bytes_of(value: Any, fqn: str) -> bytes:
-    if not isinstance(value, io.BytesIO):
-        raise ConfigError(f"{fqn!r}: the planner promised bytes, it gave {type(value).__name__}; correct the planner")
-    return value.getvalue()
-
-
-def _copy(entry: Entry, tensor: Any, target: torch.Tensor) -> None:
-    """Copies a tensor, on whatever device and however strided, into its bytes of the payload."""
-    shard = entry.shard
-    if not isinstance(tensor, torch.Tensor):
-        raise ConfigError(f"tensor {shard.name!r}: the planner gave {type(tensor).__name__}; correct the planner")
-    found = dtype_name(tensor.dtype), tuple(tensor.shape), tensor.layout
-    if found != (shard.dtype, shard.box.lengths, torch.strided):
-        raise ConfigError(
-            f"tensor {shard.name!r}: the planner promised {shard.dtype} {shard.box.lengths}, it gave {found[0]} "
-            f"{found[1]} "
-            f"({found[2]}); correct the planner"
-        )
-    if shard.box.numel:
-        with torch.no_grad():
-            target.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
-
-
-def _num_threads() -> int:
-    return max(1, min(4, len(os.sched_getaffinity(0))))
-
-
-def _plan_digest(layout: Layout) -> str:
-    shards = [entry.shard for entry in layout.entries]
-    rows = [[s.name, s.dtype, s.global_shape, s.box.offsets, s.box.lengths, s.role] for s in shards]
-    return digest_text(json.dumps(rows, separators=(",", ":")).encode())
 
 
 def _no_tensor(value: Any, path: str) -> None:
@@ -348,7 +209,7 @@ class RunStorageReader(StorageReader):
         self._entries: dict[str, list[tuple[int, Entry]]] = {}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        self._stored = None
+        self._drop()
         if checkpoint_id is not None:
             self._step = step_of(checkpoint_id)
 
@@ -367,9 +228,19 @@ class RunStorageReader(StorageReader):
             _LOG.warning("load: %s", error)  # torch 2.11 drops the error and says that there is no metadata
             raise
 
+    def _drop(self) -> None:
+        if self._stored is not None:
+            self._stored.catalog.tier.close()
+            self._stored = None
+
     def _read_metadata(self) -> Metadata:
+        self._drop()
         catalog = RunCatalog.open(self._run, timeouts=settings.timeouts(), create=False)
-        stored = self._stored = StoredCheckpoint.open(catalog, self._step)
+        try:
+            stored = self._stored = StoredCheckpoint.open(catalog, self._step)
+        except BaseException:
+            catalog.tier.close()
+            raise
         self._entries = {}
         opaque: set[str] = set()
         planner_data: Any = None
@@ -402,8 +273,7 @@ class RunStorageReader(StorageReader):
             if choice != chosen[0]:
                 raise ConflictError(
                     f"load: rank 0 reads {chosen[0][0]}, rank {rank} reads {choice[0]}: a checkpoint was committed "
-                    "while the "
-                    "ranks looked; name the step by checkpoint_id, or load again"
+                    "while the ranks looked; name the step by checkpoint_id, or load again"
                 )
         return plans
 
@@ -423,6 +293,7 @@ class RunStorageReader(StorageReader):
                 else:
                     _give(item, entry, buffer, planner)
         note_loaded(self._run, stored.commit.identity)
+        self._drop()
         return _done(None)
 
     @classmethod

@@ -120,8 +120,7 @@ class DcpAttempt:
         if newest is not None and step <= newest:
             raise ConflictError(
                 f"run {catalog.tier.url}: expected a save beyond step {newest}, which {whose}, found step {step}; load "
-                "the "
-                "step to go on from through RunStorageReader first, or save into another run"
+                "the step to go on from through RunStorageReader first, or save into another run"
             )
 
     def join(self, word: Word) -> RunCatalog:
@@ -135,8 +134,7 @@ class DcpAttempt:
         if catalog.run_id != word.run:
             raise ConfigError(
                 f"rank {word.rank}: {self._url} is run {catalog.run_id} here and run {word.run} on rank 0; name a run "
-                "that "
-                "all nodes share"
+                "that all nodes share"
             )
         return catalog
 
@@ -146,11 +144,17 @@ class DcpAttempt:
         """Proves what all ranks wrote and makes it a checkpoint.
 
         Raises:
+            ConflictError: the ranks wrote for an attempt that has ended; nothing is committed.
             CorruptionError: it is not whole, or not what the planner says of it; nothing is committed.
             UnavailableError, DeadlineError: it could not be told; nothing is known to be committed.
         """
         with self._lock:
-            catalog = self._open(create=False)
+            catalog, current = self._open(create=False), self._word
+        if current is None or (current.epoch, current.nonce) != (word.epoch, word.nonce):
+            raise ConflictError(
+                f"step {save.step}: the ranks wrote for the attempt of epoch {word.epoch}, which has ended since; "
+                "nothing is committed; turn enable_plan_caching off, or load in a new process"
+            )
         identity = Identity(word.run, save.step, word.epoch, word.world_size)
         drain = Drain(identity, SYSTEM_CLOCK.monotonic(), save.write_id(word))
         for report in reports:

@@ -107,7 +107,7 @@ def export_run(
         with ProvenRanges(stored, ranges_of(found.tensors)) as proven:
             if chosen is ExportForm.SAFETENSORS:
                 with _new_file(target) as path:
-                    _write_file(path, found.tensors, proven, {**_FOR_TORCH, **found.aliases})
+                    _write_file(path, found.tensors, proven, {**found.aliases, **_FOR_TORCH})
                 names = [target.name]
             else:
                 with _new_folder(target) as folder:

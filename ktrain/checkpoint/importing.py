@@ -6,6 +6,7 @@ import errno
 import json
 import mmap
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -33,6 +34,8 @@ from ktrain.format.manifest import IMPORTED, Identity, Manifest
 from ktrain.format.payload import CHUNK_NBYTES, Layout, lay_out
 from ktrain.format.record import RankFiles
 from ktrain.format.shard import Box, Role, Shard
+
+_PART = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")  # what `state=` takes as a name
 
 
 class ImportForm(StrEnum):
@@ -96,7 +99,7 @@ def import_checkpoint(
         ConflictError: the run is live, or has committed before; it is left as it is.
         CorruptionError: the source is damaged.
     """
-    if step < 0 or not part.isidentifier():
+    if step < 0 or _PART.fullmatch(part) is None:
         raise ConfigError(f"import: expected a step from 0 on and the name of a part, found {step} and {part!r}")
     chosen = selection or Selection()
     path = local_path(os.fspath(source))

@@ -248,8 +248,7 @@ class ProvenRanges:
         if bad:
             raise CorruptionError(
                 f"{name}: rank {rank}, {manifest.identity}: bytes {bad[0][0]} to {bad[0][1]} differ from the digest "
-                "made "
-                "at the snapshot; take another step"
+                "made at the snapshot; take another step"
             )
         self._sizes.append(end - begin)
         return data

@@ -71,8 +71,7 @@ def write_dcp(
     if kinds.get("dcp") == "dcp":
         raise ConfigError(
             f"{stored.commit.identity} was saved through DCP: load it by ktrain.checkpoint.dcp.RunStorageReader, or "
-            "export "
-            "its tensors --to safetensors"
+            "export its tensors --to safetensors"
         )
     if part is not None and part not in kinds:
         raise NotFoundError(f"{stored.commit.identity}: it has no part {part!r}; its parts are {sorted(kinds)}")

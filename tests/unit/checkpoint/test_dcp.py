@@ -14,7 +14,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.planner import SavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
 
 from ktrain.abc.tier import Tier
 from ktrain.base.clock import Deadline
@@ -116,21 +117,61 @@ def test_async_save_keeps_the_values_of_its_call(run: str) -> None:
     assert same(load(run), state(1))
 
 
-def test_save_with_a_planner_that_caches_writes_each_steps_own_values(run: str) -> None:
-    keys = SavePlanner._cached_save_plan, SavePlanner._cached_final_save_plan
-    try:
-        for step in (1, 2, 3):
-            planner = DefaultSavePlanner(enable_plan_caching=True)
-            save(run, step, {"model": state(step)["model"]}, planner)
-    finally:
-        for cache in (*keys, SavePlanner._cached_all_plans, SavePlanner._cached_global_plan):
-            cache.clear()
-        SavePlanner._cached_metadata.clear()
+@pytest.fixture
+def caching() -> Iterator[Any]:
+    """Makes planners that cache plans, in torch's one cache for the process."""
+    yield lambda: DefaultSavePlanner(enable_plan_caching=True)
+    for name in ("save_plan", "final_save_plan", "all_plans", "global_plan", "metadata"):
+        getattr(SavePlanner, f"_cached_{name}").clear()
+
+
+def test_save_with_a_planner_that_caches_writes_each_steps_own_values(run: str, caching: Any) -> None:
+    for step in (1, 2, 3):
+        save(run, step, {"model": state(step)["model"]}, caching())
 
     for step in (1, 2, 3):
         found = {"model": zeros()["model"]}
         dcp.load(found, storage_reader=RunStorageReader(run, step=step))
         assert torch.equal(found["model"]["weight"], state(step)["model"]["weight"])
+
+
+def test_save_with_a_plan_of_an_attempt_that_has_ended_is_not_committed(run: str, caching: Any) -> None:
+    for step in (1, 2):
+        save(run, step, {"model": state(step)["model"]}, caching())
+    dcp.load({"model": zeros()["model"]}, storage_reader=RunStorageReader(run, step=1))
+
+    with pytest.raises(CheckpointException, match="the ranks wrote for the attempt of epoch 1, which has ended"):
+        save(run, 2, {"model": state(2)["model"]}, caching())
+
+    assert [commit.identity.epoch for commit in catalog(run).listing().commits] == [1, 1]
+
+
+def test_save_of_one_tensor_in_chunks_of_one_rank_loads_whole(run: str) -> None:
+    whole = torch.randn(6, 4)
+    items = []
+
+    class Cutting(DefaultSavePlanner):
+        def create_local_plan(self) -> Any:
+            (item,) = super().create_local_plan().items
+            assert item.tensor_data is not None
+            for at in (0, 2, 4):
+                chunk = ChunkStorageMetadata(torch.Size((at, 0)), torch.Size((2, 4)))
+                data = replace(item.tensor_data, chunk=chunk)
+                items.append(
+                    replace(item, index=MetadataIndex("w", (at, 0)), type=WriteItemType.SHARD, tensor_data=data)
+                )
+            self.plan = SavePlan(list(items), planner_data={"w": ("w",)})
+            return self.plan
+
+        def resolve_data(self, write_item: Any) -> Any:
+            at = write_item.index.offset[0]
+            return whole[at : at + 2]
+
+    save(run, 1, {"w": whole}, Cutting())
+    found = {"w": torch.zeros(6, 4)}
+    dcp.load(found, storage_reader=RunStorageReader(run))
+
+    assert torch.equal(found["w"], whole)
 
 
 def test_saved_checkpoint_is_proven_by_the_catalog_and_read_by_safetensors(run: str) -> None:
