@@ -10,6 +10,7 @@ the store and proven; the planner's bytes are stored as they are and never opene
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
@@ -42,6 +43,7 @@ from ktrain.base.faults import FaultPoints
 from ktrain.base.job import canonical_url
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.dcp_attempt import Save, Word, attempt_of, note_loaded
+from ktrain.checkpoint.dcp_memory import NearCopies
 from ktrain.checkpoint.dcp_payload import PART, Written, capture
 from ktrain.checkpoint.stored import ProvenRanges, StoredCheckpoint, choose_commit, span, strides_of
 from ktrain.errors import ConfigError, ConflictError, CorruptionError, InternalError, KtrainError, NotFoundError
@@ -96,11 +98,14 @@ class RunStorageWriter(StorageWriter):
     Args:
         run: path or URL of the run.
         step: the step of the next save, where `checkpoint_id` does not name it.
+        keep_in_memory: copies of each rank's share that stay in this node's memory volume, for fast loads; they stay
+            until `ktrain ckpt rm --volume`.
     """
 
-    def __init__(self, run: str | os.PathLike[str], *, step: int | None = None) -> None:
+    def __init__(self, run: str | os.PathLike[str], *, step: int | None = None, keep_in_memory: int = 0) -> None:
         self._run = canonical_url(os.fspath(run))
         self._step = step
+        self._keep_in_memory = keep_in_memory
         self._is_coordinator = False
         self._save: Save | None = None
         self._own: Written | None = None  # the coordinator's, until its manifest is written
@@ -137,11 +142,12 @@ class RunStorageWriter(StorageWriter):
         catalog = attempt_of(self._run).join(word)
         faults = FaultPoints.from_environment(word.epoch)
         payload = capture(plan, planner)
-        written = Written(word, save, payload)
+        written = Written(word, save, payload, self._keep_in_memory)
         faults.reached("drain.payload", step=save.step, rank=word.rank)
         deadline = catalog.transfer_deadline(payload.layout.nbytes)
         catalog.tier.write(written.payload_name, payload.memory, deadline=deadline)
-        written.payload.release()
+        if not self._keep_in_memory:
+            payload.release()
         if self._is_coordinator:
             self._own = written  # its manifest holds what the planner knows of all ranks, which finish() is told
             return _done([])
@@ -196,6 +202,8 @@ def _expected(metadata: Metadata) -> dict[str, list[tuple[tuple[int, ...], tuple
 
 class RunStorageReader(StorageReader):
     """Reads DCP saves of a run: byte ranges only, each proven, whatever the number of ranks.
+
+    Copies in this machine's memory volume are read first; where one is bad it is set aside and the run's own is read.
 
     Args:
         run: path or URL of the run.
@@ -283,7 +291,8 @@ class RunStorageReader(StorageReader):
         ranges: dict[int, list[tuple[int, int]]] = {}
         for rank, begin, end, _, _ in wanted:
             ranges.setdefault(rank, []).append((begin, end))
-        with ProvenRanges(stored, ranges) as proven:
+        copies = NearCopies(stored.commit)
+        with contextlib.closing(copies), ProvenRanges(stored, ranges, near=copies) as proven:
             for rank, begin, end, entry, item in wanted:
                 buffer = torch.empty(end - begin, dtype=torch.uint8)
                 if end > begin:

@@ -19,6 +19,7 @@ import ktrain
 from ktrain import native
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.dcp_attempt import Save, Word
+from ktrain.checkpoint.dcp_memory import keep_copy
 from ktrain.errors import ConfigError
 from ktrain.format import record as records
 from ktrain.format.digest import digest_text
@@ -52,6 +53,7 @@ class Written:
     word: Word
     save: Save
     payload: Payload
+    keep_in_memory: int
     payload_name: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -75,6 +77,9 @@ class Written:
             objects={PART: {"kind": PART, "bytes": self.payload.bytes_names, **about}},
             origin={"ktrain": ktrain.__version__, "torch": torch.__version__},
         )
+        if self.keep_in_memory:
+            keep_copy(word.url, manifest, self.payload.memory, num_kept=self.keep_in_memory)
+            self.payload.release()
         data, digest = manifest.to_bytes(), manifest.digest()
         name = records.manifest_name(step, word.epoch, self._write_id, word.rank)
         catalog.tier.write(name, data, deadline=catalog.transfer_deadline(len(data)))

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 
@@ -170,6 +170,16 @@ def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
+class Near(Protocol):
+    """Copies of a checkpoint's payloads that are at hand."""
+
+    def memory(self) -> dict[int, memoryview]:
+        """The payloads, by rank; they may be bad."""
+
+    def refuse(self, rank: int, reason: str) -> None:
+        """Takes a copy that was proven bad out of use."""
+
+
 class ProvenRanges:
     """Byte ranges of a checkpoint's payloads, named before they are read. Use `copy` from one thread.
 
@@ -179,7 +189,13 @@ class ProvenRanges:
     rank where there are very many ranks.
     """
 
-    def __init__(self, stored: StoredCheckpoint, ranges: Mapping[int, Iterable[tuple[int, int]]]) -> None:
+    def __init__(
+        self,
+        stored: StoredCheckpoint,
+        ranges: Mapping[int, Iterable[tuple[int, int]]],
+        *,
+        near: Near | None = None,
+    ) -> None:
         self._catalog = stored.catalog
         self._files = {files.rank: files for files in stored.commit.ranks}
         self._manifests = stored.manifests
@@ -189,14 +205,16 @@ class ProvenRanges:
         self._num_kept = max(_KEPT_NBYTES // self._window_nbytes, 2 * len(ranges))
         self._num_ahead = _NUM_THREADS if share >= 2 * _NUM_THREADS * self._window_nbytes else 1
         self._windows = {rank: self._cut(rank, wanted) for rank, wanted in ranges.items()}
-        self._near: OrderedDict[tuple[int, int], Future[bytes]] = OrderedDict()
+        self._recent: OrderedDict[tuple[int, int], Future[bytes | memoryview]] = OrderedDict()
         self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="ktrain-ranges")
         self._closed = threading.Event()
         self._sizes: list[int] = []
+        self._copies = near
+        self._memory = {} if near is None else near.memory()
 
     @property
     def read_nbytes(self) -> int:
-        """Bytes that were read so far."""
+        """Bytes that were read from the run's tier so far."""
         return sum(self._sizes)
 
     def _cut(self, rank: int, wanted: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -228,19 +246,22 @@ class ProvenRanges:
             target[at - begin : upto - begin] = memoryview(data)[at - start : upto - start]
             index, at = index + 1, upto
 
-    def _window(self, rank: int, index: int) -> bytes:
+    def _window(self, rank: int, index: int) -> bytes | memoryview:
         for ahead in range(index, min(index + self._num_ahead, len(self._windows[rank]))):
-            if (rank, ahead) not in self._near:
-                self._near[rank, ahead] = self._pool.submit(self._read, rank, *self._windows[rank][ahead])
-        self._near.move_to_end((rank, index))
-        future = self._near[rank, index]
-        while len(self._near) > self._num_kept:
-            self._near.popitem(last=False)
+            if (rank, ahead) not in self._recent:
+                self._recent[rank, ahead] = self._pool.submit(self._read, rank, *self._windows[rank][ahead])
+        self._recent.move_to_end((rank, index))
+        future = self._recent[rank, index]
+        while len(self._recent) > self._num_kept:
+            self._recent.popitem(last=False)
         return future.result()
 
-    def _read(self, rank: int, begin: int, end: int) -> bytes:
+    def _read(self, rank: int, begin: int, end: int) -> bytes | memoryview:
         if self._closed.is_set():
             return b""
+        memory = self._memory.get(rank)
+        if memory is not None and self._is_proven(rank, memory, begin, end):
+            return memory[begin:end]
         name, manifest = self._files[rank].payload, self._manifests[rank]
         deadline = self._catalog.transfer_deadline(end - begin)
         data = self._catalog.tier.read_range(name, begin, end, deadline=deadline)
@@ -253,11 +274,18 @@ class ProvenRanges:
         self._sizes.append(end - begin)
         return data
 
+    def _is_proven(self, rank: int, memory: memoryview, begin: int, end: int) -> bool:
+        bad = bad_ranges_in(self._manifests[rank], memory[begin:end], begin)
+        if bad and self._memory.pop(rank, None) is not None and self._copies is not None:
+            self._copies.refuse(rank, f"bytes {bad[0][0]} to {bad[0][1]} differ from the digest made at the snapshot")
+        return not bad
+
     def close(self) -> None:
         """Ends the threads; a read in progress ends by its own deadline. May be called again."""
         self._closed.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._near.clear()
+        self._recent.clear()
+        self._memory = {}
 
     def __enter__(self) -> ProvenRanges:
         return self
