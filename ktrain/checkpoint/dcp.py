@@ -15,7 +15,9 @@ import io
 import logging
 import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +46,7 @@ from ktrain.base.job import canonical_url
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.dcp_attempt import Save, Word, attempt_of, note_loaded
 from ktrain.checkpoint.dcp_memory import NearCopies
-from ktrain.checkpoint.dcp_payload import PART, Written, capture
+from ktrain.checkpoint.dcp_payload import PART, Written, capture, memory_of
 from ktrain.checkpoint.stored import ProvenRanges, StoredCheckpoint, choose_commit, span, strides_of
 from ktrain.errors import ConfigError, ConflictError, CorruptionError, InternalError, KtrainError, NotFoundError
 from ktrain.format import objects
@@ -134,10 +136,10 @@ class RunStorageWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         save, word = self._current(), plan.storage_data
-        if not isinstance(word, Word) or word.url != self._run:
+        if not isinstance(word, Word):
             raise ConfigError(
-                f"RunStorageWriter: the plan of this save was made for {getattr(word, 'url', 'other storage')}, this "
-                f"writer writes to {self._run}; turn enable_plan_caching off, it shares plans between all savers"
+                "RunStorageWriter: the plan of this save was made for other storage; turn enable_plan_caching off, it "
+                "shares plans between all savers of the process"
             )
         catalog = attempt_of(self._run).join(word)
         faults = FaultPoints.from_environment(word.epoch)
@@ -294,13 +296,13 @@ class RunStorageReader(StorageReader):
         copies = NearCopies(stored.commit)
         with contextlib.closing(copies), ProvenRanges(stored, ranges, near=copies) as proven:
             for rank, begin, end, entry, item in wanted:
-                buffer = torch.empty(end - begin, dtype=torch.uint8)
-                if end > begin:
-                    proven.copy(rank, begin, end, buffer.numpy().data)
+                read = partial(proven.copy, rank, begin, end)
                 if item.type is LoadItemType.BYTE_IO:
-                    planner.load_bytes(item, io.BytesIO(buffer.numpy().tobytes()))
+                    data = bytearray(end - begin)
+                    read(memoryview(data))
+                    planner.load_bytes(item, io.BytesIO(data))
                 else:
-                    _give(item, entry, buffer, planner)
+                    _give(item, entry, end - begin, read, planner)
         note_loaded(self._run, stored.commit.identity)
         self._drop()
         return _done(None)
@@ -331,17 +333,21 @@ class RunStorageReader(StorageReader):
         raise InternalError(f"load: the planner asks for {index.fqn!r} at {offsets}, which its metadata does not name")
 
 
-def _give(item: ReadItem, entry: Entry, buffer: torch.Tensor, planner: LoadPlanner) -> None:
-    """Copies a box of a stored shard, of which `buffer` has the bytes from first to last, into the planner's tensor."""
+def _give(item: ReadItem, entry: Entry, nbytes: int, read: Callable[[memoryview], None], planner: LoadPlanner) -> None:
+    """Fills the planner's tensor with a box of a stored shard, whose bytes from first to last `read` copies."""
     target = planner.resolve_tensor(item).detach()
-    lengths = tuple(map(int, item.lengths))
+    lengths, dtype = tuple(map(int, item.lengths)), dtype_of(entry.shard.dtype)
     if tuple(target.shape) != lengths:
         raise ConfigError(
             f"tensor {item.dest_index.fqn!r}: the planner asks for {lengths} and gives room for {tuple(target.shape)}"
         )
-    if buffer.numel():
-        flat = buffer.view(dtype_of(entry.shard.dtype))
-        target.copy_(flat.as_strided(lengths, strides_of(entry.shard.box.lengths)))
+    memory = memory_of(target) if target.dtype == dtype else None
+    if memory is not None and memory.nbytes == nbytes:  # the box lies in one piece here and there
+        read(memory)
+    elif nbytes:
+        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        read(buffer.numpy().data)
+        target.copy_(buffer.view(dtype).as_strided(lengths, strides_of(entry.shard.box.lengths)))
     planner.commit_tensor(item, target)
 
 

@@ -133,8 +133,9 @@ class DcpAttempt:
             catalog = self._open(create=False)
         if catalog.run_id != word.run:
             raise ConfigError(
-                f"rank {word.rank}: {self._url} is run {catalog.run_id} here and run {word.run} on rank 0; name a run "
-                "that all nodes share"
+                f"rank {word.rank}: {catalog.tier.url} is run {catalog.run_id} here, and run {word.run} in the plan of "
+                "rank 0; name a run that all nodes share; a planner with enable_plan_caching keeps one run's plan for "
+                "the next one"
             )
         return catalog
 

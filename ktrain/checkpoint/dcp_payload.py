@@ -29,6 +29,7 @@ from ktrain.format.payload import CHUNK_NBYTES, Entry, Layout, lay_out
 from ktrain.format.record import RankFiles
 from ktrain.format.shard import Box, Role, Shard
 from ktrain.state.tensors import dtype_name
+from ktrain.tier.answers import public_url
 
 PART = "dcp"  # the part, and its kind, that a DCP save has in its manifests
 
@@ -78,7 +79,7 @@ class Written:
             origin={"ktrain": ktrain.__version__, "torch": torch.__version__},
         )
         if self.keep_in_memory:
-            keep_copy(word.url, manifest, self.payload.memory, num_kept=self.keep_in_memory)
+            keep_copy(public_url(word.url), manifest, self.payload.memory, num_kept=self.keep_in_memory)
             self.payload.release()
         data, digest = manifest.to_bytes(), manifest.digest()
         name = records.manifest_name(step, word.epoch, self._write_id, word.rank)
@@ -143,9 +144,25 @@ def _copy(entry: Entry, tensor: Any, target: torch.Tensor) -> None:
             f"tensor {shard.name!r}: the planner promised {shard.dtype} {shard.box.lengths}, it gave {found[0]} "
             f"{found[1]} ({found[2]}); correct the planner"
         )
-    if shard.box.numel:
+    if not shard.box.numel:
+        return
+    memory = memory_of(tensor)
+    if memory is not None:
+        target.numpy().data[:] = memory
+    else:
         with torch.no_grad():
             target.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+
+
+def memory_of(tensor: torch.Tensor) -> memoryview | None:
+    """The bytes of a tensor that lies in host memory row by row, else None.
+
+    For plain copies: torch starts its threads for each one, which costs more than the copy where cores are busy.
+    """
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
+        return None
+    flat = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat.data)
 
 
 def _num_threads() -> int:

@@ -91,6 +91,8 @@ def export_run(
         CorruptionError: a byte cannot be proven; names it. Nothing is left at `out`.
     """
     target = _local(out)
+    if form not in list(ExportForm):
+        raise ConfigError(f"export: expected a form of {', '.join(ExportForm)}, found {form!r}")
     chosen = ExportForm(form)
     _require_free(target)
     catalog = RunCatalog.open(canonical_url(os.fspath(run)), timeouts=settings.timeouts(), create=False)
@@ -179,7 +181,8 @@ def module_names(stored: StoredCheckpoint, part: str) -> tuple[set[str], dict[st
 
 def _dcp_part(stored: StoredCheckpoint, part: str | None) -> _Part:
     """The tensors of a DCP save below a name of its state dict; "dcp" is all of them, under their full names."""
-    opaque = {name for manifest in stored.manifests.values() for name in manifest.objects["dcp"]["bytes"]}
+    abouts = [manifest.objects.get("dcp", {}) for manifest in stored.manifests.values()]
+    opaque = {name for about in abouts for name in about.get("bytes", ())}
     everything = stored.tensors("")
     part = part or ("model" if any(tensor.name.startswith("model.") for tensor in everything) else "dcp")
     prefix = "" if part == "dcp" else f"{part}."

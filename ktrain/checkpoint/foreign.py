@@ -105,8 +105,8 @@ def _of_files(wanted: Mapping[Path, set[str] | None]) -> Weights:
     def fill(targets: Mapping[str, memoryview]) -> None:
         for path in wanted:
             mine = {name: places[name][1] for name in targets if places[name][0] == path}
-            for name, entry in sorted(mine.items(), key=lambda item: item[1].begin):
-                with open(path, "rb") as file:
+            with open(path, "rb") as file:
+                for name, entry in sorted(mine.items(), key=lambda item: item[1].begin):
                     file.seek(entry.begin)
                     if file.readinto(targets[name]) != entry.end - entry.begin:
                         raise CorruptionError(f"{path}: it was cut short while it was read; take another copy")

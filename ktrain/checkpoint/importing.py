@@ -107,6 +107,8 @@ def import_checkpoint(
         raise ConfigError(f"import: expected SOURCE on this machine, found {os.fspath(source)!r}; copy it here first")
     if not path.exists():
         raise NotFoundError(f"import: {path}: there is no such file or folder")
+    if form not in list(ImportForm):
+        raise ConfigError(f"import: expected a form of {', '.join(ImportForm)}, found {form!r}")
     weights = _open(ImportForm(form), path, part, chosen.key)
     names = [name for name in weights.tensors if not any(_is_below(name, each) for each in chosen.exclude)]
     _require_ties(chosen.ties, names)
@@ -127,9 +129,9 @@ def import_checkpoint(
             holder.close()
     finally:
         catalog.tier.close()
-    left_out = (*weights.left_out, *(name for name in weights.tensors if name not in set(names)))
+    left_out = (*weights.left_out, *(set(weights.tensors) - set(names)))
     nbytes = sum(entry.end - entry.begin for entry in layout.entries)
-    return Imported(url, step, epoch, part, len(names), nbytes, tuple(sorted(left_out)))
+    return Imported(catalog.tier.url, step, epoch, part, len(names), nbytes, tuple(sorted(left_out)))
 
 
 def _open(form: ImportForm, path: Path, part: str, key: str | None) -> Weights:
@@ -183,7 +185,7 @@ def _write(catalog: RunCatalog, step: int, layout: Layout, about: dict[str, Any]
         _reserve(file.fileno(), layout.nbytes)
         memory = memoryview(mmap.mmap(file.fileno(), layout.nbytes))
         memory[: len(layout.header)] = layout.header
-        prefix = f"{next(iter(about))}/"
+        prefix = f"{next(iter(about))}/"  # the part that is imported stands first
         weights.fill(
             {e.shard.name.removeprefix(prefix): memory[e.begin : e.end] for e in layout.entries if e.end > e.begin}
         )

@@ -80,11 +80,12 @@ def write_dcp(
     left_out: list[str] = []
     state: dict[str, Any] = {}
     for name in sorted(kinds) if part is None else [part]:
-        about = _about(stored, name)
+        about = _abouts(stored, name)[0]
         if part is None and about.get("per_rank"):
             left_out.append(name)  # its value on one rank is not that of another
         else:
             state[name] = build.part(name, about)
+            left_out += [f"{name}/{key}" for key in about.get("other", ())]  # of an optimizer, and no parameter's
     needed = list(build.used.values())
     writer = FileSystemWriter(folder, thread_count=1)
     with ProvenRanges(stored, ranges_of(needed)) as proven, warnings.catch_warnings():
@@ -96,9 +97,10 @@ def write_dcp(
     return sorted(path.name for path in folder.iterdir()), needed, left_out
 
 
-def _about(stored: StoredCheckpoint, part: str) -> dict[str, Any]:
+def _abouts(stored: StoredCheckpoint, part: str) -> list[dict[str, Any]]:
+    """The part's JSON of every rank that has the part, by rank."""
     found = (manifest.objects.get(part) for _, manifest in sorted(stored.manifests.items()))
-    return next(about for about in found if isinstance(about, dict))
+    return [about for about in found if isinstance(about, dict)]
 
 
 class _Build:
@@ -116,7 +118,7 @@ class _Build:
         if about["kind"] == "module":
             return self._module(name)
         if about["kind"] == "optimizer":
-            return self._optimizer(name, about)
+            return self._optimizer(name)
         return objects.decode(about["value"], tensor=self._tensor)
 
     def _tensor(self, name: str) -> torch.Tensor:
@@ -141,20 +143,27 @@ class _Build:
                 state[key] = self._tensor(f"{part}/{aliases.get(key, key)}")
         return state
 
-    def _optimizer(self, part: str, about: dict[str, Any]) -> dict[str, Any]:
+    def _optimizer(self, part: str) -> dict[str, Any]:
+        """Over all ranks: stages of a pipeline have parameters of their own in the same groups."""
         prefix = f"{self._modules[0]}." if len(self._modules) == 1 else ""
         state: dict[str, dict[str, Any]] = {}
-        for name, index in about["state"].items():
-            path = objects.child_path(part, name)
-            state[name.removeprefix(prefix)] = {
-                key: self._tensor(objects.child_path(path, key)) for key in about["keys"][index]
-            }
-        for name, values in about["values"].items():
-            decoded = {key: objects.decode(value, tensor=self._tensor) for key, value in values.items()}
-            state.setdefault(name.removeprefix(prefix), {}).update(decoded)
-        groups = [objects.decode(group, tensor=self._tensor) for group in about["groups"]]
-        for group in groups:
-            group["params"] = [name.removeprefix(prefix) for name in group["params"]]
+        groups: list[dict[str, Any]] = []
+        for about in _abouts(self._stored, part):
+            for name, index in about["state"].items():
+                if name.removeprefix(prefix) in state:
+                    continue
+                path = objects.child_path(part, name)
+                entry = {key: self._tensor(objects.child_path(path, key)) for key in about["keys"][index]}
+                values = about["values"].get(name, {})
+                entry |= {key: objects.decode(value, tensor=self._tensor) for key, value in values.items()}
+                state[name.removeprefix(prefix)] = entry
+            for index, encoded in enumerate(about["groups"]):
+                group = objects.decode(encoded, tensor=self._tensor)
+                names = [name.removeprefix(prefix) for name in group["params"]]
+                if index == len(groups):
+                    groups.append({**group, "params": []})
+                known = groups[index]["params"]
+                known += [name for name in names if name not in known]
         return {"state": state, "param_groups": groups}
 
 

@@ -25,6 +25,7 @@ from ktrain.checkpoint.dcp import RunStorageReader, RunStorageWriter, step_of
 from ktrain.checkpoint.dcp_attempt import attempt_of
 from ktrain.checkpoint.stored import StoredCheckpoint
 from ktrain.errors import ConfigError, ConflictError, CorruptionError, NotFoundError
+from tests.unit.checkpoint.dcp_runs import load, payload, same, save, state, zeros
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -36,54 +37,12 @@ def run(tmp_path: Path) -> Iterator[str]:
     attempt_of(url).close()
 
 
-def state(seed: int = 0) -> dict[str, Any]:
-    torch.manual_seed(seed)
-    return {
-        "model": {
-            "weight": torch.randn(33, 7),
-            "half": torch.randn(5).bfloat16(),
-            "flags": torch.tensor([True, False]),
-            "scalar": torch.tensor(1.5, dtype=torch.float64),
-            "none": torch.empty(0, 3),
-            "strided": torch.randn(4, 6).t(),
-        },
-        "extra": {"lr": 0.1, "names": ["a", "b"], "epoch": seed},
-    }
-
-
-def zeros() -> dict[str, Any]:
-    empty = state()
-    empty["model"] = {name: torch.zeros_like(tensor) for name, tensor in empty["model"].items()}
-    empty["extra"] = {"lr": None, "names": ["", ""], "epoch": None}
-    return empty
-
-
-def save(run: str, step: int, value: dict[str, Any], planner: SavePlanner | None = None) -> None:
-    dcp.save(value, storage_writer=RunStorageWriter(run), checkpoint_id=f"step-{step}", planner=planner)
-
-
-def load(run: str, step: int | None = None) -> dict[str, Any]:
-    found = zeros()
-    dcp.load(found, storage_reader=RunStorageReader(run, step=step))
-    return found
-
-
-def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    tensors = all(torch.equal(tensor, second["model"][name]) for name, tensor in first["model"].items())
-    return tensors and first["extra"] == second["extra"]
-
-
 def cause(error: CheckpointException) -> BaseException:
     return error.failures[0][0]
 
 
 def catalog(run: str) -> RunCatalog:
     return RunCatalog.open(run, timeouts=Timeouts(), create=False)
-
-
-def payload(run: str) -> Path:
-    (found,) = Path(run).glob("checkpoints/*/*/*.safetensors")
-    return found
 
 
 def test_save_and_load_gives_the_same_values(run: str) -> None:
@@ -144,6 +103,15 @@ def test_save_with_a_plan_of_an_attempt_that_has_ended_is_not_committed(run: str
         save(run, 2, {"model": state(2)["model"]}, caching())
 
     assert [commit.identity.epoch for commit in catalog(run).listing().commits] == [1, 1]
+
+
+def test_save_with_a_plan_of_another_run_is_refused(run: str, caching: Any) -> None:
+    save(run, 1, {"model": state()["model"]}, caching())
+    with pytest.raises(
+        CheckpointException, match="name a run that all nodes share; a planner with enable_plan_caching"
+    ):
+        save(f"{run}-b", 1, {"model": state()["model"]}, caching())
+    attempt_of(f"{run}-b").close()
 
 
 def test_save_of_one_tensor_in_chunks_of_one_rank_loads_whole(run: str) -> None:
@@ -345,6 +313,16 @@ def test_save_with_a_plan_of_other_storage_is_refused(run: str) -> None:
         save(run, 1, state(), Stale())
 
 
+def test_errors_name_the_run_without_its_credentials(tmp_path: Path) -> None:
+    url = "memory://someone:secret@test-dcp-secret/run"
+    save(url, 2, state())
+    with pytest.raises(CheckpointException) as caught:
+        save(url, 1, state())
+    attempt_of(url).close()
+
+    assert "secret@" not in str(cause(caught.value)) and "test-dcp-secret" in str(cause(caught.value))
+
+
 def test_save_without_a_step_or_a_coordinator_is_refused(run: str) -> None:
     with pytest.raises(CheckpointException, match="no step is named"):
         dcp.save(state(), storage_writer=RunStorageWriter(run))
@@ -409,74 +387,3 @@ def test_manifest_holds_planner_data_as_json(run: str) -> None:
 
     assert about["bytes"] == ["extra.epoch", "extra.lr", "extra.names"]
     assert about["planner_data"]["model.weight"] == {"$": "tuple", "v": ["model", "weight"]}
-
-
-# Copies in the memory volume
-
-
-@pytest.fixture
-def volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("KTRAIN_VOLUME", str(tmp_path / "volume"))
-    return tmp_path / "volume"
-
-
-def save_kept(run: str, step: int) -> None:
-    writer = RunStorageWriter(run, keep_in_memory=1)
-    dcp.save(state(step), storage_writer=writer, checkpoint_id=f"step-{step}")
-
-
-def test_load_takes_the_copy_in_memory_where_there_is_one(run: str, volume: Path) -> None:
-    save_kept(run, 1)
-    payload(run).unlink()  # nothing else has the bytes now
-
-    assert same(load(run), state(1))
-
-
-def test_load_with_a_bad_copy_in_memory_sets_it_aside_and_reads_the_runs_own(run: str, volume: Path) -> None:
-    save_kept(run, 1)
-    (slot,) = volume.rglob("slot-*.safetensors")
-    data = bytearray(slot.read_bytes())
-    data[-1] ^= 1
-    slot.write_bytes(data)
-
-    assert same(load(run), state(1))
-    assert not list(volume.rglob("slot-*.manifest.json"))
-    payload(run).unlink()
-    with pytest.raises(CheckpointException, match="there is no such object"):
-        load(run)
-
-
-def test_load_never_takes_a_copy_of_a_save_that_was_not_committed(run: str, volume: Path) -> None:
-    class Failing(RunStorageWriter):
-        def finish(self, metadata: Any, results: Any) -> None:
-            payload(run).unlink()
-            super().finish(metadata, results)
-
-    with pytest.raises(CheckpointException):
-        dcp.save(state(9), storage_writer=Failing(run, keep_in_memory=1), checkpoint_id="1")
-    assert list(volume.rglob("slot-*.manifest.json"))  # it lies there, under the same step and epoch
-    save(run, 1, state(1))
-
-    assert same(load(run), state(1))
-
-
-def test_save_keeps_the_newest_copies_and_no_more_slots(run: str, volume: Path) -> None:
-    for step in (1, 2, 3, 4):
-        save_kept(run, step)
-
-    assert len(list(volume.rglob("slot-*.safetensors"))) == 2
-    for files in Path(run).glob("checkpoints/step-00000004/*/*.safetensors"):
-        files.unlink()
-    assert same(load(run), state(4))
-
-
-def test_save_with_a_volume_that_fails_is_committed_all_the_same(
-    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "file").write_text("no folder")
-    monkeypatch.setenv("KTRAIN_VOLUME", str(tmp_path / "file"))
-
-    save_kept(run, 1)
-
-    assert same(load(run), state(1))
-    assert "no copy is kept in memory" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy
 import pytest
@@ -26,9 +27,9 @@ from tests.unit.checkpoint.builders import RUN, catalog, deadline
 CHUNK = 256  # small, so that small payloads have many
 
 
-def commit(bucket: FakeBucket, ranks: Sequence[dict[Shard, numpy.ndarray]], step: int = 1) -> RunCatalog:
+def commit(bucket: FakeBucket, ranks: Sequence[dict[Shard, numpy.ndarray]], objects: Sequence[dict] = ()) -> RunCatalog:
     """A committed checkpoint of what each rank holds."""
-    at = Identity(RUN, step, 1, len(ranks))
+    step, at = 1, Identity(RUN, 1, 1, len(ranks))
     drain = Drain(at, 0.0)
     files = []
     for rank, held in enumerate(ranks):
@@ -38,7 +39,8 @@ def commit(bucket: FakeBucket, ranks: Sequence[dict[Shard, numpy.ndarray]], step
             payload[entry.begin : entry.end] = numpy.ascontiguousarray(held[entry.shard]).tobytes()
         chunks = tuple(native.digest_chunks(payload, chunk_nbytes=CHUNK))
         plan = f"{rank:016x}"
-        manifest = Manifest(at, rank, plan, layout.nbytes, CHUNK, chunks, layout.entries, {}, {})
+        about = objects[rank] if objects else {}
+        manifest = Manifest(at, rank, plan, layout.nbytes, CHUNK, chunks, layout.entries, about, {})
         data, names = manifest.to_bytes(), (step, 1, drain.write_id, rank)
         bucket.write(records.payload_name(*names), payload, deadline=deadline())
         bucket.write(records.manifest_name(*names), data, deadline=deadline())
@@ -170,3 +172,35 @@ def test_tensor_that_no_rank_holds_whole_is_corruption() -> None:
 
     with pytest.raises(CorruptionError, match=r"'a': no rank stored the items from \(3, 0\)"):
         stored.tensors("")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_dcp_folder_of_a_pipelines_stages_has_every_stages_parameters(tmp_path: Path) -> None:
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    from ktrain.checkpoint.torch_files import write_dcp
+
+    ranks, abouts = [], []
+    for stage in range(2):
+        values = numpy.full(3, stage, "float32")
+        names = (f"model/s{stage}", f"opt/model.s{stage}/m")
+        ranks.append(dict(piece(name, values + at, Box.whole((3,)), Role.RANK) for at, name in enumerate(names)))
+        group = {"lr": 0.5, "params": [f"model.s{stage}"]}
+        optimizer = {"kind": "optimizer", "groups": [group], "keys": [["m"]], "state": {f"model.s{stage}": 0}}
+        module = {"kind": "module", "keys": [f"s{stage}"], "aliases": {}, "extra": {}}
+        abouts.append({"model": module, "opt": {**optimizer, "values": {}, "other": {"x": 1}}})
+    stored = StoredCheckpoint.open(commit(FakeBucket(), ranks, abouts))
+
+    _, tensors, left_out = write_dcp(stored, None, tmp_path)
+
+    moments = {f"s{stage}": {"m": torch.zeros(3)} for stage in range(2)}
+    found = {
+        "model": {f"s{stage}": torch.zeros(3) for stage in range(2)},
+        "opt": {"state": moments, "param_groups": [{"lr": 0.0, "params": []}]},
+    }
+    dcp.load(found, storage_reader=dcp.FileSystemReader(tmp_path))
+    assert [found["model"][f"s{stage}"][0] for stage in range(2)] == [0, 1]
+    assert [moments[f"s{stage}"]["m"][0] for stage in range(2)] == [1, 2]
+    assert found["opt"]["param_groups"] == [{"lr": 0.5, "params": ["s0", "s1"]}]
+    assert (len(tensors), left_out) == (4, ["opt/x"])
