@@ -163,6 +163,8 @@ class RunStorageWriter(StorageWriter):
             raise InternalError(f"RunStorageWriter: step {save.step} is finished by a rank that wrote nothing of it")
         attempt = attempt_of(self._run)
         encoded = objects.encode(metadata.planner_data, tensor=_no_tensor, path="planner_data")
+        faults = FaultPoints.from_environment(own.word.epoch)
+        faults.reached("drain.manifest", step=save.step, rank=own.word.rank)
         reports = [own.write_manifest(attempt.join(own.word), {"planner_data": encoded})]
         reports += [result.storage_data for row in results for result in row if result.index == _FILES]
         attempt.commit(save, own.word, reports, _expected(metadata))
@@ -259,8 +261,7 @@ class RunStorageReader(StorageReader):
             if not isinstance(about, dict) or about.get("kind") != PART or not isinstance(about.get("bytes"), list):
                 raise ConfigError(
                     f"run {catalog.tier.url}: {manifest.identity} was not saved through DCP; restore it by "
-                    "Checkpointer, or "
-                    "write it for DCP by `ktrain ckpt export --to dcp`"
+                    "Checkpointer, or write it for DCP by `ktrain ckpt export --to dcp`"
                 )
             opaque.update(about["bytes"])
             if "planner_data" in about:

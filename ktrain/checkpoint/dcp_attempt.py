@@ -9,6 +9,7 @@ save to save, its number, is counted by every rank alike (ADR 0014).
 from __future__ import annotations
 
 import atexit
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from ktrain.checkpoint.log import open_log
 from ktrain.errors import ConfigError, ConflictError, CorruptionError, KtrainError
 from ktrain.format.manifest import Identity, Manifest
 
+_LOG = logging.getLogger(__name__)
 Chunks = list[tuple[tuple[int, ...], tuple[int, ...]]]  # offsets and lengths, sorted
 
 
@@ -66,6 +68,7 @@ class DcpAttempt:
         self._holder: Holder | None = None
         self._word: Word | None = None  # of the coordinator alone
         self._committed: int | None = None  # newest step of this attempt
+        self._recorded: int | None = None  # the newest epoch whose first commit the run directory knows
         self._loaded: Identity | None = None
         self._num_saves = 0
 
@@ -171,16 +174,26 @@ class DcpAttempt:
         self._note_committed(catalog, drain)
 
     def _note_committed(self, catalog: RunCatalog, drain: Drain) -> None:
+        """Tells the run what the commit record says already; where that fails the checkpoint is there all the same."""
         identity = drain.identity
         with self._lock:
-            first, self._committed = self._committed is None, identity.step
-        if first:
-            catalog.record(identity.epoch, "committed", {"step": identity.step, "tier": contract.TIER_BUCKET})
-            catalog.record(identity.epoch, "durable", {"step": identity.step})
+            self._committed = identity.step
+            is_recorded = self._recorded == identity.epoch
         nbytes = sum(files.nbytes for files in drain.files.values())
         seconds = SYSTEM_CLOCK.monotonic() - drain.started_s
         fields = {"step": identity.step, "tier": contract.TIER_BUCKET, "nbytes": nbytes, "seconds": seconds}
-        self._emit(catalog, "committed", identity.epoch, **fields)
+        try:
+            if not is_recorded:
+                first = {"step": identity.step, "tier": contract.TIER_BUCKET}
+                catalog.record(identity.epoch, "committed", first)
+                catalog.record(identity.epoch, "durable", {"step": identity.step})
+                with self._lock:
+                    self._recorded = identity.epoch
+            self._emit(catalog, "committed", identity.epoch, **fields)
+        except (KtrainError, OSError) as error:
+            _LOG.warning(
+                "%s is committed; what is told of it beside its record could not be written: %s", identity, error
+            )
 
     def _emit(self, catalog: RunCatalog, kind: str, epoch: int, **fields: Any) -> None:
         log = open_log(self._url, catalog.tier, timeouts=self._timeouts)

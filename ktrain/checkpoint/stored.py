@@ -183,10 +183,9 @@ class Near(Protocol):
 class ProvenRanges:
     """Byte ranges of a checkpoint's payloads, named before they are read. Use `copy` from one thread.
 
-    What is asked for is merged and read in windows of whole chunks, some ahead. Windows that were used last are kept,
-    so
-    that ranges that follow one another in a payload cost each window once. Memory stays below 64 MiB, or two windows a
-    rank where there are very many ranks.
+    What is asked for is merged and read in windows of whole chunks, some ahead. The windows that were used last are
+    kept, so that ranges that follow one another in a payload cost each window once. Memory stays below 64 MiB, or two
+    windows a rank where there are very many ranks.
     """
 
     def __init__(
@@ -201,9 +200,10 @@ class ProvenRanges:
         self._manifests = stored.manifests
         chunk = max((manifest.chunk_nbytes for manifest in stored.manifests.values()), default=1)
         share = _KEPT_NBYTES // max(1, len(ranges))
-        self._window_nbytes = max(chunk, min(_WINDOW_NBYTES, share // 2) // chunk * chunk)
+        self._window_nbytes = max(chunk, min(_WINDOW_NBYTES, share // 4) // chunk * chunk)
         self._num_kept = max(_KEPT_NBYTES // self._window_nbytes, 2 * len(ranges))
-        self._num_ahead = _NUM_THREADS if share >= 2 * _NUM_THREADS * self._window_nbytes else 1
+        # Half of what is kept, spread over the ranks: whoever reads all ranks in turn finds what was read ahead.
+        self._num_ahead = max(1, min(_NUM_THREADS, self._num_kept // (2 * max(1, len(ranges)))))
         self._windows = {rank: self._cut(rank, wanted) for rank, wanted in ranges.items()}
         self._recent: OrderedDict[tuple[int, int], Future[bytes | memoryview]] = OrderedDict()
         self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="ktrain-ranges")

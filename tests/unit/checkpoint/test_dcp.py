@@ -293,6 +293,19 @@ def test_save_whose_files_are_damaged_before_the_record_is_not_committed(run: st
     assert catalog(run).listing().commits == ()
 
 
+def test_save_whose_record_is_there_is_done_though_nothing_more_could_be_written(
+    run: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Blocking(RunStorageWriter):
+        def finish(self, metadata: Any, results: Any) -> None:
+            (Path(run) / "attempts" / "attempt-000001-committed.json").mkdir()
+            super().finish(metadata, results)
+
+    dcp.save(state(1), storage_writer=Blocking(run), checkpoint_id="1")
+
+    assert same(load(run), state(1)) and "is committed; what is told of it" in caplog.text
+
+
 def test_save_that_lacks_an_item_of_the_plan_is_not_committed(run: str) -> None:
     class Forgetful(RunStorageWriter):
         def write_data(self, plan: Any, planner: Any) -> Any:
