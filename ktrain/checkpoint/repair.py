@@ -167,6 +167,7 @@ def rebuild(catalog: RunCatalog, damage: Damage, *, clock: Clock = SYSTEM_CLOCK)
             **({} if metrics is None else {"metrics": metrics}),
             "repaired_from": {str(rank): spare.where for rank, spare in sorted(damage.chosen.items())},
         },
+        format=catalog.format,
     )
     for finding in verify_commit(catalog, commit):
         raise CorruptionError(f"{finding.name}: {finding.reason}; nothing is committed")

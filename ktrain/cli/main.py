@@ -9,7 +9,7 @@ import click
 
 import ktrain
 from ktrain.base import contract
-from ktrain.cli import cancel, ckpt, launch, logs, status, upgrade
+from ktrain.cli import cancel, ckpt, exchange, launch, logs, status, upgrade
 from ktrain.errors import ConfigError, ConflictError, CorruptionError, KtrainError, NotFoundError, UnavailableError
 
 _EXIT_CODES: tuple[tuple[type[KtrainError], int], ...] = (
@@ -33,6 +33,8 @@ cli.add_command(logs.logs)
 cli.add_command(cancel.cancel)
 cli.add_command(ckpt.ckpt)
 ckpt.ckpt.add_command(upgrade.upgrade)
+ckpt.ckpt.add_command(exchange.export_command)
+ckpt.ckpt.add_command(exchange.import_command)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -70,6 +70,12 @@ def safetensors_item_nbytes(name: str) -> int | None:
     return _HEADER_NBYTES.get(name)
 
 
+def from_safetensors(name: str) -> str | None:
+    """Our name of a type that a header names, or None for a name no payload of ours has."""
+    return _FROM_HEADER.get(name)
+
+
+_FROM_HEADER = {text: name for name, (_, text) in _DTYPES.items() if text}
 _HEADER_NBYTES = {name: nbytes for nbytes, name in _DTYPES.values() if name}
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 KIND = "ktrain.manifest"
+# A member of `objects` that no part can be named like: the checkpoint was imported and may lack parts (ADR 0014).
+IMPORTED = "ktrain.imported"
 
 _RUN = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,127}")  # also a folder name, so nothing that walks
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,11 +69,12 @@ class Header:
     metadata: dict[str, str]
 
 
-def lay_out(shards: Sequence[Shard]) -> Layout:
+def lay_out(shards: Sequence[Shard], *, metadata: Mapping[str, str] = _ABOUT) -> Layout:
     """Gives every shard its key and place.
 
     Tensors follow in descending item size, else in the order given. In that order, the first shard of a name
-    has the name as its key, further ones get `name#1`, `name#2`.
+    has the name as its key, further ones get `name#1`, `name#2`. `metadata` is the header's, for files that are not
+    payloads of a run.
 
     Raises:
         ConfigError: a name cannot be a key, a box leaves its tensor, or a dtype cannot be stored.
@@ -81,7 +82,7 @@ def lay_out(shards: Sequence[Shard]) -> Layout:
     for shard in shards:
         _require_storable(shard)
     order = sorted(shards, key=lambda shard: -dtypes.item_nbytes(shard.dtype))
-    header: dict[str, Any] = {_METADATA: _ABOUT}
+    header: dict[str, Any] = {_METADATA: dict(metadata)}
     places = []
     end = 0
     for key, shard in zip(_keys(order), order, strict=True):

@@ -10,7 +10,7 @@ from ktrain import native
 from ktrain.abc.source import SnapshotSource
 from ktrain.base.collector import without_collections
 from ktrain.errors import ConfigError
-from ktrain.format.manifest import Identity, Manifest
+from ktrain.format.manifest import IMPORTED, Identity, Manifest
 from ktrain.state.landing import Landing
 from ktrain.state.parts import Context
 from ktrain.state.saved import Reader, Saved, Target, Wishes, ranges_of
@@ -58,7 +58,7 @@ def _plan(state: TrainState, manifests: Mapping[int, Manifest], topology: Topolo
     identity = manifests[saved.rank].identity
     wishes = Wishes(saved)
     context = Context(topology)
-    _compare_parts(state, saved, wishes)
+    absent = _compare_parts(state, saved, wishes)
     objects: dict[str, Mapping[str, Any]] = {}
     seeds: dict[str, int] = {}
     for part in state.parts:
@@ -76,6 +76,9 @@ def _plan(state: TrainState, manifests: Mapping[int, Manifest], topology: Topolo
         f"part {name!r} belongs to a rank; it was stored by {saved.world_size} ranks and there are "
         f"{topology.world_size} now, so it is made anew"
         for name in seeds
+    )
+    wishes.notices.extend(
+        f"part {name!r} is not among the imported ones; it stays as the program made it" for name in absent
     )
     return RestoreNeeds(tuple(wishes.notices), context, wishes.targets, objects, seeds)
 
@@ -102,12 +105,17 @@ def apply(state: TrainState, needs: RestoreNeeds, source: SnapshotSource, landin
         reader.close()
 
 
-def _compare_parts(state: TrainState, saved: Saved, wishes: Wishes) -> None:
+def _compare_parts(state: TrainState, saved: Saved, wishes: Wishes) -> list[str]:
+    """The state's parts that an imported checkpoint does not have; in any other checkpoint that is a problem."""
     stored = saved.part_names()
-    for name in sorted(set(state.names) - stored):
-        wishes.problems.append(f"{name}: the state has this part, the checkpoint has not")
-    for name in sorted(stored - set(state.names)):
+    absent = sorted(set(state.names) - stored)
+    for name in sorted(stored - {*state.names, IMPORTED}):
         wishes.problems.append(f"{name}: the checkpoint has this part, the state has not")
+    if IMPORTED in stored:
+        return absent
+    for name in absent:
+        wishes.problems.append(f"{name}: the state has this part, the checkpoint has not")
+    return []
 
 
 def _is_kind(name: str, about: Mapping[str, Any], expected: str, wishes: Wishes) -> bool:

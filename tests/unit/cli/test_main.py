@@ -30,6 +30,8 @@ OPTIONS = {
     "ckpt repair": {"--step", "--dry-run", "--output"},
     "ckpt pin": {"--step", "--off", "--output"},
     "ckpt gc": {"--keep", "--dry-run", "--output"},
+    "ckpt export": {"--to", "--step", "--part", "--max-shard-size", "--output"},
+    "ckpt import": {"--from", "--part", "--step", "--key", "--exclude", "--tie", "--output"},
 }  # fmt: skip
 
 
