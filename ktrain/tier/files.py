@@ -16,17 +16,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from ktrain.abc.proven import Terms
 from ktrain.abc.tier import Buffer, Stored, check_name, check_prefix
 from ktrain.base import ids
 from ktrain.base.clock import Deadline
 from ktrain.errors import CapacityError, CorruptionError, KtrainError, NotFoundError
 from ktrain.tier.answers import translate, translate_write
+from ktrain.tier.blocks import LEAST_NBYTES, BlockWriter
 from ktrain.tier.deadline import BoundedCalls, Call
 
 _PIECE_NBYTES = 32 << 20  # between two looks at whether anybody still waits
 _TEMPORARY = ".ktrain-tmp"
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _T = TypeVar("_T")
+_Fill = Callable[[Call, Path, int], None]  # writes the content into a new file, given as its path and handle
 
 
 class FileTier:
@@ -39,13 +42,32 @@ class FileTier:
         self.url = str(root)
         self._root = root
         self._calls = BoundedCalls()
+        self._blocks = BlockWriter()
         self._swept = False
 
     def write(self, name: str, data: Buffer, *, deadline: Deadline) -> None:
-        self._run("write", check_name(name), lambda call: self._put(call, name, data, os.replace), deadline)
+        self._write(name, data, None, deadline)
+
+    def write_proven(self, name: str, data: Buffer, terms: Terms, *, deadline: Deadline) -> None:
+        """See `ktrain.abc.proven.ProvesWrites`. The kernel keeps what it was given; nothing is read back."""
+        self._write(name, data, terms, deadline)
+
+    def _write(self, name: str, data: Buffer, terms: Terms | None, deadline: Deadline) -> None:
+        view = memoryview(data).cast("B")
+
+        def fill(call: Call, path: Path, fd: int) -> None:
+            if terms is None and view.nbytes < LEAST_NBYTES:
+                _write_all(call, fd, view)
+            else:
+                self._blocks.write(call, (path, fd), view, terms, deadline)
+
+        self._run("write", check_name(name), lambda call: self._put(call, name, fill, os.replace), deadline)
 
     def create(self, name: str, data: Buffer, *, deadline: Deadline) -> None:
-        self._run("create", check_name(name), lambda call: self._put(call, name, data, _link), deadline)
+        def fill(call: Call, path: Path, fd: int) -> None:
+            _write_all(call, fd, memoryview(data).cast("B"))
+
+        self._run("create", check_name(name), lambda call: self._put(call, name, fill, _link), deadline)
 
     def read(self, name: str, *, deadline: Deadline) -> bytes:
         path = self._root / check_name(name)
@@ -82,22 +104,22 @@ class FileTier:
             meaning = translate_write if verb in ("write", "create") else translate
             raise meaning(error, what) from error
 
-    def _put(self, call: Call, name: str, data: Buffer, publish: Callable[[Path, Path], None]) -> None:
+    def _put(self, call: Call, name: str, fill: _Fill, publish: Callable[[Path, Path], None]) -> None:
         target = self._root / name
         temporary = target.with_name(f".{target.name[:150]}.{ids.random_id()}{_TEMPORARY}")
         fd = _open_in_folder(temporary)
         try:
             _try_lock(fd)  # where there are no locks nobody sweeps either
-            _write_all(call, fd, memoryview(data).cast("B"))
+            fill(call, temporary, fd)
             os.fsync(fd)
             call.check()  # every byte was read while the caller still kept it unchanged
             publish(temporary, target)
         except OSError as error:
             if error.errno == errno.ENOSPC:
-                free = os.statvfs(target.parent)
+                free, nbytes = os.statvfs(target.parent), os.fstat(fd).st_size
                 raise CapacityError(
-                    f"{call.what}: expected space for {memoryview(data).nbytes} bytes, found"
-                    f" {free.f_bavail * free.f_frsize} bytes free; free space or keep fewer checkpoints"
+                    f"{call.what}: no space is left after {nbytes} bytes,"
+                    f" {free.f_bavail * free.f_frsize} bytes are free; free space or keep fewer checkpoints"
                 ) from error
             raise
         finally:
