@@ -89,6 +89,11 @@ class BucketTier:
     def supports_create(self) -> bool:
         return bool(self._creates)
 
+    @property
+    def shows_whole(self) -> bool:
+        """True where an object is seen whole or not at all, so that writing equal bytes twice is seen by nobody."""
+        return self._protocol in (*_S3, "memory")
+
     def write(self, name: str, data: Buffer, *, deadline: Deadline) -> None:
         self._write(name, memoryview(data).cast("B"), None, deadline)
 

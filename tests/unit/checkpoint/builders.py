@@ -66,7 +66,8 @@ def upload(tier: Tier, at: Identity, write_id: str = "0a1b") -> Drain:
         tier.write(files.payload, payload, deadline=deadline())
         tier.write(files.manifest, data, deadline=deadline())
         report = {name: getattr(files, name) for name in RankFiles.__slots__}
-        drain.take({"write_id": write_id, "files": report, "plan_digest": manifest.plan_digest})
+        said = {"write_id": write_id, "rank": rank, "files": report, "plan_digest": manifest.plan_digest}
+        drain.take("instance-0", said, 0.0)
     return drain
 
 
