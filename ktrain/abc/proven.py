@@ -45,6 +45,19 @@ class Chunks:
                 high = min(low + self.chunk_nbytes, nbytes)
                 raise BadBytes(f"{what}: bytes {low} to {high} differ from the digest made at the snapshot", low, high)
 
+    def check_stored(self, data: Buffer, begin: int, nbytes: int, what: str) -> None:
+        """Compares one chunk as a store gave it back; `nbytes` is the object's size.
+
+        Raises:
+            CorruptionError: the store has other bytes than were sent.
+        """
+        if native.crc64(data) != self.digests[begin // self.chunk_nbytes]:
+            end = min(begin + self.chunk_nbytes, nbytes)
+            raise CorruptionError(
+                f"{what}: bytes {begin} to {end} as read back from the store are not those that were sent; check the "
+                "store"
+            )
+
     def digest(self, begin: int, end: int) -> int:
         """The digest of [begin, end), which is whole chunks, without reading a byte."""
         total, size = 0, self.chunk_nbytes

@@ -17,6 +17,7 @@ from ktrain.base.retry import RetryBudget
 from ktrain.base.settings import Timeouts
 from ktrain.errors import KtrainError, NotFoundError
 from ktrain.format import record as records
+from ktrain.format.digest import digest_text
 from ktrain.format.manifest import Identity, Manifest, bad_ranges
 from ktrain.format.record import RankFiles
 from ktrain.snapshot.arena import NodeVolume, SlotReader
@@ -72,15 +73,15 @@ class _Work:
 
     def files(self, manifest: Manifest) -> RankFiles:
         """Names and proofs of a rank's two objects."""
-        at, rank = self.identity, manifest.rank
+        at, rank, data = self.identity, manifest.rank, manifest.to_bytes()
         return RankFiles(
             rank,
             records.payload_name(at.step, at.epoch, self.write_id, rank),
             manifest.nbytes,
             manifest.payload_digest(),
             records.manifest_name(at.step, at.epoch, self.write_id, rank),
-            len(manifest.to_bytes()),
-            manifest.digest(),
+            len(data),
+            digest_text(data),
         )
 
 
@@ -144,7 +145,7 @@ class Uploader:
             with volume.open(rank, at) as slot:
                 files, plan_digest = work.files(slot.manifest), slot.manifest.plan_digest
                 if rank not in work.again or not self._is_there(files):
-                    self._write(work, slot, volume, faults)
+                    self._write(work, files, slot, volume=volume, faults=faults)
         except (KtrainError, OSError) as error:
             failure = f"rank {rank} on {self._node}: {type(error).__name__}: {error}"
             bad_copy = isinstance(error, NotFoundError | BadBytes)  # else it is the way to the store that failed
@@ -168,9 +169,11 @@ class Uploader:
             return False  # not there, torn, or it cannot be told: it is uploaded, which names the trouble
         return found.digest() == files.manifest_digest and sizes.get(files.payload) == files.nbytes
 
-    def _write(self, work: _Work, slot: SlotReader, volume: NodeVolume, faults: FaultPoints) -> None:
-        manifest, step, rank = slot.manifest, work.identity.step, slot.manifest.rank
-        files, tier = work.files(manifest), self._open_tier()
+    def _write(
+        self, work: _Work, files: RankFiles, slot: SlotReader, *, volume: NodeVolume, faults: FaultPoints
+    ) -> None:
+        manifest, step, rank = slot.manifest, work.identity.step, files.rank
+        tier = self._open_tier()
         self._reached(faults, "drain.payload", step, rank)
         deadline = self._deadline(2 * manifest.nbytes * work.num_at_once)  # a part of it may be read back
         try:

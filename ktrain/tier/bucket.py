@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import random
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -19,7 +18,6 @@ from typing import Any, TypeVar
 import fsspec
 import fsspec.config
 
-from ktrain import native
 from ktrain.abc.proven import Chunks, Terms
 from ktrain.abc.tier import Buffer, Stored, Tier, check_name, check_prefix
 from ktrain.base import ids
@@ -36,13 +34,12 @@ from ktrain.errors import (
 from ktrain.tier.answers import public_url, translate, translate_write
 from ktrain.tier.connection import Connection
 from ktrain.tier.deadline import BoundedCalls, Call
-from ktrain.tier.parts import PartBuffers, copy_proven, part_nbytes
+from ktrain.tier.parts import PartBuffers, copy_proven, part_nbytes, sample_chunks
 from ktrain.tier.s3 import PART_NBYTES, S3Requests, Upload, probe_checksums
 
 _T = TypeVar("_T")
 _S3 = ("s3", "s3a")
 _BUDGET_NBYTES = 256 << 20  # of private copies of parts in flight, for all writes of one tier
-_NUM_SAMPLES = 8  # chunks of a payload that are read back where the store compares no digests
 _CALL_TRIES = 4  # of one small call; what lasts longer is for its caller to judge
 _PART_TRIES = 8  # of one request of a large write: some 10 s in all
 _MEMORY = threading.Lock()  # memory:// hands one seekable object to all its readers
@@ -101,8 +98,13 @@ class BucketTier:
         """See `ktrain.abc.proven.ProvesWrites`."""
         view = memoryview(data).cast("B")
         self._write(name, view, terms, deadline)
-        if not self._checks:
-            self._read_back(name, view.nbytes, terms, deadline)
+        if self._protocol in _S3:
+            return  # done by the upload, where the store does not compare digests itself
+        size, what = terms.chunks.chunk_nbytes, f"{self.kind} tier {self.url}: {name}"
+        for index in sample_chunks(view.nbytes, size):
+            begin, end = index * size, min((index + 1) * size, view.nbytes)
+            terms.pace.take(end - begin, deadline=deadline)
+            terms.chunks.check_stored(self.read_range(name, begin, end, deadline=deadline), begin, view.nbytes, what)
 
     def _write(self, name: str, view: memoryview, terms: Terms | None, deadline: Deadline) -> None:
         path = self._path(check_name(name))
@@ -127,23 +129,10 @@ class BucketTier:
         upload = Upload(bucket, key, call.what, terms, retries, self._buffers, deadline, bool(self._checks))
         try:
             upload.put(requests, view)
+            if terms is not None and not self._checks:
+                upload.read_back(requests, view.nbytes)
         except NotFoundError as error:  # of an upload or a bucket: nothing is "not found" by a write
             raise translate_write(error, call.what) from error
-
-    def _read_back(self, name: str, nbytes: int, terms: Terms, deadline: Deadline) -> None:
-        """Compares a sample of what the store has now: the first and the last chunk, and some between by chance.
-
-        It finds a store that mixes up, cuts or recodes what it gets, not a single bit (ADR 0013).
-        """
-        size = terms.chunks.chunk_nbytes
-        num = -(-nbytes // size)
-        chosen = {0, num - 1, *random.sample(range(num), min(num, _NUM_SAMPLES - 2))} if num else set()
-        for index in sorted(chosen):
-            begin, end = index * size, min((index + 1) * size, nbytes)
-            terms.pace.take(end - begin, deadline=deadline)
-            data = self.read_range(name, begin, end, deadline=deadline)
-            what = f"{self.kind} tier {self.url}: read back {name}"
-            terms.chunks.check([native.crc64(data)], begin, nbytes, what)
 
     def create(self, name: str, data: Buffer, *, deadline: Deadline) -> None:
         check_name(name)

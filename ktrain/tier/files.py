@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -45,6 +45,7 @@ class FileTier:
         self._calls = BoundedCalls()
         self._blocks = BlockWriter()
         self._swept = False
+        self._durable: set[Path] = set()  # folders whose names are known to be on the disk
 
     def write(self, name: str, data: Buffer, *, deadline: Deadline) -> None:
         self._write(name, data, None, deadline)
@@ -108,7 +109,7 @@ class FileTier:
     def _put(self, call: Call, name: str, fill: _Fill, publish: Callable[[Path, Path], None]) -> None:
         target = self._root / name
         temporary = target.with_name(f".{target.name[:150]}.{ids.random_id()}{_TEMPORARY}")
-        fd = _open_in_folder(temporary)
+        fd, made = _open_in_folder(temporary)
         try:
             _try_lock(fd)  # where there are no locks nobody sweeps either
             fill(call, temporary, fd)
@@ -127,6 +128,20 @@ class FileTier:
             temporary.unlink(missing_ok=True)
             os.close(fd)
         _sync_folder(target.parent)
+        self._sync_path(target.parent, made)
+
+    def _sync_path(self, folder: Path, made: Sequence[Path]) -> None:
+        """Makes the folders on the way to a file durable too: once for each, and after the file, so that a journal that
+        was written for the file has most of it already.
+        """
+        on_the_way = [folder, *folder.parents]
+        for each in on_the_way[: on_the_way.index(self._root) + 1]:
+            if each in made or each not in self._durable:
+                _sync_folder(each.parent)
+                self._durable.add(each)
+        for each in made:
+            if each not in self._durable:  # above the root
+                _sync_folder(each.parent)
 
     def _remove(self, call: Call, name: str) -> None:
         target = self._root / name
@@ -144,6 +159,7 @@ class FileTier:
 
     def _remove_empty_folders(self, folder: Path) -> None:
         while folder != self._root:
+            self._durable.discard(folder)
             try:
                 folder.rmdir()
             except FileNotFoundError:
@@ -153,27 +169,26 @@ class FileTier:
             folder = folder.parent
 
 
-def _open_in_folder(temporary: Path) -> int:
-    """Opens a new file, making its folders; another process may remove an empty folder in between."""
+def _open_in_folder(temporary: Path) -> tuple[int, list[Path]]:
+    """Opens a new file, making its folders, which are returned; another process may remove an empty one in between."""
     for attempt in range(3):
-        _make_folders(temporary.parent)
+        made = _make_folders(temporary.parent)
         try:
-            return os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            return os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), made
         except FileNotFoundError:
             if attempt == 2:
                 raise
     raise AssertionError("unreachable")
 
 
-def _make_folders(folder: Path) -> None:
-    """Makes missing folders and fsyncs what holds them: a file is only as durable as the path to it."""
+def _make_folders(folder: Path) -> list[Path]:
     missing = []
     while not folder.is_dir():
         missing.append(folder)
         folder = folder.parent
     for made in reversed(missing):
         made.mkdir(exist_ok=True)
-        _sync_folder(made.parent)
+    return missing
 
 
 def _sync_folder(folder: Path) -> None:

@@ -6,6 +6,7 @@ Invariant: a part is digested and compared in the memory that it is sent from, a
 from __future__ import annotations
 
 import io
+import random
 import threading
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -20,6 +21,8 @@ Part = io.BytesIO
 
 _T = TypeVar("_T")
 _WAIT_S = 0.5
+_MAX_SAMPLES = 8
+_NBYTES_PER_SAMPLE = 64 << 20
 _KEPT_NBYTES = 64 << 20  # warm buffers that an idle tier keeps
 
 
@@ -98,6 +101,15 @@ def copy_proven(target: memoryview, source: memoryview, chunks: Chunks | None, w
         return
     begin, nbytes, what = where
     chunks.check(native.copy_digest(target, source, chunk_nbytes=chunks.chunk_nbytes), begin, nbytes, what)
+
+
+def sample_chunks(nbytes: int, chunk_nbytes: int) -> list[int]:
+    """Which chunks of an object to read back: the first, the last, others by chance; one for each 64 MiB, 2 to 8."""
+    num = -(-nbytes // chunk_nbytes)
+    if num <= 2:
+        return list(range(num))
+    num_chosen = min(num, max(2, min(_MAX_SAMPLES, nbytes // _NBYTES_PER_SAMPLE)))
+    return sorted({0, num - 1, *random.sample(range(1, num - 1), num_chosen - 2)})
 
 
 def side_by_side(work: Callable[[_T], None], items: Iterable[_T], *, num_threads: int, name: str) -> None:

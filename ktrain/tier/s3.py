@@ -31,7 +31,7 @@ from ktrain.errors import (
 )
 from ktrain.tier.answers import translate, translate_write
 from ktrain.tier.deadline import Call
-from ktrain.tier.parts import Part, PartBuffers, copy_proven, part_nbytes, side_by_side
+from ktrain.tier.parts import Part, PartBuffers, copy_proven, part_nbytes, sample_chunks, side_by_side
 
 PART_NBYTES = 16 << 20
 _NUM_PARTS_IN_FLIGHT = 8  # of one object; several objects share the node's budget
@@ -62,17 +62,33 @@ class S3Requests:
             DeadlineError: none came before the deadline, or nobody waits any more.
             KtrainError: what else went wrong, as a tier says it.
         """
-        self._call.check()
         request = getattr(self._client, method)
-        coroutine = request(**self._filesystem._get_s3_method_kwargs(request, **fields))
+        fields = self._filesystem._get_s3_method_kwargs(request, **fields)
+        answer: dict[str, Any] = self._wait(method, request(**fields), nbytes)
+        return answer
+
+    def read(self, begin: int, end: int, **place: str) -> bytes:
+        """The bytes [begin, end) of an object, fewer where it ends before; errors as of `ask`."""
+
+        async def fetch() -> bytes:
+            fields = self._filesystem._get_s3_method_kwargs(self._client.get_object, **place)
+            answer = await self._client.get_object(**fields, Range=f"bytes={begin}-{end - 1}")
+            async with answer["Body"] as body:
+                return bytes(await body.read())
+
+        data: bytes = self._wait("get_object", fetch(), end - begin)
+        return data
+
+    def _wait(self, method: str, coroutine: Any, nbytes: int) -> Any:
         bound = self._deadline.sooner(self._patience_s + nbytes / _SLOWEST_BYTES_PER_S)
         try:
+            self._call.check()
             future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        except RuntimeError as error:
+        except (RuntimeError, DeadlineError) as error:
             coroutine.close()
-            raise UnavailableError(f"{self._call.what}: the connection is closed") from error
+            raise translate(error, self._call.what) from error
         try:
-            answer: dict[str, Any] = future.result(bound.remaining_s())
+            return future.result(bound.remaining_s())
         except TimeoutError as error:
             if future.done():  # the client's own
                 raise translate(error, self._call.what) from error
@@ -81,7 +97,6 @@ class S3Requests:
             raise (BusyError(late) if bound is not self._deadline else DeadlineError(late)) from error
         except Exception as error:  # noqa: BLE001 -- whatever a client library raises gets its meaning here
             raise translate(error, self._call.what) from error
-        return answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +219,26 @@ class Upload:
                     ) from error
 
         self._try(complete)
+
+    def read_back(self, s3: S3Requests, nbytes: int) -> None:
+        """Compares a sample of what the store has now: the first and the last chunk, and some between by chance.
+
+        It finds a store that mixes up, cuts or recodes what it gets, not a single bit (ADR 0013).
+
+        Raises:
+            CorruptionError: the store has other bytes than were sent.
+        """
+        assert self.terms is not None
+        terms, size = self.terms, self.terms.chunks.chunk_nbytes
+
+        def check(index: int) -> None:
+            begin, end = index * size, min((index + 1) * size, nbytes)
+            terms.pace.take(end - begin, deadline=self.deadline)
+            data = self._try(lambda: s3.read(begin, end, Bucket=self.bucket, Key=self.key))
+            terms.chunks.check_stored(data, begin, nbytes, self.what)
+
+        chosen = sample_chunks(nbytes, size)
+        side_by_side(check, chosen, num_threads=max(1, len(chosen)), name=f"ktrain-tier: read back {self.key}")
 
     def _try(self, work: Callable[[], Any]) -> Any:
         return self.retries.run(work, deadline=self.deadline)
