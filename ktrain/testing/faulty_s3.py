@@ -36,7 +36,6 @@ class S3Trouble(StrEnum):
     STALL = "stall"  # no answer until `heal` or the end, nothing is handed on
     LOST_REPLY = "lost-reply"  # handed on; the connection breaks before the answer
     FLIP_BIT = "flip-bit"  # handed on with one bit of the body wrong; nobody notices
-    STALE = "stale"  # handed on; a listing's answer is the one that was given before the last change
 
 
 _STATUS = {
@@ -71,7 +70,6 @@ class FaultyS3:
         self.checks = checks
         self.behind = server.port
         self.healed = threading.Event()
-        self.before: dict[str, tuple[int, list[tuple[str, str]], bytes]] = {}  # guarded by lock: path -> old answer
         self._faults: list[list[object]] = []  # [fault, requests seen], guarded by lock
         for fault in faults:
             self.add(fault)
@@ -182,11 +180,6 @@ class _Handler(BaseHTTPRequestHandler):
             spoilt[len(spoilt) // 2] ^= 1
             body = bytes(spoilt)
         answer = self._ask(body)
-        if operation.startswith("list"):
-            with self.proxy.lock:
-                old = self.proxy.before.setdefault(self.path, answer)
-                self.proxy.before[self.path] = old if trouble is S3Trouble.STALE else answer
-            answer = old if trouble is S3Trouble.STALE else answer
         if trouble is S3Trouble.LOST_REPLY:
             self._break_off(operation)
             return

@@ -210,6 +210,9 @@ def test_upload_spoilt_by_a_store_that_compares_nothing_is_found_by_reading_samp
         write(tier, small, Chunks(_MIB, chunks.digests[:1]))
     assert not isinstance(caught.value, BadBytes), "the copy in memory is good"
     assert proxy.count("get_object") == 1
+    for _ in range(8):
+        write(tier, small, Chunks(_MIB, chunks.digests[:1]))
+    assert proxy.count("get_object") == 2, "of the first payload, then of each eighth"
 
 
 def test_upload_probe_of_a_busy_store_is_made_again_and_not_taken_for_a_no(
