@@ -14,6 +14,7 @@ ENV_TOKEN_FILE = "KTRAIN_TOKEN_FILE"  # noqa: S105 -- a path: the token itself n
 ENV_VOLUME = "KTRAIN_VOLUME"  # folder on a memory-backed file system for the memory tier
 ENV_PATIENCE = "KTRAIN_PATIENCE_S"  # the one setting from which every timeout is derived
 ENV_FAULTS = "KTRAIN_FAULTS"  # fault points to fire in this process (tests)
+ENV_DRAIN_RATE = "KTRAIN_DRAIN_BYTES_PER_S"  # what one node's drains may send to the bucket; unset means no limit
 ENV_DISK = "KTRAIN_DISK"  # node directory of the disk tier; unset means no disk tier
 
 # Exit codes of workers, head and command line.

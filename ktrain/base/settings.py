@@ -62,7 +62,7 @@ class Timeouts:
 
     @property
     def drain_s(self) -> float:
-        """The last drain, before `close()` gives up."""
+        """The last drain, before `close()` gives up; a drain in which nothing moves."""
         return max(60.0, 5 * self.patience_s)
 
     @property
@@ -151,6 +151,27 @@ def timeouts() -> Timeouts:
             f"environment variable {contract.ENV_PATIENCE}: expected more than 0 s and an end, found {text!r}"
         )
     return Timeouts(patience_s=patience)
+
+
+def drain_bytes_per_s() -> float | None:
+    """`KTRAIN_DRAIN_BYTES_PER_S`: what one node's drains may send to the bucket; None means no limit.
+
+    Raises:
+        ConfigError: it is no positive number.
+    """
+    text = env(contract.ENV_DRAIN_RATE)
+    if text is None:
+        return None
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise ConfigError(
+            f"environment variable {contract.ENV_DRAIN_RATE}: expected bytes per second, more than 0, found {text!r}; "
+            "unset or correct it"
+        )
+    return rate
 
 
 def volume_root() -> Path:

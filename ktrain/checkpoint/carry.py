@@ -11,19 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ktrain.abc.tier import Tier
+from ktrain.abc.proven import BadBytes
 from ktrain.abc.transport import Transport
 from ktrain.base import contract
 from ktrain.base.clock import Clock, Deadline
 from ktrain.base.faults import FaultPoints
 from ktrain.base.settings import Timeouts
+from ktrain.checkpoint.upload import Uploader, refuse_slot
 from ktrain.errors import ConflictError, CorruptionError, KtrainError, NotFoundError, UnavailableError
-from ktrain.format import record as records
-from ktrain.format.manifest import Identity, bad_ranges
-from ktrain.format.record import RankFiles
-from ktrain.snapshot.arena import NodeVolume, SlotReader
+from ktrain.format.manifest import Identity
+from ktrain.snapshot.arena import NodeVolume
 from ktrain.tier.disk import NodeDisk
-from ktrain.tier.location import open_tier
 
 _LOG = logging.getLogger(__name__)
 
@@ -32,8 +30,8 @@ _LOG = logging.getLogger(__name__)
 class Wanted:
     """What the head wants carried by this node."""
 
-    drain: Mapping[str, Any] | None = None
-    ranks: Sequence[int] = ()  # whose snapshots this node drains
+    drain: Mapping[str, Any] | None = None  # what to bring into the bucket, and for which ranks
+    ranks: Sequence[int] = ()  # whose snapshots are to be on this node's disk
     pull: Sequence[Mapping[str, Any]] = ()
     peers: Mapping[str, str] = field(default_factory=dict)
     protect: Sequence[tuple[int, int]] = ()
@@ -57,7 +55,7 @@ class Carrier:
 
     Args:
         emit: takes an event's kind and fields.
-        drained: takes the report on one rank's upload.
+        drained: takes what the head is to know of one rank's upload; from several threads.
     """
 
     def __init__(
@@ -69,16 +67,14 @@ class Carrier:
         timeouts: Timeouts,
         clock: Clock,
     ) -> None:
-        self._run_url = ends.run_url
         self._node = ends.node
         self._volume = ends.volume
         self._disk = ends.disk
         self._transport = ends.transport
         self._emit = emit
-        self._drained = drained
         self._timeouts = timeouts
         self._clock = clock
-        self._tier: Tier | None = None
+        self._uploader = Uploader(ends.run_url, ends.node, emit=emit, report=drained, timeouts=timeouts, clock=clock)
         self._wanted = Wanted()  # replaced whole
         self._faults = FaultPoints([], epoch=0)
         self._closed = threading.Event()
@@ -123,70 +119,8 @@ class Carrier:
             except Exception:  # noqa: BLE001 -- top of the thread: recorded, the next wanted state tries again
                 _LOG.exception("%s: unexpected failure", name)
 
-    # Drain
-
     def _drain_once(self, memory: dict[Any, Any]) -> None:
-        wanted = self._wanted
-        if wanted.drain is None:
-            return
-        write_id = str(wanted.drain["write_id"])
-        if memory.get("write_id") != write_id:
-            memory.update(write_id=write_id, ranks=set())
-        for rank in wanted.ranks:  # a rank may join later, when this keeper has taken over from a dead one
-            if rank not in memory["ranks"]:
-                memory["ranks"].add(rank)
-                self._drained(self._drain_rank(rank, Identity.from_json(wanted.drain["identity"]), write_id))
-
-    def _drain_rank(self, rank: int, identity: Identity, write_id: str) -> dict[str, Any]:
-        started = self._clock.monotonic()
-        try:
-            files, plan_digest = self._upload(rank, identity, write_id)
-        except (KtrainError, OSError) as error:
-            return {"write_id": write_id, "failure": f"rank {rank} on {self._node}: {type(error).__name__}: {error}"}
-        seconds = self._clock.monotonic() - started
-        self._emit(
-            "drained", rank=rank, step=identity.step, tier=contract.TIER_BUCKET, nbytes=files.nbytes, seconds=seconds
-        )
-        fields = {name: getattr(files, name) for name in RankFiles.__slots__}
-        return {"write_id": write_id, "plan_digest": plan_digest, "files": fields}
-
-    def _upload(self, rank: int, identity: Identity, write_id: str) -> tuple[RankFiles, str]:
-        """Payload, then manifest, straight from the slot, which stays under lease meanwhile."""
-        volume = self._volume()
-        if volume is None:
-            raise UnavailableError(f"rank {rank}, {identity}: this node has no volume now")
-        if self._tier is None:
-            self._tier = open_tier(self._run_url, timeouts=self._timeouts)
-        payload = records.payload_name(identity.step, identity.epoch, write_id, rank)
-        name = records.manifest_name(identity.step, identity.epoch, write_id, rank)
-        with self._open_proven(volume, rank, identity) as slot:
-            manifest = slot.manifest
-            self._faults.reached("drain.payload", step=identity.step, rank=rank)
-            self._tier.write(payload, slot.memory, deadline=self._transfer_deadline(manifest.nbytes))
-        data = manifest.to_bytes()
-        self._faults.reached("drain.manifest", step=identity.step, rank=rank)
-        self._tier.write(name, data, deadline=self._transfer_deadline(len(data)))
-        files = RankFiles(rank, payload, manifest.nbytes, manifest.payload_digest(), name, len(data), manifest.digest())
-        return files, manifest.plan_digest
-
-    def _transfer_deadline(self, nbytes: int) -> Deadline:
-        return Deadline.after(self._timeouts.storage_s + nbytes / 1e6, self._clock)
-
-    def _open_proven(self, volume: NodeVolume, rank: int, identity: Identity) -> SlotReader:
-        """The slot under lease, after every byte of it was digested."""
-        slot = volume.open(rank, identity)
-        bad = bad_ranges(slot.manifest, slot.memory)
-        if bad:
-            slot.close()
-            self._refuse_slot(volume, rank, identity, bad[0])
-        return slot
-
-    def _refuse_slot(self, volume: NodeVolume, rank: int, identity: Identity, bad: tuple[int, int]) -> None:
-        reason = f"bytes {bad[0]} to {bad[1]} differ from the digest made at the snapshot"
-        volume.discard(rank, identity, reason)
-        where = {"step": identity.step, "rank": rank, "tier": contract.TIER_MEMORY, "where": self._node}
-        self._emit("bad_copy", reason=reason, begin=bad[0], end=bad[1], **where)
-        raise CorruptionError(f"rank {rank}, {identity} in the memory of {self._node}: {reason}")
+        self._uploader.work(self._wanted.drain, self._volume(), self._faults)
 
     # The node's own disk
 
@@ -232,9 +166,13 @@ class Carrier:
 
     def _store(self, disk: NodeDisk, volume: NodeVolume, rank: int, identity: Identity) -> None:
         started = self._clock.monotonic()
-        with self._open_proven(volume, rank, identity) as slot:
-            disk.store(slot.manifest, slot.memory)
+        with volume.open(rank, identity) as slot:
             nbytes = slot.manifest.nbytes
+            try:
+                disk.store(slot.manifest, slot.memory)
+            except BadBytes as error:
+                refuse_slot(volume, slot.manifest, error, emit=self._emit, node=self._node)
+                raise
         fields = {"rank": rank, "step": identity.step, "tier": contract.TIER_DISK}
         self._emit("drained", nbytes=nbytes, seconds=self._clock.monotonic() - started, **fields)
 

@@ -30,6 +30,7 @@ from ktrain.checkpoint.policy import Policies
 from ktrain.checkpoint.removal import Terms
 from ktrain.checkpoint.roster import Attempt, Member, RankProgress, Roster
 from ktrain.errors import ConflictError, KtrainError
+from ktrain.format.manifest import Identity
 
 _LOG = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ class Coordinator:
         self._roster = self._desk.roster
         self._attempt = Attempt()
         self._commits = Commits(self._attempt, self._emit)
-        self._drains = DrainSchedule(timeouts=timeouts, emit=self._emit, clock=clock)
+        whole = bool(getattr(catalog.tier, "shows_whole", False))
+        self._drains = DrainSchedule(timeouts=timeouts, emit=self._emit, clock=clock, takes_over=whole)
         self._collector = Collector(catalog, timeouts=timeouts, clock=clock)
         self._metrics = MetricBook()
         self._keeps_all = False  # the last collection could not be carried out; said once
@@ -90,7 +92,7 @@ class Coordinator:
     def _enter(self, epoch: int, assignment: Mapping[str, Sequence[int]]) -> None:
         self._attempt = Attempt.of(epoch, assignment)
         self._commits = Commits(self._attempt, self._emit)  # what the last attempt had may be off this one's line
-        self._drains.reset()
+        self._drains.new_attempt()
         self._faults = FaultPoints.from_environment(epoch)
         self._roster.forget_ranks()
         self._restore = RestoreDirector(self._desk, self._attempt)
@@ -98,10 +100,10 @@ class Coordinator:
             self._stop = StopAgreement(self._stop.reason)  # these ranks have promised nothing yet
 
     def end_attempt(self) -> None:
-        """Ends the attempt: nothing more is drained or agreed until the next one begins."""
+        """Ends the attempt: nothing more is agreed until the next one begins. What is in memory is still drained."""
         with self._lock:
             self._restore = None
-            self._drains.reset()
+            self._drains.new_attempt()
             self._attempt = Attempt(self._attempt.epoch)
 
     def forget_node(self, node: str) -> None:
@@ -197,12 +199,12 @@ class Coordinator:
                 self.request_stop(view["stop_wanted"])
             if view["restore"] and self._restore is not None:
                 self._restore.take(rank, view["restore"])
-        self._drains.take(said["drained"])
+        self._drains.take(member.instance, said["drained"])
         if self._stop is not None:
             self._stop.hear(self._roster.views(), self._attempt.home)
 
     def _answer(self, member: Member, said: dict[str, Any]) -> dict[str, Any]:
-        attempt, drain, restore = self._attempt, self._drains.current, self._restore
+        attempt, restore = self._attempt, self._restore
         return {
             "run": self._catalog.run_id,
             "format": self._catalog.format,
@@ -214,7 +216,7 @@ class Coordinator:
             "kept_slots": self._policies.keep.kept,
             "peers": self._roster.wires(),
             "pull": self._roster.wanted_replicas(member, self._commits.memory, attempt),
-            "drain": None if drain is None or drain.complete() else drain.to_json(),
+            "drain": self._drains.wanted_from(member.instance),
             "disk": self._wanted_on_disk(),
             "restore": None if restore is None else restore.answer(member.node, int(said["restore_round"])),
             "want_manifests": [] if restore is None else restore.wanted_from(member.node),
@@ -296,13 +298,27 @@ class Coordinator:
     def _begin_drain(self) -> None:
         last = self._stop is not None or any(said["phase"] == "close" for said in self._roster.views().values())
         commits = self._commits
+        self._drains.drop_unless(self._may_be_continued)
+        if commits.memory is not None and commits.memory == self._drains.last_done:
+            commits.note_bucket(commits.memory)  # drained across the beginning of this attempt, which restored it
         self._drains.begin(commits.memory, commits.bucket, every=self._policies.every.bucket, last=last)
+        self._drains.assign(self._roster.members())
+
+    def _may_be_continued(self, identity: Identity) -> bool:
+        """False for a step of an older attempt that this one did not continue from, once it has committed itself."""
+        memory, epoch = self._commits.memory, self._attempt.epoch
+        restored = None if self._restore is None else self._restore.restored
+        if identity.epoch == epoch or memory is None or memory.epoch != epoch:
+            return True
+        return restored is not None and identity.step <= restored.step
 
     def _drain_done(self, drain: Drain) -> None:
         with self._lock:
             if not self._drains.done(drain):
                 return
             commits, keep, epoch = self._commits, self._policies.keep.in_bucket, self._attempt.epoch
+            if drain.identity.epoch != epoch and drain.identity != commits.memory:
+                return  # of an attempt before; a restore finds it, and this attempt counts only what is on its line
             commits.note_bucket(drain.identity)
         if not commits.durable_is_recorded:
             self._catalog.record(epoch, "durable", {"step": drain.identity.step})

@@ -28,6 +28,7 @@ from ktrain.checkpoint.lineage import on_line
 from ktrain.checkpoint.log import open_log
 from ktrain.errors import ConfigError, ConflictError, CorruptionError, KtrainError
 from ktrain.format.manifest import Identity, Manifest
+from ktrain.format.record import RankFiles
 
 _LOG = logging.getLogger(__name__)
 Chunks = list[tuple[tuple[int, ...], tuple[int, ...]]]  # offsets and lengths, sorted
@@ -162,7 +163,8 @@ class DcpAttempt:
         identity = Identity(word.run, save.step, word.epoch, word.world_size)
         drain = Drain(identity, SYSTEM_CLOCK.monotonic(), save.write_id(word))
         for report in reports:
-            drain.take(report)
+            if report["write_id"] == drain.write_id:
+                drain.add(RankFiles(**report["files"]), str(report["plan_digest"]))
         if not drain.complete():
             late = sorted(set(range(word.world_size)) - set(drain.files))
             raise CorruptionError(

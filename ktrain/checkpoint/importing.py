@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -205,7 +205,7 @@ def _write(catalog: RunCatalog, step: int, layout: Layout, about: dict[str, Any]
     data, name = manifest.to_bytes(), records.manifest_name(step, epoch, drain.write_id, 0)
     catalog.tier.write(name, data, deadline=catalog.transfer_deadline(len(data)))
     files = RankFiles(0, payload, layout.nbytes, manifest.payload_digest(), name, len(data), manifest.digest())
-    drain.take({"write_id": drain.write_id, "files": asdict(files), "plan_digest": manifest.plan_digest})
+    drain.add(files, manifest.plan_digest)
     commit_drain(catalog, drain, clock=SYSTEM_CLOCK, faults=FaultPoints.from_environment(epoch))
     return epoch
 

@@ -22,6 +22,7 @@ from ktrain.base.events import Event, ListSink, make
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.carry import Carrier, Ends, Wanted
 from ktrain.checkpoint.lineage import Copy
+from ktrain.checkpoint.upload import DrainReports
 from ktrain.errors import ConflictError, CorruptionError, KtrainError
 from ktrain.format.manifest import Identity
 from ktrain.snapshot.arena import NodeVolume, ProblemKind
@@ -79,7 +80,7 @@ class NodeKeeper:
         self._lock = threading.RLock()  # guards the fields below; never held across I/O
         self._view: dict[str, Any] = {}  # the head's last answer
         self._ranks: dict[int, _Rank] = {}
-        self._drained: list[dict[str, Any]] = []
+        self._drained = DrainReports()
         self._wanted_manifests: list[dict[str, Any]] = []
         self._restore_round = -1
         self._restore: dict[str, Any] | None = None  # the newest round, with its long part
@@ -143,9 +144,8 @@ class NodeKeeper:
         self._wake.set()
 
     def _note_drained(self, report: dict[str, Any]) -> None:
-        with self._lock:
-            self._drained = [*self._drained[-64:], report]
-        self._wake.set()
+        if self._drained.add(report):
+            self._wake.set()
 
     # For the ranks
 
@@ -266,7 +266,7 @@ class NodeKeeper:
                     for rank, known in self._ranks.items()
                 },
                 "restore_round": self._restore_round,
-                "drained": list(self._drained),
+                "drained": self._drained.newest(),
                 "freed": self._freed.is_set(),
                 "events_from": self._events_sent,
                 "events": [event.to_json() for event in batch],
@@ -278,7 +278,7 @@ class NodeKeeper:
         with self._lock:
             is_new = answer["epoch"] != self._view.get("epoch")
             if is_new:
-                self._ranks, self._drained, self._restore, self._restore_round = {}, [], None, -1
+                self._ranks, self._restore, self._restore_round = {}, None, -1
             fresh_manifests = answer["want_manifests"] != self._wanted_manifests
             self._wanted_manifests = answer["want_manifests"]
             moved = [rank for rank in answer["ranks"] if rank not in self._view.get("ranks", [])]

@@ -81,6 +81,10 @@ class Roster:
                 fresh.append(Event.from_json(value))
         return member, fresh
 
+    def members(self) -> list[Member]:
+        """All keepers, by name."""
+        return [member for _, member in sorted(self._members.items())]
+
     def forget(self, node: str) -> None:
         """A node is gone with its volume."""
         self._members = {name: member for name, member in self._members.items() if member.node != node}

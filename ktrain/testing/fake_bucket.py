@@ -16,6 +16,8 @@ class FakeBucket:
     it by `FaultyTier`. It takes no time; only a deadline that is already over is noticed.
     """
 
+    shows_whole = True
+
     def __init__(
         self,
         *,

@@ -129,6 +129,10 @@ class FaultyTier:
     def supports_create(self) -> bool:
         return self._inner.supports_create
 
+    @property
+    def shows_whole(self) -> bool:
+        return bool(getattr(self._inner, "shows_whole", False))
+
     def add(self, fault: TierFault) -> None:
         """One more fault, counted from now."""
         with self._lock:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 
+from ktrain.base.retry import BusyError
 from ktrain.base.urls import public_url
 from ktrain.errors import (
     CapacityError,
@@ -34,7 +35,11 @@ _CODES: dict[str, type[KtrainError]] = {  # S3 codes that say more than their st
     "InvalidToken": ForbiddenError,
     "TokenRefreshRequired": ForbiddenError,
     "AuthorizationHeaderMalformed": ForbiddenError,
-    "RequestTimeout": UnavailableError,
+    "RequestTimeout": BusyError,
+    "IncompleteBody": BusyError,  # the connection broke in mid body
+    "BadDigest": BusyError,  # the body was damaged on its way
+    "XAmzContentSHA256Mismatch": BusyError,
+    "SlowDown": BusyError,
     "XMinioStorageFull": CapacityError,
     "QuotaExceeded": CapacityError,
 }
@@ -45,7 +50,12 @@ _STATUS: dict[int, type[KtrainError]] = {
     409: ConflictError,
     412: ConflictError,
     416: CorruptionError,
+    429: BusyError,
+    500: BusyError,
     501: ConfigError,  # the store does not know this kind of request
+    502: BusyError,
+    503: BusyError,
+    504: BusyError,
     507: CapacityError,
 }
 _ERRNO: dict[int, type[KtrainError]] = {
@@ -59,6 +69,22 @@ _ERRNO: dict[int, type[KtrainError]] = {
     errno.ENOSPC: CapacityError,
     errno.EDQUOT: CapacityError,
     errno.EFBIG: CapacityError,
+    errno.ECONNREFUSED: BusyError,
+    errno.ECONNRESET: BusyError,
+    errno.ECONNABORTED: BusyError,
+    errno.EPIPE: BusyError,
+    errno.ETIMEDOUT: BusyError,
+    errno.EHOSTUNREACH: BusyError,
+    errno.ENETUNREACH: BusyError,
+}
+_BROKEN = {  # names of what clients raise when a connection cannot be made, breaks or stalls
+    "ConnectionError",
+    "TimeoutError",
+    "HTTPClientError",
+    "ClientConnectionError",
+    "ClientPayloadError",
+    "IncompleteRead",
+    "FSTimeoutError",
 }
 
 
@@ -68,6 +94,7 @@ class _Said:
 
     code: str
     status: int
+    retry_after_s: float = 0.0
 
 
 def showable(error: BaseException) -> BaseException | None:
@@ -93,7 +120,10 @@ def translate(error: Exception, what: str) -> KtrainError:
     if said is not None:
         text = f"{text} [{said.code or 'status'} {said.status}]"
     cls = _class_of(error, said)
-    return cls(f"{what}: {_WORDS.get(cls, 'failed')} ({text}){_advice(said)}")
+    message = f"{what}: {_WORDS.get(cls, 'failed')} ({text}){_advice(said)}"
+    if cls is BusyError:
+        return BusyError(message, said.retry_after_s if said is not None else 0.0, answered=said is not None)
+    return cls(message)
 
 
 def translate_write(error: Exception, what: str) -> KtrainError:
@@ -108,6 +138,7 @@ _WORDS: dict[type[KtrainError], str] = {
     NotFoundError: "there is no such object",
     ForbiddenError: "the store refused",
     UnavailableError: "the store could not be asked",
+    BusyError: "the store could not answer now",
     ConflictError: "the object is there already",
     CorruptionError: "the object is shorter than the range asked for",
     CapacityError: "no space is left",
@@ -132,6 +163,8 @@ def _class_of(error: Exception, said: _Said | None) -> type[KtrainError]:
         return ConflictError
     if isinstance(error, OSError) and error.errno is not None:
         return _ERRNO.get(error.errno, UnavailableError)
+    if any(cls.__name__ in _BROKEN for cls in type(error).__mro__):
+        return BusyError
     return UnavailableError
 
 
@@ -144,14 +177,20 @@ def _said(error: BaseException) -> _Said | None:
         response = getattr(seen, "response", None)
         if isinstance(response, dict) and "Error" in response:
             code = str(response["Error"].get("Code", ""))
-            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            return _Said(code, status if isinstance(status, int) else int(code) if code.isdigit() else 0)
+            about = response.get("ResponseMetadata", {})
+            status, wait = about.get("HTTPStatusCode"), _seconds(about.get("HTTPHeaders", {}).get("retry-after"))
+            return _Said(code, status if isinstance(status, int) else int(code) if code.isdigit() else 0, wait)
         for attribute in ("status", "code"):  # aiohttp; gcsfs
             status = getattr(seen, attribute, None)
             if isinstance(status, int) and 400 <= status < 600:
                 return _Said("", status)
         seen = seen.__cause__
     return None
+
+
+def _seconds(text: object) -> float:
+    """Seconds of a Retry-After header (RFC 9110, 10.2.3); a date counts as none: clocks of hosts are not compared."""
+    return float(text) if isinstance(text, str) and text.isascii() and text.isdecimal() else 0.0
 
 
 def _advice(said: _Said | None) -> str:

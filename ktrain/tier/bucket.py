@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
-import logging
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -19,9 +18,11 @@ from typing import Any, TypeVar
 import fsspec
 import fsspec.config
 
+from ktrain.abc.proven import Chunks, Terms
 from ktrain.abc.tier import Buffer, Stored, Tier, check_name, check_prefix
 from ktrain.base import ids
 from ktrain.base.clock import Deadline
+from ktrain.base.retry import BusyError, Retries, RetryBudget
 from ktrain.base.settings import Timeouts
 from ktrain.base.urls import public_url
 from ktrain.errors import (
@@ -30,19 +31,19 @@ from ktrain.errors import (
     CorruptionError,
     KtrainError,
     NotFoundError,
-    UnavailableError,
 )
 from ktrain.tier.answers import showable, translate, translate_write
+from ktrain.tier.connection import Connection
 from ktrain.tier.deadline import BoundedCalls, Call
+from ktrain.tier.parts import PartBuffers, copy_proven, part_nbytes, sample_chunks
+from ktrain.tier.s3 import PART_NBYTES, S3Requests, Upload, probe_checksums
 
-_LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _S3 = ("s3", "s3a")
-_PART_NBYTES = 16 << 20  # a part is copied once to bytes; parts in flight bound the copy
-_NUM_PARTS_IN_FLIGHT = 8
-_MAX_NUM_PARTS = 9_000  # S3 takes 10,000
-_CLOSE_S = 1.0
-_CANCEL_S = 0.05
+_BUDGET_NBYTES = 256 << 20  # of private copies of parts in flight, for all writes of one tier
+_PAYLOADS_PER_READ_BACK = 8
+_CALL_TRIES = 4  # of one small call; what lasts longer is for its caller to judge
+_PART_TRIES = 8  # of one request of a large write: some 10 s in all
 _MEMORY = threading.Lock()  # memory:// hands one seekable object to all its readers
 
 
@@ -75,26 +76,76 @@ class BucketTier:
         self._is_async = bool(filesystem.async_impl)
         self._calls = BoundedCalls()
         self._lock = threading.Lock()
-        self._idle: list[_Connection] = []  # guarded by _lock
+        self._idle: list[Connection] = []  # guarded by _lock
         self._closed = False  # guarded by _lock
         self._creates: bool | None = None  # None: not probed yet
+        self._checks: bool | None = None  # the store compares our digests; None: not probed yet
+        self._num_proven = 0  # payloads written with their proof; guarded by _lock
+        self._patience_s = timeouts.storage_s
+        self._buffers = PartBuffers(_BUDGET_NBYTES)
+        self._retries = Retries(RetryBudget(), max_tries=_CALL_TRIES)
 
     @property
     def supports_create(self) -> bool:
         return bool(self._creates)
 
+    @property
+    def shows_whole(self) -> bool:
+        """True where an object is seen whole or not at all, so that writing equal bytes twice is seen by nobody."""
+        return self._protocol in (*_S3, "memory")
+
     def write(self, name: str, data: Buffer, *, deadline: Deadline) -> None:
-        path = self._path(check_name(name))
+        self._write(name, memoryview(data).cast("B"), None, deadline)
+
+    def write_proven(self, name: str, data: Buffer, terms: Terms, *, deadline: Deadline) -> None:
+        """See `ktrain.abc.proven.ProvesWrites`."""
         view = memoryview(data).cast("B")
+        self._write(name, view, terms, deadline)
+        if self._protocol in _S3 or not self._is_read_back():
+            return  # S3: done by the upload, where the store does not compare digests itself
+        size, what = terms.chunks.chunk_nbytes, f"{self.kind} tier {self.url}: {name}"
+        for index in sample_chunks(view.nbytes, size):
+            begin, end = index * size, min((index + 1) * size, view.nbytes)
+            terms.pace.take(end - begin, deadline=deadline)
+            terms.chunks.check_stored(self.read_range(name, begin, end, deadline=deadline), begin, view.nbytes, what)
+
+    def _write(self, name: str, view: memoryview, terms: Terms | None, deadline: Deadline) -> None:
+        path = self._path(check_name(name))
         if self._protocol in _S3:
-            part = max(_PART_NBYTES, -(-view.nbytes // _MAX_NUM_PARTS))
-            body: Any = bytes(view) if view.nbytes < 2 * part else _Parts(view)
-            options = {"chunksize": part, "max_concurrency": _NUM_PARTS_IN_FLIGHT}
-            self._ask("write", name, lambda fs, call: fs.pipe_file(path, body, **options), deadline)
-        elif view.nbytes <= 2 * _PART_NBYTES:
+            upload = functools.partial(self._upload, path=path, view=view, terms=terms, deadline=deadline)
+            self._ask_once("write", name, upload, deadline)
+        elif terms is None and view.nbytes <= 2 * PART_NBYTES:
             self._ask("write", name, lambda fs, call: _pipe(fs, path, bytes(view)), deadline)
         else:
-            self._ask("write", name, lambda fs, call: _stream(fs, call, path, view), deadline)
+            self._ask_once("write", name, lambda fs, call: _stream(fs, call, path, view, terms, deadline), deadline)
+
+    def _upload(
+        self, fs: Any, call: Call, *, path: str, view: memoryview, terms: Terms | None, deadline: Deadline
+    ) -> None:
+        bucket, _, key = path.partition("/")
+        requests = S3Requests(fs, call, patience_s=self._patience_s, deadline=deadline)
+        requests.connect(bucket)
+        if terms is not None and self._checks is None:
+            folder = self._root.partition("/")[2]
+            self._checks = self._retries.run(lambda: probe_checksums(requests, bucket, folder), deadline=deadline)
+        retries = self._retries if terms is None else Retries(terms.retries, max_tries=_PART_TRIES)
+        upload = Upload(bucket, key, call.what, terms, retries, self._buffers, deadline, bool(self._checks))
+        try:
+            upload.put(requests, view)
+            if terms is not None and not self._checks and self._is_read_back():
+                upload.read_back(requests, view.nbytes)
+        except NotFoundError as error:  # of an upload or a bucket: nothing is "not found" by a write
+            raise translate_write(error, call.what) from error
+
+    def _is_read_back(self) -> bool:
+        """Whether a sample of the payload just written is to be read back: of the first one, then of each eighth.
+
+        What a store does wrong by habit shows in the first. Some stores digest the whole object before its first byte
+        is read, which took as long as the upload (rclone, 2026-11-25).
+        """
+        with self._lock:
+            self._num_proven += 1
+            return self._num_proven % _PAYLOADS_PER_READ_BACK == 1
 
     def create(self, name: str, data: Buffer, *, deadline: Deadline) -> None:
         check_name(name)
@@ -164,10 +215,14 @@ class BucketTier:
         return f"{self._root}/{name}" if name else self._root
 
     def _ask(self, verb: str, name: str, work: Callable[[Any, Call], _T], deadline: Deadline) -> _T:
+        """A call that may be made again where the store was busy."""
+        return self._retries.run(lambda: self._ask_once(verb, name, work, deadline), deadline=deadline)
+
+    def _ask_once(self, verb: str, name: str, work: Callable[[Any, Call], _T], deadline: Deadline) -> _T:
         """One call on a filesystem object that nobody else uses meanwhile."""
         what = f"{self.kind} tier {self.url}: {verb} {name}"
         with self._lock:
-            connection = self._idle.pop() if self._idle else _Connection(self._new, is_async=self._is_async)
+            connection = self._idle.pop() if self._idle else Connection(self._new, is_async=self._is_async)
         meaning = translate_write if verb in ("write", "create") else translate
         clean = False
         try:
@@ -177,12 +232,15 @@ class BucketTier:
         except (NotFoundError, ConflictError):
             clean = True
             raise
+        except BusyError as error:
+            clean = error.answered
+            raise
         finally:
             self._put_back(connection, clean)
 
     def _work(
         self,
-        connection: _Connection,
+        connection: Connection,
         work: Callable[[Any, Call], _T],
         call: Call,
         meaning: Callable[[Exception, str], KtrainError],
@@ -201,7 +259,7 @@ class BucketTier:
         finally:
             connection.free.set()
 
-    def _put_back(self, connection: _Connection, clean: bool) -> None:
+    def _put_back(self, connection: Connection, clean: bool) -> None:
         with self._lock:
             keep = clean and not self._closed
             if keep:
@@ -229,88 +287,6 @@ class BucketTier:
         return refuses
 
 
-class _Parts:
-    """A buffer that is copied one part at a time: botocore takes bytes only, and a snapshot is large."""
-
-    def __init__(self, view: memoryview) -> None:
-        self._view = view
-
-    def __len__(self) -> int:
-        return self._view.nbytes
-
-    def __getitem__(self, part: slice) -> bytes:
-        return bytes(self._view[part])
-
-
-class _Connection:
-    """A filesystem object with an event loop of its own, so that it can be ended without hurting another."""
-
-    def __init__(self, new: Callable[[asyncio.AbstractEventLoop | None], Any], *, is_async: bool) -> None:
-        self._new = new
-        self._is_async = is_async
-        self._loop: asyncio.AbstractEventLoop | None = None  # guarded by _lock
-        self._closed = False  # guarded by _lock
-        self._lock = threading.Lock()
-        self._filesystem: Any = None
-        self.free = threading.Event()  # no call's thread is using the object
-        self.free.set()
-
-    def filesystem(self) -> Any:
-        """The object, made at its first use: that may take a while, so it happens on the call's thread."""
-        with self._lock:
-            if self._closed:
-                raise UnavailableError("the connection is closed")
-            if self._is_async and self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                turn = threading.Thread(target=self._turn, args=(self._loop,), name="ktrain-tier-loop", daemon=True)
-                turn.start()
-        if self._filesystem is None:
-            self._filesystem = self._new(self._loop)
-        return self._filesystem
-
-    def close(self) -> None:
-        """Cancels what still runs and ends the loop; returns at once. A thread that waits for it wakes up."""
-        with self._lock:
-            if self._loop is not None and not self._closed:
-                self._loop.call_soon_threadsafe(self._loop.stop)
-            self._closed = True
-
-    def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
-        asyncio.set_event_loop(loop)
-        loop.run_forever()  # until close()
-        try:
-            loop.run_until_complete(self._cancel_until_free())
-            client = getattr(self._filesystem, "_s3", None)
-            if client is not None:
-                loop.run_until_complete(asyncio.wait_for(client.close(), _CLOSE_S))
-        except Exception:  # noqa: BLE001 -- top of a thread; the process's end closes what is left open
-            _LOG.debug("a connection was not closed in order", exc_info=True)
-        finally:
-            self._filesystem = None
-            loop.close()
-
-    async def _cancel_until_free(self) -> None:
-        """Cancels also what begins late: a call that was still making the object would wait for ever otherwise."""
-        await _cancel_all()
-        while not self.free.is_set():
-            await asyncio.sleep(_CANCEL_S)
-            await _cancel_all()
-
-
-async def _cancel_all() -> None:
-    """Cancels what has begun: a task cancelled before it began runs no `finally`, so it never wakes its thread."""
-    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task() and _has_begun(task)]
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        await asyncio.wait(tasks, timeout=_CLOSE_S)
-
-
-def _has_begun(task: asyncio.Task[Any]) -> bool:
-    coroutine = task.get_coro()
-    return not inspect.iscoroutine(coroutine) or inspect.getcoroutinestate(coroutine) != inspect.CORO_CREATED
-
-
 def _factory(url: str, filesystem: Any, timeouts: Timeouts) -> Callable[[asyncio.AbstractEventLoop | None], Any]:
     options = dict(filesystem._get_kwargs_from_urls(url))
     options.update(skip_instance_cache=True, use_listings_cache=False)
@@ -323,12 +299,15 @@ def _factory(url: str, filesystem: Any, timeouts: Timeouts) -> Callable[[asyncio
             "response_checksum_validation": "when_required",
             "connect_timeout": max(1.0, timeouts.storage_s / 3),
             "read_timeout": timeouts.storage_s,
-            "retries": {"max_attempts": 2, "mode": "standard"},
             **configured,
+            "retries": {"total_max_attempts": 1},  # the tier tries again itself, under a budget (ADR 0013)
         }
 
     def new(loop: asyncio.AbstractEventLoop | None) -> Any:
-        return filesystem(**options) if loop is None else filesystem(loop=loop, **options)
+        made = filesystem(**options) if loop is None else filesystem(loop=loop, **options)
+        if "retries" in vars(type(made)):
+            made.retries = 1  # s3fs's own tries; the tier tries again itself
+        return made
 
     return new
 
@@ -338,13 +317,22 @@ def _pipe(fs: Any, path: str, data: bytes) -> None:
     fs.pipe_file(path, data)
 
 
-def _stream(fs: Any, call: Call, path: str, view: memoryview) -> None:
+def _stream(fs: Any, call: Call, path: str, view: memoryview, terms: Terms | None, deadline: Deadline) -> None:
     """Writes in pieces: the whole must not be copied."""
+    chunks: Chunks | None = None if terms is None else terms.chunks
+    size = part_nbytes(1, PART_NBYTES, 1, 1 if chunks is None else chunks.chunk_nbytes)
     fs.makedirs(fs._parent(path), exist_ok=True)
     file = fs.open(path, "wb")
-    for begin in range(0, view.nbytes, _PART_NBYTES):
+    for begin in range(0, view.nbytes, size):
         call.check()  # on the way out the file stays open: closing it would show a part as the whole
-        file.write(bytes(view[begin : begin + _PART_NBYTES]))
+        source = view[begin : begin + size]
+        piece = bytearray(source.nbytes)  # a new one for each: the client may keep it
+        copy_proven(memoryview(piece), source, chunks, (begin, view.nbytes, call.what))
+        if terms is not None:
+            terms.pace.take(source.nbytes, deadline=deadline)
+        file.write(piece)
+        if terms is not None:
+            terms.sent(source.nbytes)
     call.check()
     file.close()
 

@@ -10,9 +10,11 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from ktrain.abc.proven import Chunks, Terms
 from ktrain.abc.tier import Buffer, Tier
 from ktrain.base import contract
 from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
+from ktrain.base.pace import Pace
 from ktrain.base.settings import Timeouts
 from ktrain.errors import ConfigError, CorruptionError, NotFoundError
 from ktrain.format import record as records
@@ -30,7 +32,8 @@ class NodeDisk:
 
     def __init__(self, root: Path, *, run: str, node: str, timeouts: Timeouts, clock: Clock = SYSTEM_CLOCK) -> None:
         self.path = root / run / node
-        self.tier: Tier = FileTier(self.path, kind=contract.TIER_DISK)
+        self._files = FileTier(self.path, kind=contract.TIER_DISK)
+        self.tier: Tier = self._files
         self._run = run
         self._timeouts = timeouts
         self._clock = clock
@@ -41,15 +44,17 @@ class NodeDisk:
         return Deadline.after(self._timeouts.storage_s + nbytes / 1e6, self._clock)
 
     def store(self, manifest: Manifest, payload: Buffer) -> None:
-        """Keeps a snapshot: payload, then manifest.
+        """Keeps a snapshot: payload, every chunk proven on its way, then manifest.
 
         Raises:
+            BadBytes: the payload is not the manifest's; it does not count.
             CapacityError: the disk is full; what was there still is.
             UnavailableError, DeadlineError: it could not be written; it does not count.
         """
         identity, rank = manifest.identity, manifest.rank
         name = payload_name(identity, rank)
-        self.tier.write(name, payload, deadline=self._deadline(manifest.nbytes))
+        terms = Terms(Chunks(manifest.chunk_nbytes, manifest.chunks), Pace(None))
+        self._files.write_proven(name, payload, terms, deadline=self._deadline(manifest.nbytes))
         self.tier.write(_manifest_name(identity, rank), manifest.to_bytes(), deadline=self._deadline())
 
     def scan(self) -> list[tuple[int, Identity]]:

@@ -12,40 +12,64 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from ktrain.abc.proven import Terms
 from ktrain.abc.tier import Buffer, Stored, check_name, check_prefix
 from ktrain.base import ids
 from ktrain.base.clock import Deadline
 from ktrain.errors import CapacityError, CorruptionError, KtrainError
 from ktrain.tier.answers import translate, translate_write
+from ktrain.tier.blocks import LEAST_NBYTES, BlockWriter
 from ktrain.tier.deadline import BoundedCalls, Call
 
 _PIECE_NBYTES = 32 << 20  # between two looks at whether anybody still waits
 _TEMPORARY = ".ktrain-tmp"
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _T = TypeVar("_T")
+_Fill = Callable[[Call, Path, int], None]  # writes the content into a new file, given as its path and handle
 
 
 class FileTier:
     """Objects as files below `root`, which is made by the first write."""
 
     supports_create = True
+    shows_whole = True  # by the rename: writing equal bytes twice is seen by nobody
 
     def __init__(self, root: Path, *, kind: str) -> None:
         self.kind = kind
         self.url = str(root)
         self._root = root
         self._calls = BoundedCalls()
+        self._blocks = BlockWriter()
         self._swept = False
+        self._durable: set[Path] = set()  # folders whose names are known to be on the disk
 
     def write(self, name: str, data: Buffer, *, deadline: Deadline) -> None:
-        self._run("write", check_name(name), lambda call: self._put(call, name, data, os.replace), deadline)
+        self._write(name, data, None, deadline)
+
+    def write_proven(self, name: str, data: Buffer, terms: Terms, *, deadline: Deadline) -> None:
+        """See `ktrain.abc.proven.ProvesWrites`. The kernel keeps what it was given; nothing is read back."""
+        self._write(name, data, terms, deadline)
+
+    def _write(self, name: str, data: Buffer, terms: Terms | None, deadline: Deadline) -> None:
+        view = memoryview(data).cast("B")
+
+        def fill(call: Call, path: Path, fd: int) -> None:
+            if terms is None and view.nbytes < LEAST_NBYTES:
+                _write_all(call, fd, view)
+            else:
+                self._blocks.write(call, (path, fd), view, terms, deadline)
+
+        self._run("write", check_name(name), lambda call: self._put(call, name, fill, os.replace), deadline)
 
     def create(self, name: str, data: Buffer, *, deadline: Deadline) -> None:
-        self._run("create", check_name(name), lambda call: self._put(call, name, data, _link), deadline)
+        def fill(call: Call, path: Path, fd: int) -> None:
+            _write_all(call, fd, memoryview(data).cast("B"))
+
+        self._run("create", check_name(name), lambda call: self._put(call, name, fill, _link), deadline)
 
     def read(self, name: str, *, deadline: Deadline) -> bytes:
         path = self._root / check_name(name)
@@ -87,28 +111,42 @@ class FileTier:
             meaning = translate_write if verb in ("write", "create") else translate
             raise meaning(error, what) from error
 
-    def _put(self, call: Call, name: str, data: Buffer, publish: Callable[[Path, Path], None]) -> None:
+    def _put(self, call: Call, name: str, fill: _Fill, publish: Callable[[Path, Path], None]) -> None:
         target = self._root / name
         temporary = target.with_name(f".{target.name[:150]}.{ids.random_id()}{_TEMPORARY}")
-        fd = _open_in_folder(temporary)
+        fd, made = _open_in_folder(temporary)
         try:
             _try_lock(fd)  # where there are no locks nobody sweeps either
-            _write_all(call, fd, memoryview(data).cast("B"))
+            fill(call, temporary, fd)
             os.fsync(fd)
             call.check()  # every byte was read while the caller still kept it unchanged
             publish(temporary, target)
         except OSError as error:
             if error.errno == errno.ENOSPC:
-                free = os.statvfs(target.parent)
+                free, nbytes = os.statvfs(target.parent), os.fstat(fd).st_size
                 raise CapacityError(
-                    f"{call.what}: expected space for {memoryview(data).nbytes} bytes, found"
-                    f" {free.f_bavail * free.f_frsize} bytes free; free space or keep fewer checkpoints"
+                    f"{call.what}: no space is left after {nbytes} bytes,"
+                    f" {free.f_bavail * free.f_frsize} bytes are free; free space or keep fewer checkpoints"
                 ) from error
             raise
         finally:
             temporary.unlink(missing_ok=True)
             os.close(fd)
         _sync_folder(target.parent)
+        self._sync_path(target.parent, made)
+
+    def _sync_path(self, folder: Path, made: Sequence[Path]) -> None:
+        """Makes the folders on the way to a file durable too: once for each, and after the file, so that a journal that
+        was written for the file has most of it already.
+        """
+        on_the_way = [folder, *folder.parents]
+        for each in on_the_way[: on_the_way.index(self._root) + 1]:
+            if each in made or each not in self._durable:
+                _sync_folder(each.parent)
+                self._durable.add(each)
+        for each in made:
+            if each not in self._durable:  # above the root
+                _sync_folder(each.parent)
 
     def _remove(self, call: Call, name: str) -> None:
         target = self._root / name
@@ -126,6 +164,7 @@ class FileTier:
 
     def _remove_empty_folders(self, folder: Path) -> None:
         while folder != self._root:
+            self._durable.discard(folder)
             try:
                 folder.rmdir()
             except FileNotFoundError:
@@ -135,27 +174,26 @@ class FileTier:
             folder = folder.parent
 
 
-def _open_in_folder(temporary: Path) -> int:
-    """Opens a new file, making its folders; another process may remove an empty folder in between."""
+def _open_in_folder(temporary: Path) -> tuple[int, list[Path]]:
+    """Opens a new file, making its folders, which are returned; another process may remove an empty one in between."""
     for attempt in range(3):
-        _make_folders(temporary.parent)
+        made = _make_folders(temporary.parent)
         try:
-            return os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            return os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), made
         except FileNotFoundError:
             if attempt == 2:
                 raise
     raise AssertionError("unreachable")
 
 
-def _make_folders(folder: Path) -> None:
-    """Makes missing folders and fsyncs what holds them: a file is only as durable as the path to it."""
+def _make_folders(folder: Path) -> list[Path]:
     missing = []
     while not folder.is_dir():
         missing.append(folder)
         folder = folder.parent
     for made in reversed(missing):
         made.mkdir(exist_ok=True)
-        _sync_folder(made.parent)
+    return missing
 
 
 def _sync_folder(folder: Path) -> None:

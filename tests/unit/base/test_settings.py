@@ -50,3 +50,18 @@ def test_volume_root_named_by_the_user_wins(monkeypatch: pytest.MonkeyPatch, tmp
 def test_environment_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(contract.ENV_RUN, "")
     assert settings.env(contract.ENV_RUN, "none") == "none"
+
+
+@pytest.mark.parametrize(("text", "expected"), [("", None), ("200e6", 200e6), ("1", 1.0)])
+def test_drain_rate_is_read_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch, text: str, expected: float | None
+) -> None:
+    monkeypatch.setenv(contract.ENV_DRAIN_RATE, text)
+    assert settings.drain_bytes_per_s() == expected
+
+
+@pytest.mark.parametrize("text", ["0", "-5", "inf", "nan", "fast", "10MB"])
+def test_drain_rate_that_is_none_is_refused_with_the_unit(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv(contract.ENV_DRAIN_RATE, text)
+    with pytest.raises(ConfigError, match="bytes per second"):
+        settings.drain_bytes_per_s()

@@ -73,7 +73,8 @@ def _put_rank(tier: Tier, drain: Drain, payload: bytes, manifest: Manifest) -> N
     tier.write(files.payload, payload, deadline=deadline())
     tier.write(files.manifest, data, deadline=deadline())
     report = {name: getattr(files, name) for name in RankFiles.__slots__}
-    drain.take({"write_id": drain.write_id, "files": report, "plan_digest": manifest.plan_digest})
+    said = {"write_id": drain.write_id, "rank": manifest.rank, "files": report, "plan_digest": manifest.plan_digest}
+    drain.take("instance-0", said, 0.0)
 
 
 def record_of(drain: Drain) -> CommitRecord:

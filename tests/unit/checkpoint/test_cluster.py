@@ -233,39 +233,6 @@ def test_stop_holds_for_its_attempt_and_is_agreed_anew_in_the_next(cluster: Clus
     assert again["reason"] == "cancel" and not again["confirmed"], "nobody of this attempt has promised anything"
 
 
-def test_drain_keeper_replaced_in_the_middle_uploads_the_ranks_that_join_later(tmp_path: Path) -> None:
-    cluster = Cluster(tmp_path, num_nodes=1, per_node=2)
-    cluster.restore()
-    cluster.drains = False
-    cluster.save_and_settle(10)
-    cluster.drains = True
-    late = cluster.workers.pop()
-    node = cluster.nodes[0]
-    node.keeper._ranks.pop(late.rank)  # as a keeper that came back knows only who has pulsed since
-    cluster.turn(3)
-    assert "bucket" not in cluster.committed()
-    cluster.workers.append(late)
-    cluster.turn(4)
-    assert cluster.committed()["bucket"] == 10
-    cluster.close()
-
-
-def test_bad_slot_is_not_drained_and_is_named(cluster: Cluster) -> None:
-    cluster.restore()
-    cluster.drains = False
-    cluster.save_and_settle(10)
-    cluster.spoil_memory(0, 0, 10)
-    cluster.drains = True
-    cluster.turn(4)
-    assert "bucket" not in cluster.committed()
-    (bad,) = cluster.said("bad_copy")
-    assert (bad["rank"], bad["step"], bad["where"]) == (0, 10, "node-0")
-    assert len(cluster.said("tier_failed")) == 1
-    cluster.save_and_settle(20)
-    cluster.turn(8)
-    assert cluster.committed()["bucket"] == 20 and len(cluster.said("tier_recovered")) == 1
-
-
 def test_replica_of_a_step_off_the_line_does_not_hold_its_slot_for_ever(trained: Cluster) -> None:
     """What one node replicated and another did not, a restart passes over; but it is the newest that is kept."""
     trained.drains = False

@@ -7,6 +7,7 @@ import errno
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ReadTimeoutError
 
+from ktrain.base.retry import BusyError
 from ktrain.errors import (
     CapacityError,
     ConfigError,
@@ -34,12 +35,15 @@ def _said(code: str, status: int) -> ClientError:
         (_said("AccessDenied", 403), ForbiddenError),
         (_said("SignatureDoesNotMatch", 403), ForbiddenError),
         (_said("ExpiredToken", 400), ForbiddenError),
-        (_said("SlowDown", 503), UnavailableError),
-        (_said("TooManyRequests", 429), UnavailableError),
-        (_said("InternalError", 500), UnavailableError),
-        (_said("RequestTimeout", 400), UnavailableError),
+        (_said("SlowDown", 503), BusyError),
+        (_said("TooManyRequests", 429), BusyError),
+        (_said("InternalError", 500), BusyError),
+        (_said("RequestTimeout", 400), BusyError),
         (_said("PreconditionFailed", 412), ConflictError),
         (_said("ConditionalRequestConflict", 409), ConflictError),
+        (_said("BadDigest", 400), BusyError),
+        (_said("InvalidRequest", 400), UnavailableError),
+        (ConnectionResetError(errno.ECONNRESET, "k"), BusyError),
         (_said("InvalidRange", 416), CorruptionError),
         (_said("InsufficientStorage", 507), CapacityError),
         (_said("XMinioStorageFull", 507), CapacityError),
@@ -53,10 +57,10 @@ def _said(code: str, status: int) -> ClientError:
         (OSError(errno.EDQUOT, "k"), CapacityError),
         (OSError(errno.EIO, "k"), UnavailableError),
         (OSError(errno.ESTALE, "k"), UnavailableError),
-        (ConnectionRefusedError(errno.ECONNREFUSED, "k"), UnavailableError),
-        (TimeoutError(), UnavailableError),
-        (EndpointConnectionError(endpoint_url="http://x"), UnavailableError),
-        (ReadTimeoutError(endpoint_url="http://x"), UnavailableError),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "k"), BusyError),
+        (TimeoutError(), BusyError),
+        (EndpointConnectionError(endpoint_url="http://x"), BusyError),
+        (ReadTimeoutError(endpoint_url="http://x"), BusyError),
         (NoCredentialsError(), ForbiddenError),
         (ModuleNotFoundError("No module named 's3fs'"), ConfigError),
         (RuntimeError("nobody knows"), UnavailableError),
@@ -102,3 +106,12 @@ def test_translate_message_with_credentials_hides_them() -> None:
 )
 def test_public_url_keeps_the_place_alone(url: str, expected: str) -> None:
     assert public_url(url) == expected
+
+
+@pytest.mark.parametrize(("header", "expected"), [("7", 7.0), ("Wed, 25 Nov 2026 12:00:00 GMT", 0.0), ("-1", 0.0)])
+def test_translate_busy_answer_keeps_the_seconds_that_it_asks_for(header: str, expected: float) -> None:
+    error = _said("SlowDown", 503)
+    error.response["ResponseMetadata"]["HTTPHeaders"] = {"retry-after": header}
+    meant = translate(error, "write x")
+    assert isinstance(meant, BusyError) and meant.answered
+    assert meant.retry_after_s == expected

@@ -16,7 +16,7 @@ from ktrain.abc.tier import Tier
 from ktrain.base.clock import Deadline
 from ktrain.errors import ConfigError, DeadlineError, ForbiddenError, UnavailableError
 from ktrain.testing.tier_conformance import soon
-from ktrain.tier.bucket import _Connection
+from ktrain.tier.connection import Connection
 from ktrain.tier.location import open_tier
 
 
@@ -111,7 +111,7 @@ def test_write_over_a_folder_is_unavailable_and_not_not_found(tier: Tier) -> Non
 
 
 def test_call_that_had_not_begun_when_its_loop_was_ended_wakes_its_thread() -> None:
-    connection = _Connection(lambda loop: None, is_async=True)
+    connection = Connection(lambda loop: None, is_async=True)
     connection.free.clear()
     woken = threading.Event()
 

@@ -13,6 +13,7 @@ import pytest
 
 from ktrain.abc.tier import Tier
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
+from ktrain.base.retry import BusyError
 from ktrain.base.settings import Timeouts
 from ktrain.errors import DeadlineError, ForbiddenError, KtrainError, NotFoundError, UnavailableError
 from ktrain.testing.s3_servers import RcloneServer, find_program
@@ -178,9 +179,9 @@ def grumpy(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Grumpy]]:
     [
         (404, "NoSuchKey", NotFoundError),
         (403, "AccessDenied", ForbiddenError),
-        (429, "TooManyRequests", UnavailableError),
-        (500, "InternalError", UnavailableError),
-        (503, "ServiceUnavailable", UnavailableError),
+        (429, "TooManyRequests", BusyError),
+        (500, "InternalError", BusyError),
+        (503, "ServiceUnavailable", BusyError),
     ],
 )
 def test_read_from_a_server_that_answers_with_a_status_keeps_the_meaning(

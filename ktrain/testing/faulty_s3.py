@@ -1,0 +1,231 @@
+"""Faults between a client and an S3 server: a proxy that delays, refuses, cuts, loses and spoils single requests.
+
+    with MotoServer() as server, FaultyS3(server) as proxy:
+        proxy.add(S3Fault("upload_part", S3Trouble.CUT, nth=2))
+
+Every fault strikes counted requests of one operation, so that a test meets the same faults each time.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import socket
+import threading
+from dataclasses import dataclass
+from enum import StrEnum
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Self
+from urllib.parse import parse_qs, urlsplit
+
+from ktrain import native
+from ktrain.testing.s3_servers import S3Server
+
+_TIMEOUT_S = 60.0
+_CHECKSUM = "x-amz-checksum-crc64nvme"
+
+
+class S3Trouble(StrEnum):
+    """What becomes of one request."""
+
+    THROTTLED = "throttled"  # 429, not handed on
+    UNAVAILABLE = "unavailable"  # 503, not handed on
+    ERROR = "error"  # 500, not handed on
+    CUT = "cut"  # the connection breaks in mid body, nothing is handed on
+    STALL = "stall"  # no answer until `heal` or the end, nothing is handed on
+    LOST_REPLY = "lost-reply"  # handed on; the connection breaks before the answer
+    FLIP_BIT = "flip-bit"  # handed on with one bit of the body wrong; nobody notices
+
+
+_STATUS = {
+    S3Trouble.THROTTLED: (429, "TooManyRequests"),
+    S3Trouble.UNAVAILABLE: (503, "SlowDown"),
+    S3Trouble.ERROR: (500, "InternalError"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class S3Fault:
+    """One fault: `count` requests of `operation` ("*" for any), from the `nth` such one on."""
+
+    operation: str
+    trouble: S3Trouble
+    nth: int = 1
+    count: int = 1
+    retry_after_s: int | None = None
+
+
+class FaultyS3:
+    """A proxy on a free loopback port before a started server. `requests` lists (operation, status), in order.
+
+    Args:
+        checks: compare CRC-64/NVME digests that come with a body and refuse wrong ones, as S3 itself does and none of
+            the servers behind does. Status 0 stands for a request that got no answer.
+    """
+
+    def __init__(self, server: S3Server, *faults: S3Fault, checks: bool = False) -> None:
+        self.requests: list[tuple[str, int]] = []  # guarded by lock
+        self.lock = threading.Lock()
+        self.checks = checks
+        self.behind = server.port
+        self.healed = threading.Event()
+        self._faults: list[list[object]] = []  # [fault, requests seen], guarded by lock
+        for fault in faults:
+            self.add(fault)
+        self._server = server
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler_for(self))
+        self._http.daemon_threads = True
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), name="faulty-s3", daemon=True)
+
+    def environment(self) -> dict[str, str]:
+        """What a client needs in its environment."""
+        return {
+            **self._server.environment(),
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._http.server_address[1]}",
+        }
+
+    def add(self, fault: S3Fault) -> None:
+        """One more fault, counted from now."""
+        with self.lock:
+            self._faults.append([fault, 0])
+
+    def heal(self) -> None:
+        """Ends all faults; what stalls goes on to its end."""
+        with self.lock:
+            self._faults.clear()
+        self.healed.set()
+
+    def count(self, operation: str, status: int | None = None) -> int:
+        """How many requests of the operation were made; with `status`, were answered so."""
+        with self.lock:
+            return sum(op == operation and status in (None, code) for op, code in self.requests)
+
+    def due(self, operation: str) -> S3Fault | None:
+        """The fault that strikes this request; counts it."""
+        found: S3Fault | None = None
+        with self.lock:
+            for entry in self._faults:
+                fault, seen = entry
+                assert isinstance(fault, S3Fault) and isinstance(seen, int)
+                if fault.operation in ("*", operation):
+                    entry[1] = seen + 1
+                    if fault.nth <= seen + 1 < fault.nth + fault.count:
+                        found = found or fault
+        return found
+
+    def note(self, operation: str, status: int) -> None:
+        with self.lock:
+            self.requests.append((operation, status))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.heal()
+        self._http.shutdown()
+        self._thread.join()
+        self._http.server_close()
+
+
+def operation_of(method: str, path: str) -> str:
+    """The S3 operation, by the names that clients give them."""
+    query = parse_qs(urlsplit(path).query, keep_blank_values=True)
+    if "uploadId" in query:
+        names = {"POST": "complete_multipart_upload", "DELETE": "abort_multipart_upload", "GET": "list_parts"}
+        return names.get(method, "upload_part")
+    if "uploads" in query:
+        return "create_multipart_upload" if method == "POST" else "list_multipart_uploads"
+    if "list-type" in query:
+        return "list_objects"
+    return {"GET": "get_object", "PUT": "put_object", "HEAD": "head_object", "DELETE": "delete_object"}[method]
+
+
+def _handler_for(proxy: FaultyS3) -> type[BaseHTTPRequestHandler]:
+    return type("_Handler", (_Handler,), {"proxy": proxy})
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    proxy: FaultyS3
+
+    def _handle(self) -> None:
+        operation = operation_of(self.command, self.path)
+        nbytes = int(self.headers.get("Content-Length") or 0)
+        fault = self.proxy.due(operation)
+        trouble = None if fault is None else fault.trouble
+        if trouble is S3Trouble.CUT:
+            self.rfile.read(nbytes // 2)
+            self._break_off(operation)
+            return
+        body = self.rfile.read(nbytes)
+        if trouble is S3Trouble.STALL:
+            self.proxy.healed.wait(_TIMEOUT_S)
+            self._break_off(operation)
+        elif fault is not None and fault.trouble in _STATUS:
+            self._refuse(operation, *_STATUS[fault.trouble], retry_after_s=fault.retry_after_s)
+        elif self.proxy.checks and not self._is_right(body):
+            self._refuse(operation, 400, "BadDigest")
+        else:
+            self._hand_on(operation, trouble, body)
+
+    do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _handle
+
+    def _hand_on(self, operation: str, trouble: S3Trouble | None, body: bytes) -> None:
+        if trouble is S3Trouble.FLIP_BIT:
+            spoilt = bytearray(body)
+            spoilt[len(spoilt) // 2] ^= 1
+            body = bytes(spoilt)
+        answer = self._ask(body)
+        if trouble is S3Trouble.LOST_REPLY:
+            self._break_off(operation)
+            return
+        self.proxy.note(operation, answer[0])
+        self._reply(*answer)
+
+    def _ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.proxy.behind, timeout=_TIMEOUT_S)
+        try:
+            headers = dict(self.headers.items())
+            headers.pop("Expect", None)
+            connection.request(self.command, self.path, body or None, headers)
+            response = connection.getresponse()
+            return response.status, response.getheaders(), response.read()
+        finally:
+            connection.close()
+
+    def _is_right(self, body: bytes) -> bool:
+        said = self.headers.get(_CHECKSUM)
+        if said is None or self.command == "POST":  # the digest of a whole object comes with no body
+            return True
+        return base64.b64decode(said) == native.crc64(body).to_bytes(8, "big")
+
+    def _refuse(self, operation: str, status: int, code: str, retry_after_s: int | None = None) -> None:
+        body = f"<Error><Code>{code}</Code><Message>a fault of the test</Message></Error>".encode()
+        headers = [] if retry_after_s is None else [("Retry-After", str(retry_after_s))]
+        self.proxy.note(operation, status)
+        self._reply(status, headers, b"" if self.command == "HEAD" else body)
+
+    def _reply(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
+        self.send_response_only(status)
+        dropped = {"transfer-encoding", "connection", "content-length"}
+        length = str(len(body))
+        for name, value in headers:
+            if name.lower() == "content-length" and self.command == "HEAD":
+                length = value
+            if name.lower() not in dropped:
+                self.send_header(name, value)
+        self.send_header("Content-Length", length)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _break_off(self, operation: str) -> None:
+        self.proxy.note(operation, 0)
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
