@@ -25,6 +25,7 @@ import torch
 from ktrain.base import contract, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.base.faults import FaultPoints
+from ktrain.checkpoint.gate import Gate, as_gate
 from ktrain.checkpoint.line import connect
 from ktrain.checkpoint.policy import Every, Keep, Policies, as_every, as_keep
 from ktrain.checkpoint.pulse import Pulse
@@ -46,6 +47,8 @@ class Checkpointer:
         state: named parts with `state_dict` and `load_state_dict`. The generators of every rank are added as "rng".
         every: cadence; a number counts steps between snapshots in memory.
         keep: retention; a number counts checkpoints kept in the bucket.
+        gate: what follows when the first losses after a restore are not those of before: "report" says so, "step-back"
+            sets the restored step aside and continues from an older one.
 
     Raises:
         ConfigError: the arguments cannot work, or the run cannot be written.
@@ -59,8 +62,9 @@ class Checkpointer:
         state: Mapping[str, Any],
         every: int | Every = 10,
         keep: int | Keep = 3,
+        gate: str | Gate = "report",
     ) -> None:
-        self._policies = Policies(as_every(every), as_keep(keep))
+        self._policies = Policies(as_every(every), as_keep(keep), as_gate(gate))
         self._topology = Topology.current()
         self._state = TrainState({RNG_PART: rng_part(self._topology), **state})
         self._timeouts = settings.timeouts()
@@ -80,6 +84,7 @@ class Checkpointer:
         self._saver: Saver | None = None  # made by restore()
         self._step: int | None = None  # None until restore()
         self._closed = False
+        self._line.watch(lambda: self._step)
         self._signals: dict[int, Any] = {} if self._line.has_launcher else self._catch_signals()
 
     @property

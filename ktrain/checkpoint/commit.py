@@ -7,6 +7,8 @@ torn (it does not parse, another try has another name).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ktrain.base.clock import Clock
 from ktrain.base.faults import FaultPoints
 from ktrain.checkpoint.catalog import RunCatalog
@@ -16,6 +18,7 @@ from ktrain.checkpoint.policy import superseded
 from ktrain.errors import CorruptionError, KtrainError
 from ktrain.format import record as records
 from ktrain.format.digest import join_digests
+from ktrain.format.manifest import Identity
 from ktrain.format.record import CommitRecord
 
 
@@ -59,15 +62,21 @@ def _prove(catalog: RunCatalog, commit: CommitRecord) -> None:
     records.check_coverage([catalog.read_manifest(commit, files) for files in commit.ranks])
 
 
-def collect(catalog: RunCatalog, *, keep: int) -> list[CommitRecord]:
+def _nothing(identity: Identity) -> bool:
+    del identity
+    return False
+
+
+def collect(catalog: RunCatalog, *, keep: int, spared: Callable[[Identity], bool] = _nothing) -> list[CommitRecord]:
     """Removes committed checkpoints beyond the newest `keep` on the line; returns what was removed.
 
     Only data named by a valid record of this run is ever removed. What is off the line, torn, foreign or unknown
-    stays; and nothing is removed before the newest one that stays was found in the store, whole and covered.
+    stays, and so does what is `spared` (steps that are set aside), which does not count among the newest either.
+    Nothing is removed before the newest one that stays was found in the store, whole and covered.
     """
     commits = catalog.listing().commits
     attempts = catalog.attempts()
-    line = [commit for commit in commits if on_line(commit.identity, attempts)]
+    line = [commit for commit in commits if on_line(commit.identity, attempts) and not spared(commit.identity)]
     by_key: dict[tuple[int, int], list[CommitRecord]] = {}
     for commit in line:
         by_key.setdefault((commit.identity.step, commit.identity.epoch), []).append(commit)

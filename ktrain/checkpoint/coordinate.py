@@ -25,6 +25,7 @@ from ktrain.checkpoint.commits import Commits
 from ktrain.checkpoint.direct import Desk, RestoreDirector
 from ktrain.checkpoint.drain import Drain, DrainSchedule
 from ktrain.checkpoint.policy import Policies
+from ktrain.checkpoint.quarantine import Trial, review, trial_of
 from ktrain.checkpoint.roster import Attempt, Member, RankProgress, Roster
 from ktrain.errors import ConflictError, KtrainError
 
@@ -61,6 +62,7 @@ class Coordinator:
         self._stop: StopAgreement | None = None
         self._wire: dict[str, Any] | None = None
         self._free = False
+        self.trial: Trial | None = None  # of the step that the attempt continued from; replaced whole
 
     # For the head
 
@@ -75,11 +77,13 @@ class Coordinator:
 
     def adopt_attempt(self, epoch: int, assignment: Mapping[str, Sequence[int]]) -> None:
         """Takes over an attempt that is running; the nodes' next beats tell the rest."""
-        known = next((found.restored for found in self._catalog.attempts() if found.epoch == epoch), None)
+        attempts = self._catalog.attempts()
+        known = next((found.restored for found in attempts if found.epoch == epoch), None)
+        found = review(self._catalog, attempts, limit=0)
         with self._lock:
             self._enter(epoch, assignment)
-            if known is not None and self._restore is not None:
-                self._restore.adopt(known)
+            if self._restore is not None:
+                self._restore.adopt(known, found)
 
     def _enter(self, epoch: int, assignment: Mapping[str, Sequence[int]]) -> None:
         self._attempt = Attempt.of(epoch, assignment)
@@ -88,6 +92,7 @@ class Coordinator:
         self._faults = FaultPoints.from_environment(epoch)
         self._roster.forget_ranks()
         self._restore = RestoreDirector(self._desk, self._attempt)
+        self.trial = None
         if self._stop is not None:
             self._stop = StopAgreement(self._stop.reason)  # these ranks have promised nothing yet
 
@@ -253,11 +258,15 @@ class Coordinator:
 
     def _work_restore(self) -> None:
         with self._lock:
-            director = self._restore
+            director, limit = self._restore, self._policies.gate.failures
         if director is None:
             return
+        director.failures = limit
         director.work()
         with self._lock:
+            if director.restored is not None and director is self._restore:
+                restored = (director.restored.step, director.restored.epoch)
+                self.trial = trial_of(restored, director.review.trouble, limit)
             if director.durable is not None and director is self._restore:
                 self._commits.note_bucket(director.durable)
 
@@ -295,8 +304,11 @@ class Coordinator:
                 return
             commits, keep, epoch = self._commits, self._policies.keep.bucket, self._attempt.epoch
             commits.note_bucket(drain.identity)
+            found = None if self._restore is None else self._restore.review
         if not commits.durable_is_recorded:
             self._catalog.record(epoch, "durable", {"step": drain.identity.step})
             commits.durable_is_recorded = True
-        for commit in collect(self._catalog, keep=keep):
+        if found is None or found.trouble.doubts(drain.identity.step):
+            return  # older steps may be the ones that are needed
+        for commit in collect(self._catalog, keep=keep, spared=found.quarantine.holds):
             self._emit("collected", tier=contract.TIER_BUCKET, step=commit.identity.step)

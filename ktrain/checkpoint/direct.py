@@ -10,7 +10,7 @@ from typing import Any
 from ktrain.base import contract
 from ktrain.base.clock import Clock, Deadline
 from ktrain.base.settings import Timeouts
-from ktrain.checkpoint import lineage
+from ktrain.checkpoint import lineage, quarantine
 from ktrain.checkpoint.agreement import RestoreAgreement, RestoreState
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.recall import Outcome, Recall
@@ -47,15 +47,18 @@ class RestoreDirector:
         self._home = attempt.home
         self._agreement = RestoreAgreement(len(attempt.home), desk.timeouts.restore_s)
         self._recall: Recall | None = None
+        self.failures = 0  # from a step until it is set aside, as the ranks' policy says; 0 for never
+        self.review = quarantine.Review()  # what is set aside, as this restore found it
         self._trouble: UnavailableError | DeadlineError | None = None  # why the store could not be asked, last time
         self._said = False
         self.restored: Identity | None = None
         self.durable: Identity | None = None  # what was restored, where the bucket holds it whole
 
-    def adopt(self, record: Mapping[str, Any]) -> None:
-        """Another head has directed this restore; what it recorded is known."""
-        self._said = True
-        if record.get("identity"):
+    def adopt(self, record: Mapping[str, Any] | None, review: quarantine.Review) -> None:
+        """Another head has directed this restore, or began to; what it recorded is known."""
+        self.review = review
+        self._said = record is not None
+        if record is not None and record.get("identity"):
             self.restored = Identity.from_json(record["identity"])
 
     def take(self, rank: int, report: Mapping[str, Any]) -> None:
@@ -132,7 +135,7 @@ class RestoreDirector:
     def _plan(self) -> None:
         """Chooses the step and brings its manifests together; without one decides between fresh and an error."""
         with self._lock:
-            recall = self._recall = self._recall or Recall(self._catalog)
+            recall = self._recall = self._recall or Recall(self._catalog, self.failures)
             volumes, disks, manifests = self._roster.inventories(), self._roster.disks(), self._roster.manifests()
         outcome = recall.plan(volumes, disks, manifests, self._agreement)
         if outcome is None:
@@ -141,6 +144,9 @@ class RestoreDirector:
             self._catalog.record(self._epoch, "restored", {"step": 0, "epoch": 0, "identity": None})
         with self._lock:
             self._recall = None
+            self.review = recall.review
+            for mark in recall.review.fresh:
+                self._emit("quarantined", **quarantine.describe(mark))
             for fields in outcome.bad_copies:
                 self._emit("bad_copy", **fields)
             self._settle(outcome)

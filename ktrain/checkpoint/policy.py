@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ktrain.checkpoint.gate import Gate
 from ktrain.errors import ConfigError
 
 
@@ -63,17 +64,18 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class Policies:
-    """Cadence and retention of a run, as its first rank declared them."""
+    """Cadence, retention and gate of a run, as its first rank declared them."""
 
     every: Every = Every()
     keep: Keep = Keep()
+    gate: Gate = Gate()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Policies:
-        return cls(every=Every(**value["every"]), keep=Keep(**value["keep"]))
+        return cls(every=Every(**value["every"]), keep=Keep(**value["keep"]), gate=Gate(**value["gate"]))
 
 
 def as_every(value: int | Every) -> Every:

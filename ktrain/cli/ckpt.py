@@ -11,6 +11,7 @@ import click
 from ktrain.base import contract, settings
 from ktrain.base.job import canonical_url
 from ktrain.checkpoint.catalog import RunCatalog, verify_commit
+from ktrain.cli import quarantine
 from ktrain.errors import ConfigError, CorruptionError, KtrainError, NotFoundError
 from ktrain.format.record import CommitRecord
 from ktrain.snapshot.arena import NodeVolume
@@ -44,6 +45,7 @@ def list_checkpoints(run: str | None, volume: bool, output: str) -> int:
         for name, reason in listing.broken
     ]
     rows += _memory_rows(catalog.run_id)
+    quarantine.note(catalog, rows)
     _show(
         sorted(rows, key=lambda row: (row["step"] is None, row["step"] or 0, contract.TIERS.index(row["tier"]))), output
     )

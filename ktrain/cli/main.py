@@ -9,7 +9,7 @@ import click
 
 import ktrain
 from ktrain.base import contract
-from ktrain.cli import cancel, ckpt, launch, logs, status
+from ktrain.cli import cancel, ckpt, launch, logs, quarantine, status
 from ktrain.errors import ConfigError, ConflictError, CorruptionError, KtrainError, NotFoundError, UnavailableError
 
 _EXIT_CODES: tuple[tuple[type[KtrainError], int], ...] = (
@@ -32,6 +32,7 @@ cli.add_command(status.status)
 cli.add_command(logs.logs)
 cli.add_command(cancel.cancel)
 cli.add_command(ckpt.ckpt)
+ckpt.ckpt.add_command(quarantine.quarantine)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

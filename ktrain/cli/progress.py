@@ -184,6 +184,8 @@ _HANDLERS: dict[str, Callable[[Picture, dict[str, Any], Event], str | None]] = {
     "restored": Picture._on_restored,
     "failure": Picture._on_failure,
     "fault_injected": _line("fault injected at step {step}: {spec}"),
+    "quarantined": _line("set aside: step {step} of epoch {epoch}: {reason}"),
+    "loss_mismatch": _line("restored from step {restored}: step {step} had loss {expected}, now it has {found}"),
     "bad_copy": _line("bad copy: step {step} rank {rank} in {tier} ({where}): {reason}"),
     "tier_failed": _line("{tier} tier failed: {reason}"),
     "tier_recovered": _line("{tier} tier is back"),

@@ -23,6 +23,7 @@ DEFAULTS = {
     "await_bucket": [],
     "await_disk": [],
     "hold_at": 0,
+    "fail_at": 0,
     "linger_s": 0.0,
 }
 TIMEOUT_S = 150

@@ -61,6 +61,8 @@ def train(args: dict[str, Any]) -> None:
         raise
     say(restored=start)
     for step in range(start + 1, args["steps"] + 1):
+        if step == args["fail_at"]:
+            raise ValueError(f"step {step} fails")
         ckpt.step(step, loss=training.step())
         for tier in ("bucket", "disk"):
             if step in args[f"await_{tier}"]:

@@ -24,6 +24,7 @@ OPTIONS = {
     "ckpt ls": {"--volume", "--output"},
     "ckpt verify": {"--step", "--tier", "--output"},
     "ckpt rm": {"--volume", "--all"},
+    "ckpt quarantine": {"--step", "--epoch", "--off", "--reason", "--output"},
 }  # fmt: skip
 
 
