@@ -30,6 +30,7 @@ EVENTS_FILE = "events.jsonl"
 EVENTS_DIR = "events"
 CHECKPOINTS_DIR = "checkpoints"
 ATTEMPTS_DIR = "attempts"
+CADENCE_DIR = "cadence"  # what `every="auto"` chose
 QUARANTINE_DIR = "quarantine"  # marks: steps that are set aside, or trusted again
 LOGS_DIR = "logs"
 RUN_FILE = "run.json"  # identity of the run: its id, made once

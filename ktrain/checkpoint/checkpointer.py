@@ -45,7 +45,7 @@ class Checkpointer:
     Args:
         run: path or URL of the run; None takes the one of `ktrain launch`.
         state: named parts with `state_dict` and `load_state_dict`. The generators of every rank are added as "rng".
-        every: cadence; a number counts steps between snapshots in memory.
+        every: cadence; a number counts steps between snapshots in memory, "auto" has it measured and chosen.
         keep: retention; a number counts checkpoints kept in the bucket.
         gate: what follows when the first losses after a restore are not those of before: "report" says so, "step-back"
             sets the restored step aside and continues from an older one.
@@ -60,7 +60,7 @@ class Checkpointer:
         run: str | os.PathLike[str] | None = None,
         *,
         state: Mapping[str, Any],
-        every: int | Every = 10,
+        every: int | str | Every = 10,
         keep: int | Keep = 3,
         gate: str | Gate = "report",
     ) -> None:
@@ -168,7 +168,7 @@ class Checkpointer:
             self._pulse.emit("step", step=step, loss=None if loss is None else float(_plain(loss)), samples=samples)
         stop = self._pulse.note_step(step)
         stopping = stop is not None and self._await_stop(step)
-        if stopping or self._policies.every.due(step):
+        if stopping or self._pulse.schedule.due(step):
             self._saver.save(step)
         else:
             self._saver.prepare()

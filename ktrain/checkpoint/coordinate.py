@@ -24,8 +24,9 @@ from ktrain.checkpoint.commit import collect, commit_drain
 from ktrain.checkpoint.commits import Commits
 from ktrain.checkpoint.direct import Desk, RestoreDirector
 from ktrain.checkpoint.drain import Drain, DrainSchedule
+from ktrain.checkpoint.pacer import Pacer, write_last
 from ktrain.checkpoint.policy import Policies
-from ktrain.checkpoint.quarantine import Trial, review, trial_of
+from ktrain.checkpoint.quarantine import Trial, review
 from ktrain.checkpoint.roster import Attempt, Member, RankProgress, Roster
 from ktrain.errors import ConflictError, KtrainError
 
@@ -51,7 +52,8 @@ class Coordinator:
         self._wake = threading.Event()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
-        self._desk = Desk(catalog, Roster(), self._lock, self._emit, timeouts, clock)
+        self._pacer = Pacer(self._emit, timeouts=timeouts, clock=clock)
+        self._desk = Desk(catalog, Roster(), self._lock, self._emit, self._pacer, timeouts, clock)
         self._roster = self._desk.roster
         self._attempt = Attempt()
         self._commits = Commits(self._attempt, self._emit)
@@ -77,18 +79,17 @@ class Coordinator:
 
     def adopt_attempt(self, epoch: int, assignment: Mapping[str, Sequence[int]]) -> None:
         """Takes over an attempt that is running; the nodes' next beats tell the rest."""
-        attempts = self._catalog.attempts()
-        known = next((found.restored for found in attempts if found.epoch == epoch), None)
-        found = review(self._catalog, attempts, limit=0)
+        found = review(self._catalog, self._catalog.attempts(), limit=0)
         with self._lock:
             self._enter(epoch, assignment)
             if self._restore is not None:
-                self._restore.adopt(known, found)
+                self._restore.adopt(found)
 
     def _enter(self, epoch: int, assignment: Mapping[str, Sequence[int]]) -> None:
         self._attempt = Attempt.of(epoch, assignment)
         self._commits = Commits(self._attempt, self._emit)  # what the last attempt had may be off this one's line
         self._drains.reset()
+        self._pacer.begin_attempt()
         self._faults = FaultPoints.from_environment(epoch)
         self._roster.forget_ranks()
         self._restore = RestoreDirector(self._desk, self._attempt)
@@ -164,7 +165,9 @@ class Coordinator:
             self._thread = None
 
     def _emit(self, kind: str, **fields: Any) -> None:
-        self._emit_event(make(kind, self._attempt.epoch, clock=self._clock, **fields))
+        event = make(kind, self._attempt.epoch, clock=self._clock, **fields)
+        self._emit_event(event)
+        self._pacer.take([event])
 
     # One beat of one node
 
@@ -178,6 +181,8 @@ class Coordinator:
             member, fresh = self._roster.take(said, self._clock.monotonic())
             for event in fresh:
                 self._emit_event(event)
+            self._pacer.draining = self._drains.current is not None
+            self._pacer.take(fresh)
             if int(said["epoch"]) == epoch:
                 self._take_ranks(member, said)
             restored = None if self._restore is None else self._restore.restored
@@ -191,10 +196,12 @@ class Coordinator:
         for rank, view in member.ranks.items():
             if view.get("policies") and rank == 0:
                 self._policies = Policies.from_json(view["policies"])
+                self._pacer.declare(self._policies.every)
             if view["stop_wanted"]:
                 self.request_stop(view["stop_wanted"])
             if view["restore"] and self._restore is not None:
                 self._restore.take(rank, view["restore"])
+        self._pacer.hear(self._roster.views())
         self._drains.take(said["drained"])
         if self._stop is not None:
             self._stop.hear(self._roster.views(), self._attempt.home)
@@ -216,6 +223,7 @@ class Coordinator:
             "restore": None if restore is None else restore.answer(member.node, int(said["restore_round"])),
             "want_manifests": [] if restore is None else restore.wanted_from(member.node),
             "stop": None if self._stop is None else self._stop.to_json(),
+            "cadence": self._pacer.to_json(),
             "wire": self._wire,
             "free": self._free,
             "events_taken": member.events_taken,
@@ -224,7 +232,7 @@ class Coordinator:
     def _wanted_on_disk(self) -> dict[str, Any] | None:
         """What each node is to have on its own disk, where it has one."""
         memory, disk = self._commits.memory, self._commits.disk
-        if memory is None or (disk is not None and memory.step - disk.step < self._policies.every.disk):
+        if memory is None or (disk is not None and memory.step - disk.step < self._pacer.every.disk):
             return None
         return {"identity": memory.to_json(), "keep": self._policies.keep.disk}
 
@@ -255,6 +263,10 @@ class Coordinator:
         self._work_restore()
         self._work_first_commit()
         self._work_drain()
+        with self._lock:
+            chosen, epoch = self._pacer.decide(self._roster.views()), self._attempt.epoch
+        if chosen is not None:
+            write_last(self._catalog, epoch, *chosen)
 
     def _work_restore(self) -> None:
         with self._lock:
@@ -264,9 +276,8 @@ class Coordinator:
         director.failures = limit
         director.work()
         with self._lock:
-            if director.restored is not None and director is self._restore:
-                restored = (director.restored.step, director.restored.epoch)
-                self.trial = trial_of(restored, director.review.trouble, limit)
+            if director is self._restore:
+                self.trial = director.trial()
             if director.durable is not None and director is self._restore:
                 self._commits.note_bucket(director.durable)
 
@@ -296,7 +307,7 @@ class Coordinator:
     def _begin_drain(self) -> None:
         last = self._stop is not None or any(said["phase"] == "close" for said in self._roster.views().values())
         commits = self._commits
-        self._drains.begin(commits.memory, commits.bucket, every=self._policies.every.bucket, last=last)
+        self._drains.begin(commits.memory, commits.bucket, every=self._pacer.every.bucket, last=last)
 
     def _drain_done(self, drain: Drain) -> None:
         with self._lock:

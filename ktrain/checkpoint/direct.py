@@ -12,7 +12,9 @@ from ktrain.base.clock import Clock, Deadline
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint import lineage, quarantine
 from ktrain.checkpoint.agreement import RestoreAgreement, RestoreState
+from ktrain.checkpoint.cadence import history_of
 from ktrain.checkpoint.catalog import RunCatalog
+from ktrain.checkpoint.pacer import Pacer, read_last
 from ktrain.checkpoint.recall import Outcome, Recall
 from ktrain.checkpoint.roster import Attempt, Roster
 from ktrain.errors import DeadlineError, UnavailableError
@@ -29,6 +31,7 @@ class Desk:
     roster: Roster
     lock: threading.RLock
     emit: Callable[..., None]
+    pacer: Pacer
     timeouts: Timeouts
     clock: Clock
 
@@ -41,6 +44,7 @@ class RestoreDirector:
         self._roster = desk.roster
         self._lock = desk.lock
         self._emit = desk.emit
+        self._pacer = desk.pacer
         self._timeouts = desk.timeouts
         self._clock = desk.clock
         self._epoch = attempt.epoch
@@ -54,9 +58,11 @@ class RestoreDirector:
         self.restored: Identity | None = None
         self.durable: Identity | None = None  # what was restored, where the bucket holds it whole
 
-    def adopt(self, record: Mapping[str, Any] | None, review: quarantine.Review) -> None:
+    def adopt(self, review: quarantine.Review) -> None:
         """Another head has directed this restore, or began to; what it recorded is known."""
         self.review = review
+        self._pacer.recall(history_of(review.attempts), None)  # the ranks say which cadence they follow
+        record = next((found.restored for found in review.attempts if found.epoch == self._epoch), None)
         self._said = record is not None
         if record is not None and record.get("identity"):
             self.restored = Identity.from_json(record["identity"])
@@ -64,6 +70,12 @@ class RestoreDirector:
     def take(self, rank: int, report: Mapping[str, Any]) -> None:
         """Takes a rank's report."""
         self._agreement.report(rank, report, Deadline.after(self._timeouts.restore_s, self._clock))
+
+    def trial(self) -> quarantine.Trial | None:
+        """What the restored step has left before it is set aside; None before there is one, or where it never is."""
+        if self.restored is None:
+            return None
+        return quarantine.trial_of((self.restored.step, self.restored.epoch), self.review.trouble, self.failures)
 
     @property
     def needed(self) -> Identity | None:
@@ -142,9 +154,12 @@ class RestoreDirector:
             return  # manifests are still on their way from the nodes
         if outcome.candidate is None and outcome.error is None:
             self._catalog.record(self._epoch, "restored", {"step": 0, "epoch": 0, "identity": None})
+        last = read_last(self._catalog) if self._pacer.is_auto else None
         with self._lock:
             self._recall = None
             self.review = recall.review
+            # Before any rank may apply anything: all of them begin with the same cadence.
+            self._pacer.recall(history_of(recall.review.attempts), last)
             for mark in recall.review.fresh:
                 self._emit("quarantined", **quarantine.describe(mark))
             for fields in outcome.bad_copies:

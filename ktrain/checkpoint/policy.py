@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ktrain.checkpoint.cadence import Auto
 from ktrain.checkpoint.gate import Gate
 from ktrain.errors import ConfigError
 
@@ -19,11 +20,13 @@ class Every:
         bucket: least distance in steps between two drains; 0 drains the newest committed step whenever the
             drain is idle. The last step before `close()` is always drained.
         disk: the same for the nodes' disks, where there are any.
+        auto: with it, the numbers above are only what is begun with: the head measures and chooses.
     """
 
     memory: int = 10
     bucket: int = 0
     disk: int = 0
+    auto: Auto | None = None
 
     def __post_init__(self) -> None:
         if self.memory < 1 or min(self.bucket, self.disk) < 0:
@@ -75,11 +78,17 @@ class Policies:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Policies:
-        return cls(every=Every(**value["every"]), keep=Keep(**value["keep"]), gate=Gate(**value["gate"]))
+        auto = value["every"].get("auto")
+        every = Every(**{**value["every"], "auto": None if auto is None else Auto(**auto)})
+        return cls(every=every, keep=Keep(**value["keep"]), gate=Gate(**value["gate"]))
 
 
-def as_every(value: int | Every) -> Every:
-    """`every=10` means every ten steps in memory."""
+def as_every(value: int | str | Every) -> Every:
+    """`every=10` means every ten steps in memory, `every="auto"` as often as measurements say."""
+    if isinstance(value, str):
+        if value != "auto":
+            raise ConfigError(f"every: expected a number of steps, 'auto' or an Every, found {value!r}")
+        return Every(auto=Auto())
     return value if isinstance(value, Every) else Every(memory=value)
 
 

@@ -198,6 +198,7 @@ def add_marks(catalog: RunCatalog, known: Quarantine, marks: Iterable[Mark]) -> 
 class Review:
     """The state of a run's quarantine before a restore; `fresh` are the marks that this review added."""
 
+    attempts: tuple[AttemptRecord, ...] = ()
     quarantine: Quarantine = Quarantine()
     trouble: Trouble = Trouble()
     fresh: tuple[Mark, ...] = ()
@@ -208,7 +209,7 @@ def review(catalog: RunCatalog, attempts: Sequence[AttemptRecord], limit: int) -
     known = read_marks(catalog)
     trouble = find_trouble(attempts, known)
     fresh = due(trouble, limit, max((attempt.epoch for attempt in attempts), default=0))
-    return Review(add_marks(catalog, known, fresh), trouble, tuple(fresh))
+    return Review(tuple(attempts), add_marks(catalog, known, fresh), trouble, tuple(fresh))
 
 
 def describe(mark: Mark) -> dict[str, Any]:

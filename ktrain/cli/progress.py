@@ -185,6 +185,7 @@ _HANDLERS: dict[str, Callable[[Picture, dict[str, Any], Event], str | None]] = {
     "failure": Picture._on_failure,
     "fault_injected": _line("fault injected at step {step}: {spec}"),
     "quarantined": _line("set aside: step {step} of epoch {epoch}: {reason}"),
+    "cadence": _line("cadence: memory every {memory} steps: {reason}"),
     "loss_mismatch": _line("restored from step {restored}: step {step} had loss {expected}, now it has {found}"),
     "bad_copy": _line("bad copy: step {step} rank {rank} in {tier} ({where}): {reason}"),
     "tier_failed": _line("{tier} tier failed: {reason}"),

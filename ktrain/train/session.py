@@ -67,7 +67,7 @@ class OpenCheckpointer(Protocol):
     """Makes the Checkpointer of a session, once the tracked parts are known."""
 
     def __call__(
-        self, run: str, *, state: Mapping[str, Any], every: int | Every, keep: int | Keep
+        self, run: str, *, state: Mapping[str, Any], every: int | str | Every, keep: int | Keep
     ) -> Checkpointing: ...
 
 
@@ -79,7 +79,7 @@ class SessionConfig:
     mesh: Mesh
     precision: Precision
     seed: int
-    every: int | Every
+    every: int | str | Every
     keep: int | Keep
 
 
@@ -88,7 +88,7 @@ def session(  # noqa: PLR0913 -- a front door
     *,
     mesh: str = "fsdp",
     seed: int = 0,
-    every: int | Every = 10,
+    every: int | str | Every = 10,
     keep: int | Keep = 3,
     precision: str = "fp32",
 ) -> Session:
@@ -98,7 +98,7 @@ def session(  # noqa: PLR0913 -- a front door
         run: path or URL of the run, where checkpoints and events lie; None takes the one of `ktrain launch`.
         mesh: "fsdp" or "ddp" over all ranks, or "none" for one rank.
         seed: of initial values, sample order and generators.
-        every: steps between two snapshots.
+        every: steps between two snapshots, or "auto": as often as measurements say.
         keep: checkpoints that stay in the bucket.
         precision: "fp32" or "bf16" in forward and backward; parameters stay float32.
 
@@ -438,7 +438,9 @@ class Step:
             )
 
 
-def _open_checkpointer(run: str, *, state: Mapping[str, Any], every: int | Every, keep: int | Keep) -> Checkpointing:
+def _open_checkpointer(
+    run: str, *, state: Mapping[str, Any], every: int | str | Every, keep: int | Keep
+) -> Checkpointing:
     from ktrain.checkpoint.checkpointer import Checkpointer
 
     return Checkpointer(run, state=state, every=every, keep=keep)

@@ -16,6 +16,7 @@ from ktrain.base.clock import Deadline
 from ktrain.base.control import Caller, LocalCaller
 from ktrain.base.events import Event
 from ktrain.base.settings import Timeouts
+from ktrain.checkpoint.cadence import Schedule
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.coordinate import Coordinator
 from ktrain.checkpoint.lineage import Copy
@@ -62,12 +63,17 @@ class Worker:
     stop_ack: list[Any] | None = None
     restore: dict[str, Any] | None = None
     policies: Policies = Policies()
+    schedule: Schedule = field(init=False)
+    deaf: bool = False  # to changes of the cadence
     answer: dict[str, Any] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
     restored: int | None = None
     error: tuple[str, str] | None = None
     tiers: dict[int, str] = field(default_factory=dict)
     ready_round: int = 0
+
+    def __post_init__(self) -> None:
+        self.schedule = Schedule(self.policies.every.memory)
 
     def pulse(self) -> None:
         said = {
@@ -77,6 +83,7 @@ class Worker:
             "phase": self.phase,
             "closed": self.closed,
             "stop_ack": self.stop_ack,
+            "cadence": self.schedule.said,
             "restore": self.restore,
             "stop_wanted": self.stop_wanted,
             "policies": self.policies.to_json(),
@@ -86,6 +93,8 @@ class Worker:
             "events": self.events,
         }
         self.answer = self.caller.call("pulse", said, timeout_s=1.0)
+        if self.answer["cadence"] is not None and not self.deaf:
+            self.schedule.take(self.answer["cadence"], self.step)
 
     def save(self, run_id: str, step: int, world_size: int) -> bool:
         """Seals a snapshot; false where no slot is free."""
