@@ -156,6 +156,7 @@ class Checkpointer:
         Raises:
             SystemExit: the run was asked to stop; this step is saved (exit code 130).
             ConflictError: a newer attempt of the run has begun; this process must end.
+            KtrainError: the losses are not those of before (`gate="step-back"`); the next attempt goes on further back.
         """
         if self._step is None or self._saver is None:
             raise ConfigError("Checkpointer.step: call restore() first, so that the run continues where it was")

@@ -183,6 +183,8 @@ class Coordinator:
                 self._emit_event(event)
             self._pacer.draining = self._drains.current is not None
             self._pacer.take(fresh)
+            if self._restore is not None:
+                self._restore.take_events(fresh)
             if int(said["epoch"]) == epoch:
                 self._take_ranks(member, said)
             restored = None if self._restore is None else self._restore.restored
@@ -224,6 +226,7 @@ class Coordinator:
             "want_manifests": [] if restore is None else restore.wanted_from(member.node),
             "stop": None if self._stop is None else self._stop.to_json(),
             "cadence": self._pacer.to_json(),
+            "refusal": None if restore is None else restore.refusal,
             "wire": self._wire,
             "free": self._free,
             "events_taken": member.events_taken,
@@ -270,10 +273,10 @@ class Coordinator:
 
     def _work_restore(self) -> None:
         with self._lock:
-            director, limit = self._restore, self._policies.gate.failures
+            director, gate = self._restore, self._policies.gate
         if director is None:
             return
-        director.failures = limit
+        director.gate = gate
         director.work()
         with self._lock:
             if director is self._restore:

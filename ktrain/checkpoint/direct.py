@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ktrain.base import contract
 from ktrain.base.clock import Clock, Deadline
+from ktrain.base.events import Event
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint import lineage, quarantine
 from ktrain.checkpoint.agreement import RestoreAgreement, RestoreState
 from ktrain.checkpoint.cadence import history_of
 from ktrain.checkpoint.catalog import RunCatalog
+from ktrain.checkpoint.gate import Gate, LossGate, Mismatch, OnMismatch, recorded_losses
+from ktrain.checkpoint.log import read_backwards
 from ktrain.checkpoint.pacer import Pacer, read_last
 from ktrain.checkpoint.recall import Outcome, Recall
 from ktrain.checkpoint.roster import Attempt, Roster
-from ktrain.errors import DeadlineError, UnavailableError
+from ktrain.errors import DeadlineError, KtrainError, UnavailableError
 from ktrain.format.manifest import Identity
 
 _TOLD = (RestoreState.LOADING, RestoreState.SETTLED, RestoreState.GO)
@@ -51,7 +55,10 @@ class RestoreDirector:
         self._home = attempt.home
         self._agreement = RestoreAgreement(len(attempt.home), desk.timeouts.restore_s)
         self._recall: Recall | None = None
-        self.failures = 0  # from a step until it is set aside, as the ranks' policy says; 0 for never
+        self.gate = Gate()  # the ranks' policy
+        self.refusal: str | None = None  # why the ranks must not go on from what they restored
+        self._losses: LossGate | None = None  # from "go" on; a new head leaves the rest of the comparison out
+        self._mismatch: Mismatch | None = None  # the first one
         self.review = quarantine.Review()  # what is set aside, as this restore found it
         self._trouble: UnavailableError | DeadlineError | None = None  # why the store could not be asked, last time
         self._said = False
@@ -75,7 +82,18 @@ class RestoreDirector:
         """What the restored step has left before it is set aside; None before there is one, or where it never is."""
         if self.restored is None:
             return None
-        return quarantine.trial_of((self.restored.step, self.restored.epoch), self.review.trouble, self.failures)
+        if self.refusal is not None:
+            return quarantine.Trial(sys.maxsize, failures_left=1)
+        key = (self.restored.step, self.restored.epoch)
+        return quarantine.trial_of(key, self.review.trouble, self.gate.failures)
+
+    def take_events(self, events: Iterable[Event]) -> None:
+        """Takes the losses of the first steps, to be compared with those of before."""
+        if self._losses is None:
+            return
+        for event in events:
+            if event.kind == "step" and event.attempt == self._epoch:
+                self._losses.take(int(event.fields["step"]), event.fields.get("loss"))
 
     @property
     def needed(self) -> Identity | None:
@@ -130,6 +148,7 @@ class RestoreDirector:
             self._go()
         elif state is RestoreState.GO:
             self._say()
+            self._compare()
 
     def _late(self) -> tuple[str, str]:
         """Kind and words of the error when the patience has ended."""
@@ -147,7 +166,7 @@ class RestoreDirector:
     def _plan(self) -> None:
         """Chooses the step and brings its manifests together; without one decides between fresh and an error."""
         with self._lock:
-            recall = self._recall = self._recall or Recall(self._catalog, self.failures)
+            recall = self._recall = self._recall or Recall(self._catalog, self.gate.failures)
             volumes, disks, manifests = self._roster.inventories(), self._roster.disks(), self._roster.manifests()
         outcome = recall.plan(volumes, disks, manifests, self._agreement)
         if outcome is None:
@@ -186,9 +205,56 @@ class RestoreDirector:
         self._catalog.record(self._epoch, "restored", fields)
         with self._lock:
             self.restored = identity
+            self._losses = LossGate(self.gate, restored=identity.step)
             if all(any(copy.tier == contract.TIER_BUCKET for copy in copies) for copies in candidate.copies.values()):
                 self.durable = identity
             self._agreement.state = RestoreState.GO
+
+    def _compare(self) -> None:
+        """Compares the first losses with the recorded ones, once all have applied; the log is read once."""
+        with self._lock:
+            losses, applied = self._losses, self._agreement.done()
+            exact = all(report.get("exact") for report in self._agreement.reports.values())
+        if losses is None or self.restored is None or not losses.steps or not applied:
+            return
+        if not losses.is_known:
+            recorded = self._read_losses(self.restored, losses.steps)
+            losses.know({step: (loss, exact and same) for step, (loss, same) in recorded.items()})
+        with self._lock:
+            different = losses.compare()
+            for item in different:
+                where = {"restored": self.restored.step, "from_epoch": self.restored.epoch}
+                self._emit("loss_mismatch", **asdict(item), **where)
+            self._mismatch = self._mismatch or next(iter(different), None)
+        if self._mismatch is not None and self.gate.then == OnMismatch.STEP_BACK and self.refusal is None:
+            self._step_back(self.restored, self._mismatch)
+
+    def _read_losses(self, restored: Identity, steps: range) -> dict[int, tuple[float, bool]]:
+        blocks = read_backwards(self._catalog.tier.url, self._catalog.tier, timeouts=self._timeouts, clock=self._clock)
+        earlier = [attempt for attempt in self.review.attempts if attempt.epoch != self._epoch]
+        try:
+            return recorded_losses(blocks, restored, earlier, steps)
+        except (KtrainError, OSError) as error:
+            message = f"the losses after the restore of step {restored.step} are not compared: {error}"
+            with self._lock:
+                self._emit("notice", message=message)
+            return {}
+
+    def _step_back(self, restored: Identity, found: Mismatch) -> None:
+        """Sets the restored step aside, with what was made from it, and has every rank end."""
+        reason = f"step {found.step} had loss {found.expected!r} and has {found.found!r} after the restore"
+        marks = [
+            quarantine.Mark(step, epoch, on=True, reason=reason, attempts=(self._epoch,), after=self._epoch)
+            for step, epoch in ((restored.step, restored.epoch), (None, self._epoch))
+        ]
+        quarantine.add_marks(self._catalog, quarantine.read_marks(self._catalog), marks)
+        with self._lock:
+            for mark in marks:
+                self._emit("quarantined", **quarantine.describe(mark))
+            self.refusal = (
+                f"the state of step {restored.step} (epoch {restored.epoch}) is not what it was: {reason}; it is set "
+                "aside, and the next attempt continues from an older step"
+            )
 
     def _say(self) -> None:
         with self._lock:

@@ -182,6 +182,7 @@ class NodeKeeper:
                 "protect": view.get("protect", []),
                 "stop": view.get("stop") if ready else None,
                 "cadence": view.get("cadence") if ready else None,
+                "refusal": view.get("refusal") if ready else None,
                 "restore": self._restore_for(said) if ready else None,
             }
 

@@ -51,7 +51,7 @@ class Pulse:
         self._stop_wanted: str | None = None
         self.schedule = Schedule(policies.every.memory)
         """The steps to save. Changes reach it under the lock, so that `note_step` comes before or after."""
-        self._fenced: ConflictError | None = None
+        self._fenced: KtrainError | None = None
         self._unreachable: KtrainError | None = None
         self._wake = threading.Event()
         self._ended = threading.Event()
@@ -130,7 +130,12 @@ class Pulse:
             return self._stop
 
     def check_fence(self) -> None:
-        """Raises ConflictError when a newer attempt of the run has begun: this process must do no more."""
+        """Raises when this process must do no more.
+
+        Raises:
+            ConflictError: a newer attempt of the run has begun.
+            KtrainError: what was restored has failed the gate.
+        """
         if self._fenced is not None:
             raise self._fenced
 
@@ -223,6 +228,8 @@ class Pulse:
             change = answer.get("cadence")
             if change is not None and self._policies.every.auto is not None and self.schedule.take(change, self._step):
                 self._wake.set()
+            if answer.get("refusal"):
+                self._fenced = KtrainError(answer["refusal"])
             self._answers += 1
             self._answered.notify_all()
             if self._stop is not None and (self._stop_ack or [None])[0] != self._stop["step"]:

@@ -24,6 +24,8 @@ DEFAULTS = {
     "await_disk": [],
     "hold_at": 0,
     "fail_at": 0,
+    "gate": "report",
+    "spoil": False,
     "linger_s": 0.0,
 }
 TIMEOUT_S = 150

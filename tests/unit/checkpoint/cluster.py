@@ -65,6 +65,7 @@ class Worker:
     policies: Policies = Policies()
     schedule: Schedule = field(init=False)
     deaf: bool = False  # to changes of the cadence
+    exact: bool = True  # its device and its layout give the same bits again
     answer: dict[str, Any] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
     restored: int | None = None
@@ -118,14 +119,14 @@ class Worker:
             self.error = (word["error"]["kind"], word["error"]["message"])
         elif state == "fresh":
             self.restored = 0
-            self.restore = applied(number, "none")
+            self.restore = applied(number, "none", self.exact)
         elif state == "loading" and self.ready_round != number and "sources" in word:
             self.ready_round = number
             self._load(word, cluster, number)
         elif state == "go" and number == self.ready_round:
             self.restored = self.step = int(word["identity"]["step"])
             self.phase = "train"
-            self.restore = applied(number, max(self.tiers.values(), key=contract.TIERS.index))
+            self.restore = applied(number, max(self.tiers.values(), key=contract.TIERS.index), self.exact)
 
     def _load(self, word: dict[str, Any], cluster: Cluster, number: int) -> None:
         manifests = {int(rank): Manifest.from_bytes(text.encode()) for rank, text in word["manifests"].items()}
@@ -159,8 +160,9 @@ class Worker:
             self.volume.discard(failure.copy.rank, failure.copy.identity, failure.reason)
 
 
-def applied(number: int, tier: str) -> dict[str, Any]:
-    return {"round": number, "status": "applied", "tier": tier, "nbytes": 1, "wire_nbytes": 0, "seconds": 0.1}
+def applied(number: int, tier: str, exact: bool) -> dict[str, Any]:
+    spent = {"nbytes": 1, "wire_nbytes": 0, "seconds": 0.1}
+    return {"round": number, "status": "applied", "tier": tier, **spent, "exact": exact}
 
 
 class Node:
