@@ -245,7 +245,7 @@ class ChangeAgreement:
         return self.change
 
     def hear(self, views: Mapping[int, Mapping[str, Any]]) -> None:
-        """Takes what the ranks follow: one that heard too late has the change announced again, further ahead.
+        """Takes what some of the ranks follow: one that heard too late has the change announced again, further ahead.
 
         A number beyond the own one is of the head before this one: it is gone on with.
         """

@@ -203,7 +203,7 @@ class Coordinator:
                 self.request_stop(view["stop_wanted"])
             if view["restore"] and self._restore is not None:
                 self._restore.take(rank, view["restore"])
-        self._pacer.hear(self._roster.views())
+        self._pacer.hear(member.ranks)
         self._drains.take(said["drained"])
         if self._stop is not None:
             self._stop.hear(self._roster.views(), self._attempt.home)
@@ -267,7 +267,7 @@ class Coordinator:
         self._work_first_commit()
         self._work_drain()
         with self._lock:
-            chosen, epoch = self._pacer.decide(self._roster.views()), self._attempt.epoch
+            chosen, epoch = self._pacer.decide(self._roster.views), self._attempt.epoch
         if chosen is not None:
             write_last(self._catalog, epoch, *chosen)
 

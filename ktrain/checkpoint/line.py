@@ -201,6 +201,7 @@ class PlainLine:
         self._rank = topology.rank
         self._hook = sys.excepthook  # whose place `watch` takes
         self._step_of: Callable[[], int | None] | None = None
+        self._closed = False
         if topology.rank == 0:
             self._head = _Head(run, topology, timeouts)
             self.epoch = self._head.epoch
@@ -251,7 +252,8 @@ class PlainLine:
 
     def _on_uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """The script ends by an error without having closed its Checkpointer."""
-        self._note_failure(error)
+        if not self._closed:
+            self._note_failure(error)
         self._hook(kind, error, trace)
 
     def _note_failure(self, error: BaseException) -> None:
@@ -267,7 +269,8 @@ class PlainLine:
             pass  # the head is rank 0, and gone: its end is the one that counts
 
     def close(self, success: bool, reason: str) -> None:
-        if sys.excepthook == self._on_uncaught:
+        self._closed = True
+        if sys.excepthook == self._on_uncaught:  # else another one stands before it, and still calls it
             sys.excepthook = self._hook
         ends_by = sys.exc_info()[1]
         if reason == "failed" and ends_by is not None:

@@ -257,7 +257,7 @@ class NodeKeeper:
                         "phase": known.said["phase"],
                         "closed": known.said["closed"],
                         "stop_ack": known.said["stop_ack"],
-                        "cadence": known.said["cadence"],
+                        "cadence": known.said.get("cadence"),
                         "restore": known.said["restore"],
                         "stop_wanted": known.said["stop_wanted"],
                         "policies": known.said["policies"],

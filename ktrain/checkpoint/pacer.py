@@ -114,7 +114,7 @@ class Pacer:
             self._agreement.announce(self._chosen.memory, at_step=0, lead=1)
 
     def hear(self, views: Mapping[int, Mapping[str, Any]]) -> None:
-        """Takes the changes that the ranks follow; what another head has chosen is gone on with."""
+        """Takes the changes that some ranks follow; what another head has chosen is gone on with."""
         if self._declared.auto is None or not views:
             return
         self._agreement.hear(views)
@@ -185,16 +185,16 @@ class Pacer:
             ),
         )
 
-    def decide(self, views: Mapping[int, Mapping[str, Any]]) -> tuple[int, Cadence] | None:
+    def decide(self, views_of: Callable[[], Mapping[int, Mapping[str, Any]]]) -> tuple[int, Cadence] | None:
         """Chooses again, once enough was saved since the last time, and announces what is better by more than a bit.
 
         Returns the newest step and what was chosen; None where all stays as it is.
         """
         auto = self._declared.auto
-        if auto is None or not views or self._num_saves < _LEAST_SAVES:
+        if auto is None or self._num_saves < _LEAST_SAVES:
             return None
-        measured = self.measured()
-        if measured is None:
+        measured, views = self.measured(), views_of()
+        if measured is None or not views:
             return None
         self._num_saves = 0
         first = self._chosen is None

@@ -35,10 +35,6 @@ class Every:
                 f"bucket={self.bucket}, disk={self.disk}"
             )
 
-    def due(self, step: int) -> bool:
-        """True where a snapshot of `step` is to be taken."""
-        return step % self.memory == 0
-
 
 @dataclass(frozen=True, slots=True)
 class Keep:

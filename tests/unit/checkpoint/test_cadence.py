@@ -157,6 +157,11 @@ def test_every_unknown_word_is_refused() -> None:
 # Agreement
 
 
+@given(st.integers(1, 50), st.integers(1, 500))
+def test_schedule_number_means_its_multiples(every: int, step: int) -> None:
+    assert Schedule(as_every(every).memory).due(step) == (step in range(0, step + 1, every))
+
+
 def test_schedule_change_begins_at_its_step_and_one_heard_late_at_the_next() -> None:
     schedule = Schedule(10)
     assert schedule.take([1, 25, 4], step=20) and schedule.said == [1, 25, 4, True]
