@@ -26,7 +26,7 @@ from ktrain.checkpoint.direct import Desk, RestoreDirector
 from ktrain.checkpoint.drain import Drain, DrainSchedule
 from ktrain.checkpoint.pacer import Pacer, write_last
 from ktrain.checkpoint.policy import Policies
-from ktrain.checkpoint.quarantine import Trial, review
+from ktrain.checkpoint.quarantine import Trial, read_marks, review
 from ktrain.checkpoint.roster import Attempt, Member, RankProgress, Roster
 from ktrain.errors import ConflictError, KtrainError
 
@@ -318,11 +318,11 @@ class Coordinator:
                 return
             commits, keep, epoch = self._commits, self._policies.keep.bucket, self._attempt.epoch
             commits.note_bucket(drain.identity)
-            found = None if self._restore is None else self._restore.review
+            in_doubt = self._restore is None or self._restore.review.trouble.doubts(drain.identity.step)
         if not commits.durable_is_recorded:
             self._catalog.record(epoch, "durable", {"step": drain.identity.step})
             commits.durable_is_recorded = True
-        if found is None or found.trouble.doubts(drain.identity.step):
+        if in_doubt:
             return  # older steps may be the ones that are needed
-        for commit in collect(self._catalog, keep=keep, spared=found.quarantine.holds):
+        for commit in collect(self._catalog, keep=keep, spared=read_marks(self._catalog).holds):
             self._emit("collected", tier=contract.TIER_BUCKET, step=commit.identity.step)

@@ -257,6 +257,19 @@ def test_trial_of_the_attempt_is_known_to_the_head_and_to_the_next_one(cluster: 
     assert cluster.coordinator.trial == trial
 
 
+def test_retention_spares_a_step_that_is_set_aside_by_hand_meanwhile(cluster: Cluster) -> None:
+    cluster.restore()
+    cluster.save_and_settle(10)
+    cluster.save_and_settle(20)
+    add_marks(cluster.catalog, NONE, [Mark(20, 1, on=True, reason="by hand", after=1)])
+    for step in (30, 40, 50):
+        cluster.save_and_settle(step)
+    assert [commit.identity.step for commit in cluster.catalog.listing().commits] == [20, 30, 40, 50]
+    cluster.save(60)
+    cluster.turn(8)
+    assert [commit.identity.step for commit in cluster.catalog.listing().commits] == [20, 40, 50, 60]
+
+
 def test_retention_collects_nothing_before_the_trouble_is_over(failing: Cluster) -> None:
     assert failing.restore() == 10
     for step in (15, 18, 21, 24):
