@@ -23,6 +23,11 @@ def name() -> str:
     return "cpu" if found is None else found.type
 
 
+def is_deterministic() -> bool:
+    """Whether the same steps from the same state give the same bits: on the CPU, elsewhere where torch is told so."""
+    return name() == "cpu" or torch.are_deterministic_algorithms_enabled()
+
+
 def count() -> int:
     """Accelerators that this process sees; 0 where there is none."""
     return torch.accelerator.device_count() if is_available() else 0

@@ -32,6 +32,8 @@ EVENTS_DIR = "events"
 CHECKPOINTS_DIR = "checkpoints"
 ATTEMPTS_DIR = "attempts"
 MARKS_DIR = "marks"  # pins, readers, what is about to go, late metrics (ADR 0012)
+CADENCE_DIR = "cadence"  # what `every="auto"` chose
+QUARANTINE_DIR = "quarantine"  # marks: steps that are set aside, or trusted again
 LOGS_DIR = "logs"
 RUN_FILE = "run.json"  # identity of the run: its id, made once
 HOLDER_FILE = "holder.json"  # who runs it now

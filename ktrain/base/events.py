@@ -30,6 +30,9 @@ KINDS = frozenset(
         "replicated",  # rank, step, source, target, nbytes, seconds (through the transport)
         "drained",  # rank, step, tier, nbytes, seconds
         "collected",  # tier, step: removed by retention
+        "quarantined",  # step, epoch, attempts, reason: set aside, an older step is restored
+        "loss_mismatch",  # step, expected, found, exact, restored, from_epoch: a restored state does not do what it did
+        "cadence",  # from_step, memory, disk, bucket, reason, and what it was computed from
         "bad_copy",  # step, rank, tier, where, reason, begin, end (byte range)
         "tier_failed",  # tier, reason; said once until it recovers
         "tier_recovered",  # tier

@@ -25,6 +25,7 @@ import torch
 from ktrain.base import contract, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.base.faults import FaultPoints
+from ktrain.checkpoint.gate import Gate, as_gate
 from ktrain.checkpoint.line import connect
 from ktrain.checkpoint.policy import Every, Keep, Policies, as_every, as_keep
 from ktrain.checkpoint.pulse import Pulse
@@ -45,8 +46,10 @@ class Checkpointer:
     Args:
         run: path or URL of the run; None takes the one of `ktrain launch`.
         state: named parts with `state_dict` and `load_state_dict`. The generators of every rank are added as "rng".
-        every: cadence; a number counts steps between snapshots in memory.
+        every: cadence; a number counts steps between snapshots in memory, "auto" has it measured and chosen.
         keep: retention; a number or a policy says which checkpoints stay in the bucket.
+        gate: what follows when the first losses after a restore are not those of before: "report" says so, "step-back"
+            sets the restored step aside and continues from an older one.
 
     Raises:
         ConfigError: the arguments cannot work, or the run cannot be written.
@@ -58,10 +61,11 @@ class Checkpointer:
         run: str | os.PathLike[str] | None = None,
         *,
         state: Mapping[str, Any],
-        every: int | Every = 10,
+        every: int | str | Every = 10,
         keep: int | Retention | Keep = 3,
+        gate: str | Gate = "report",
     ) -> None:
-        self._policies = Policies(as_every(every), as_keep(keep))
+        self._policies = Policies(as_every(every), as_keep(keep), as_gate(gate))
         self._topology = Topology.current()
         self._state = TrainState({RNG_PART: rng_part(self._topology), **state})
         self._timeouts = settings.timeouts()
@@ -81,6 +85,7 @@ class Checkpointer:
         self._saver: Saver | None = None  # made by restore()
         self._step: int | None = None  # None until restore()
         self._closed = False
+        self._line.watch(lambda: self._step)
         self._signals: dict[int, Any] = {} if self._line.has_launcher else self._catch_signals()
 
     @property
@@ -154,6 +159,7 @@ class Checkpointer:
         Raises:
             SystemExit: the run was asked to stop; this step is saved (exit code 130).
             ConflictError: a newer attempt of the run has begun; this process must end.
+            KtrainError: the losses are not those of before (`gate="step-back"`); the next attempt goes on further back.
         """
         if self._step is None or self._saver is None:
             raise ConfigError("Checkpointer.step: call restore() first, so that the run continues where it was")
@@ -166,7 +172,7 @@ class Checkpointer:
             self._pulse.emit("step", step=step, loss=None if loss is None else float(_plain(loss)), samples=samples)
         stop = self._pulse.note_step(step)
         stopping = stop is not None and self._await_stop(step)
-        if stopping or self._policies.every.due(step):
+        if stopping or self._pulse.schedule.due(step):
             self._saver.save(step)
         else:
             self._saver.prepare()

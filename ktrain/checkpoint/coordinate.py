@@ -26,7 +26,9 @@ from ktrain.checkpoint.commits import Commits
 from ktrain.checkpoint.direct import Desk, RestoreDirector
 from ktrain.checkpoint.drain import Drain, DrainSchedule
 from ktrain.checkpoint.marks import MetricBook
+from ktrain.checkpoint.pacer import Pacer, write_last
 from ktrain.checkpoint.policy import Policies
+from ktrain.checkpoint.quarantine import Trial, review
 from ktrain.checkpoint.removal import Terms
 from ktrain.checkpoint.roster import Attempt, Member, RankProgress, Roster
 from ktrain.errors import ConflictError, KtrainError
@@ -54,7 +56,8 @@ class Coordinator:
         self._wake = threading.Event()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
-        self._desk = Desk(catalog, Roster(), self._lock, self._emit, timeouts, clock)
+        self._pacer = Pacer(self._emit, timeouts=timeouts, clock=clock)
+        self._desk = Desk(catalog, Roster(), self._lock, self._emit, self._pacer, timeouts, clock)
         self._roster = self._desk.roster
         self._attempt = Attempt()
         self._commits = Commits(self._attempt, self._emit)
@@ -69,6 +72,7 @@ class Coordinator:
         self._stop: StopAgreement | None = None
         self._wire: dict[str, Any] | None = None
         self._free = False
+        self.trial: Trial | None = None  # of the step that the attempt continued from; replaced whole
 
     # For the head
 
@@ -83,19 +87,21 @@ class Coordinator:
 
     def adopt_attempt(self, epoch: int, assignment: Mapping[str, Sequence[int]]) -> None:
         """Takes over an attempt that is running; the nodes' next beats tell the rest."""
-        known = next((found.restored for found in self._catalog.attempts() if found.epoch == epoch), None)
+        found = review(self._catalog, self._catalog.attempts(), limit=0)
         with self._lock:
             self._enter(epoch, assignment)
-            if known is not None and self._restore is not None:
-                self._restore.adopt(known)
+            if self._restore is not None:
+                self._restore.adopt(found)
 
     def _enter(self, epoch: int, assignment: Mapping[str, Sequence[int]]) -> None:
         self._attempt = Attempt.of(epoch, assignment)
         self._commits = Commits(self._attempt, self._emit)  # what the last attempt had may be off this one's line
         self._drains.new_attempt()
+        self._pacer.begin_attempt()
         self._faults = FaultPoints.from_environment(epoch)
         self._roster.forget_ranks()
         self._restore = RestoreDirector(self._desk, self._attempt)
+        self.trial = None
         if self._stop is not None:
             self._stop = StopAgreement(self._stop.reason)  # these ranks have promised nothing yet
 
@@ -167,7 +173,9 @@ class Coordinator:
             self._thread = None
 
     def _emit(self, kind: str, **fields: Any) -> None:
-        self._emit_event(make(kind, self._attempt.epoch, clock=self._clock, **fields))
+        event = make(kind, self._attempt.epoch, clock=self._clock, **fields)
+        self._emit_event(event)
+        self._pacer.take([event])
 
     # One beat of one node
 
@@ -182,6 +190,10 @@ class Coordinator:
             for event in fresh:
                 self._emit_event(event)
                 self._metrics.take(event)
+            self._pacer.draining = self._drains.current is not None
+            self._pacer.take(fresh)
+            if self._restore is not None:
+                self._restore.take_events(fresh)
             if int(said["epoch"]) == epoch:
                 self._take_ranks(member, said)
             restored = None if self._restore is None else self._restore.restored
@@ -195,10 +207,12 @@ class Coordinator:
         for rank, view in member.ranks.items():
             if view.get("policies") and rank == 0:
                 self._policies = Policies.from_json(view["policies"])
+                self._pacer.declare(self._policies.every)
             if view["stop_wanted"]:
                 self.request_stop(view["stop_wanted"])
             if view["restore"] and self._restore is not None:
                 self._restore.take(rank, view["restore"])
+        self._pacer.hear(member.ranks)
         self._drains.take(member.instance, said["drained"])
         if self._stop is not None:
             self._stop.hear(self._roster.views(), self._attempt.home)
@@ -221,6 +235,8 @@ class Coordinator:
             "restore": None if restore is None else restore.answer(member.node, int(said["restore_round"])),
             "want_manifests": [] if restore is None else restore.wanted_from(member.node),
             "stop": None if self._stop is None else self._stop.to_json(),
+            "cadence": self._pacer.to_json(),
+            "refusal": None if restore is None else restore.refusal,
             "wire": self._wire,
             "free": self._free,
             "events_taken": member.events_taken,
@@ -229,7 +245,7 @@ class Coordinator:
     def _wanted_on_disk(self) -> dict[str, Any] | None:
         """What each node is to have on its own disk, where it has one."""
         memory, disk = self._commits.memory, self._commits.disk
-        if memory is None or (disk is not None and memory.step - disk.step < self._policies.every.disk):
+        if memory is None or (disk is not None and memory.step - disk.step < self._pacer.every.disk):
             return None
         return {"identity": memory.to_json(), "keep": self._policies.keep.disk}
 
@@ -260,14 +276,21 @@ class Coordinator:
         self._work_restore()
         self._work_first_commit()
         self._work_drain()
+        with self._lock:
+            chosen, epoch = self._pacer.decide(self._roster.views), self._attempt.epoch
+        if chosen is not None:
+            write_last(self._catalog, epoch, *chosen)
 
     def _work_restore(self) -> None:
         with self._lock:
-            director = self._restore
+            director, gate = self._restore, self._policies.gate
         if director is None:
             return
+        director.gate = gate
         director.work()
         with self._lock:
+            if director is self._restore:
+                self.trial = director.trial()
             if director.durable is not None and director is self._restore:
                 self._commits.note_bucket(director.durable)
 
@@ -301,7 +324,7 @@ class Coordinator:
         self._drains.drop_unless(self._may_be_continued)
         if commits.memory is not None and commits.memory == self._drains.last_done:
             commits.note_bucket(commits.memory)  # drained across the beginning of this attempt, which restored it
-        self._drains.begin(commits.memory, commits.bucket, every=self._policies.every.bucket, last=last)
+        self._drains.begin(commits.memory, commits.bucket, every=self._pacer.every.bucket, last=last)
         self._drains.assign(self._roster.members())
 
     def _may_be_continued(self, identity: Identity) -> bool:
@@ -320,10 +343,12 @@ class Coordinator:
             if drain.identity.epoch != epoch and drain.identity != commits.memory:
                 return  # of an attempt before; a restore finds it, and this attempt counts only what is on its line
             commits.note_bucket(drain.identity)
+            in_doubt = self._restore is None or self._restore.review.trouble.doubts(drain.identity.step)
         if not commits.durable_is_recorded:
             self._catalog.record(epoch, "durable", {"step": drain.identity.step})
             commits.durable_is_recorded = True
-        self._collect(Terms(keep, epoch, newest=drain.identity))
+        if not in_doubt:  # else older steps may be the ones that are needed
+            self._collect(Terms(keep, epoch, newest=drain.identity))
 
     def _collect(self, terms: Terms) -> None:
         """Removes what the bucket's policy gives up; what stays for want of certainty is said once."""

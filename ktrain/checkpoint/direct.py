@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ktrain.base import contract
 from ktrain.base.clock import Clock, Deadline
+from ktrain.base.events import Event
 from ktrain.base.settings import Timeouts
-from ktrain.checkpoint import lineage
+from ktrain.checkpoint import lineage, quarantine
 from ktrain.checkpoint.agreement import RestoreAgreement, RestoreState
+from ktrain.checkpoint.cadence import history_of
 from ktrain.checkpoint.catalog import RunCatalog
+from ktrain.checkpoint.gate import Gate, LossGate, Mismatch, OnMismatch, recorded_losses
+from ktrain.checkpoint.log import read_backwards
+from ktrain.checkpoint.pacer import Pacer, read_last
 from ktrain.checkpoint.recall import Outcome, Recall
 from ktrain.checkpoint.roster import Attempt, Roster
-from ktrain.errors import DeadlineError, UnavailableError
+from ktrain.errors import DeadlineError, KtrainError, UnavailableError
 from ktrain.format.manifest import Identity
 
 _TOLD = (RestoreState.LOADING, RestoreState.SETTLED, RestoreState.GO)
@@ -29,6 +35,7 @@ class Desk:
     roster: Roster
     lock: threading.RLock
     emit: Callable[..., None]
+    pacer: Pacer
     timeouts: Timeouts
     clock: Clock
 
@@ -41,26 +48,52 @@ class RestoreDirector:
         self._roster = desk.roster
         self._lock = desk.lock
         self._emit = desk.emit
+        self._pacer = desk.pacer
         self._timeouts = desk.timeouts
         self._clock = desk.clock
         self._epoch = attempt.epoch
         self._home = attempt.home
         self._agreement = RestoreAgreement(len(attempt.home), desk.timeouts.restore_s)
         self._recall: Recall | None = None
+        self.gate = Gate()  # the ranks' policy
+        self.refusal: str | None = None  # why the ranks must not go on from what they restored
+        self._losses: LossGate | None = None  # from "go" on; a new head leaves the rest of the comparison out
+        self._mismatch: Mismatch | None = None  # the first one
+        self.review = quarantine.Review()  # what is set aside, as this restore found it
         self._trouble: UnavailableError | DeadlineError | None = None  # why the store could not be asked, last time
         self._said = False
         self.restored: Identity | None = None
         self.durable: Identity | None = None  # what was restored, where the bucket holds it whole
 
-    def adopt(self, record: Mapping[str, Any]) -> None:
-        """Another head has directed this restore; what it recorded is known."""
-        self._said = True
-        if record.get("identity"):
+    def adopt(self, review: quarantine.Review) -> None:
+        """Another head has directed this restore, or began to; what it recorded is known."""
+        self.review = review
+        self._pacer.recall(history_of(review.attempts), None)  # the ranks say which cadence they follow
+        record = next((found.restored for found in review.attempts if found.epoch == self._epoch), None)
+        self._said = record is not None
+        if record is not None and record.get("identity"):
             self.restored = Identity.from_json(record["identity"])
 
     def take(self, rank: int, report: Mapping[str, Any]) -> None:
         """Takes a rank's report."""
         self._agreement.report(rank, report, Deadline.after(self._timeouts.restore_s, self._clock))
+
+    def trial(self) -> quarantine.Trial | None:
+        """What the restored step has left before it is set aside; None before there is one, or where it never is."""
+        if self.restored is None:
+            return None
+        if self.refusal is not None:
+            return quarantine.Trial(sys.maxsize, failures_left=1)
+        key = (self.restored.step, self.restored.epoch)
+        return quarantine.trial_of(key, self.review.trouble, self.gate.failures)
+
+    def take_events(self, events: Iterable[Event]) -> None:
+        """Takes the losses of the first steps, to be compared with those of before."""
+        if self._losses is None:
+            return
+        for event in events:
+            if event.kind == "step" and event.attempt == self._epoch:
+                self._losses.take(int(event.fields["step"]), event.fields.get("loss"))
 
     @property
     def needed(self) -> Identity | None:
@@ -115,6 +148,7 @@ class RestoreDirector:
             self._go()
         elif state is RestoreState.GO:
             self._say()
+            self._compare()
 
     def _late(self) -> tuple[str, str]:
         """Kind and words of the error when the patience has ended."""
@@ -132,15 +166,21 @@ class RestoreDirector:
     def _plan(self) -> None:
         """Chooses the step and brings its manifests together; without one decides between fresh and an error."""
         with self._lock:
-            recall = self._recall = self._recall or Recall(self._catalog, self._epoch)
+            recall = self._recall = self._recall or Recall(self._catalog, self._epoch, self.gate.failures)
             volumes, disks, manifests = self._roster.inventories(), self._roster.disks(), self._roster.manifests()
         outcome = recall.plan(volumes, disks, manifests, self._agreement)
         if outcome is None:
             return  # manifests are still on their way from the nodes
         if outcome.candidate is None and outcome.error is None:
             self._catalog.record(self._epoch, "restored", {"step": 0, "epoch": 0, "identity": None})
+        last = read_last(self._catalog) if self._pacer.is_auto else None
         with self._lock:
             self._recall = None
+            self.review = recall.review
+            # Before any rank may apply anything: all of them begin with the same cadence.
+            self._pacer.recall(history_of(recall.review.attempts), last)
+            for mark in recall.review.fresh:
+                self._emit("quarantined", **quarantine.describe(mark))
             for fields in outcome.bad_copies:
                 self._emit("bad_copy", **fields)
             self._settle(outcome)
@@ -165,9 +205,56 @@ class RestoreDirector:
         self._catalog.record(self._epoch, "restored", fields)
         with self._lock:
             self.restored = identity
+            self._losses = LossGate(self.gate, restored=identity.step)
             if all(any(copy.tier == contract.TIER_BUCKET for copy in copies) for copies in candidate.copies.values()):
                 self.durable = identity
             self._agreement.state = RestoreState.GO
+
+    def _compare(self) -> None:
+        """Compares the first losses with the recorded ones, once all have applied; the log is read once."""
+        with self._lock:
+            losses, applied = self._losses, self._agreement.done()
+            exact = all(report.get("exact") for report in self._agreement.reports.values())
+        if losses is None or self.restored is None or not losses.steps or not applied:
+            return
+        if not losses.is_known:
+            recorded = self._read_losses(self.restored, losses.steps)
+            losses.know({step: (loss, exact and same) for step, (loss, same) in recorded.items()})
+        with self._lock:
+            different = losses.compare()
+            for item in different:
+                where = {"restored": self.restored.step, "from_epoch": self.restored.epoch}
+                self._emit("loss_mismatch", **asdict(item), **where)
+            self._mismatch = self._mismatch or next(iter(different), None)
+        if self._mismatch is not None and self.gate.then == OnMismatch.STEP_BACK and self.refusal is None:
+            self._step_back(self.restored, self._mismatch)
+
+    def _read_losses(self, restored: Identity, steps: range) -> dict[int, tuple[float, bool]]:
+        blocks = read_backwards(self._catalog.tier.url, self._catalog.tier, timeouts=self._timeouts, clock=self._clock)
+        earlier = [attempt for attempt in self.review.attempts if attempt.epoch != self._epoch]
+        try:
+            return recorded_losses(blocks, restored, earlier, steps)
+        except (KtrainError, OSError) as error:
+            message = f"the losses after the restore of step {restored.step} are not compared: {error}"
+            with self._lock:
+                self._emit("notice", message=message)
+            return {}
+
+    def _step_back(self, restored: Identity, found: Mismatch) -> None:
+        """Sets the restored step aside, with what was made from it, and has every rank end."""
+        reason = f"step {found.step} had loss {found.expected!r} and has {found.found!r} after the restore"
+        marks = [
+            quarantine.Mark(step, epoch, on=True, reason=reason, attempts=(self._epoch,), after=self._epoch)
+            for step, epoch in ((restored.step, restored.epoch), (None, self._epoch))
+        ]
+        quarantine.add_marks(self._catalog, quarantine.read_marks(self._catalog), marks)
+        with self._lock:
+            for mark in marks:
+                self._emit("quarantined", **quarantine.describe(mark))
+            self.refusal = (
+                f"the state of step {restored.step} (epoch {restored.epoch}) is not what it was: {reason}; it is set "
+                "aside, and the next attempt continues from an older step"
+            )
 
     def _say(self) -> None:
         with self._lock:

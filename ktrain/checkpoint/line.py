@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -28,6 +30,7 @@ from ktrain.checkpoint.coordinate import Coordinator
 from ktrain.checkpoint.holder import Holder
 from ktrain.checkpoint.log import open_log
 from ktrain.checkpoint.node import NodeKeeper, NodePlace
+from ktrain.checkpoint.quarantine import is_own_fault
 from ktrain.errors import ConfigError, DeadlineError, KtrainError
 from ktrain.state.topology import Topology
 
@@ -43,6 +46,9 @@ class Line(Protocol):
     volume_root: Path
     has_launcher: bool
 
+    def watch(self, step_of: Callable[[], int | None]) -> None:
+        """Has somebody record, from now on, how this process ends and at which step."""
+
     def close(self, success: bool, reason: str) -> None:
         """Ends what this process itself started for the line."""
 
@@ -56,6 +62,9 @@ class AgentLine:
     node: str
     volume_root: Path
     has_launcher: bool = True
+
+    def watch(self, step_of: Callable[[], int | None]) -> None:
+        """The supervisor sees how a process ends."""
 
     def close(self, success: bool, reason: str) -> None:
         """The launcher owns everything."""
@@ -124,7 +133,8 @@ class _Head:
         )
         self._log = open_log(run, self._catalog.tier, timeouts=timeouts)
         self._coordinator = Coordinator(self._catalog, timeouts=timeouts, emit=self._log.emit)
-        self.handlers = self._coordinator.handlers()
+        self.handlers = {**self._coordinator.handlers(), "failed": self.note_failure}
+        self._failed = False  # a rank's failure is recorded: the first word on the end of this attempt
         local = topology.local_world_size
         nodes = range(topology.world_size // local)
         assignment = {contract.node_name(index): range(index * local, (index + 1) * local) for index in nodes}
@@ -138,6 +148,22 @@ class _Head:
     def _emit(self, kind: str, **fields: Any) -> None:
         self._log.emit(make(kind, self.epoch, **fields))
 
+    def note_failure(self, said: dict[str, Any]) -> dict[str, Any]:
+        """A rank ends by an error: it is recorded at once, because the other ranks may not live to say so."""
+        if not self._failed:
+            self._failed = True
+            fields = {"cause": contract.CAUSE_CRASH, "reason": said["reason"], "step": said["step"]}
+            self._emit("failure", rank=said["rank"], **fields)
+            self._log.flush()
+            self._record_end({"outcome": "failed", "own_fault": said["own_fault"], **fields})
+        return {}
+
+    def _record_end(self, fields: dict[str, Any]) -> None:
+        try:
+            self._catalog.record(self.epoch, "end", fields)
+        except KtrainError as error:
+            self._emit("notice", message=f"the end of this attempt is not recorded: {error}")
+
     def finish(self, success: bool, reason: str) -> None:
         """Waits, bounded, for the other ranks' last word, frees the volumes after success, and records the end."""
         if success:
@@ -149,10 +175,8 @@ class _Head:
         if success:
             self._emit("run_ended", outcome=outcome, exit_code=contract.EXIT_OK)
         self._coordinator.close()
-        try:
-            self._catalog.record(self.epoch, "end", {"outcome": outcome})
-        except KtrainError as error:
-            self._emit("notice", message=f"the end of this attempt is not recorded: {error}")
+        if not self._failed:
+            self._record_end({"outcome": outcome})
         self._log.close()
         self._holder.close()
 
@@ -177,6 +201,10 @@ class PlainLine:
         self._timeouts = timeouts
         self._head: _Head | None = None
         self._server: Server | None = None
+        self._rank = topology.rank
+        self._hook = sys.excepthook  # whose place `watch` takes
+        self._step_of: Callable[[], int | None] | None = None
+        self._closed = False
         if topology.rank == 0:
             self._head = _Head(run, topology, timeouts)
             self.epoch = self._head.epoch
@@ -186,6 +214,7 @@ class PlainLine:
         else:
             to_head, self.epoch = self._find_head(run, topology)
         place = NodePlace(self.node, f"{self.node}/rank-{topology.rank}", self.volume_root)
+        self._to_head = to_head
         self._keeper = NodeKeeper(run, place=place, head=to_head, transport=None, timeouts=timeouts)
         self._keeper.start()
         self.caller: Caller = LocalCaller(self._keeper.handlers())
@@ -220,7 +249,35 @@ class PlainLine:
             )
         return Client(word["address"], word["token"]), int(word["epoch"])
 
+    def watch(self, step_of: Callable[[], int | None]) -> None:
+        self._step_of = step_of
+        self._hook, sys.excepthook = sys.excepthook, self._on_uncaught
+
+    def _on_uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """The script ends by an error without having closed its Checkpointer."""
+        if not self._closed:
+            self._note_failure(error)
+        self._hook(kind, error, trace)
+
+    def _note_failure(self, error: BaseException) -> None:
+        said = {
+            "rank": self._rank,
+            "step": None if self._step_of is None else self._step_of(),
+            "reason": f"{type(error).__name__}: {error}",
+            "own_fault": is_own_fault(error),
+        }
+        try:
+            self._to_head.call("failed", said, timeout_s=self._timeouts.call_s)
+        except KtrainError:
+            pass  # the head is rank 0, and gone: its end is the one that counts
+
     def close(self, success: bool, reason: str) -> None:
+        self._closed = True
+        if sys.excepthook == self._on_uncaught:  # else another one stands before it, and still calls it
+            sys.excepthook = self._hook
+        ends_by = sys.exc_info()[1]
+        if reason == "failed" and ends_by is not None:
+            self._note_failure(ends_by)
         if success:
             self._keeper.flush()
         if self._head is None and success:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +20,8 @@ from ktrain.errors import KtrainError, NotFoundError
 
 _LOG = logging.getLogger(__name__)
 _BATCH_S = 1.0
+_BLOCK_NBYTES = 1 << 18
+_BLOCKS_BACK = 256  # read backwards at most
 _KEPT_BATCHES = 1000  # of a store that is away; the oldest are dropped beyond
 
 
@@ -116,6 +120,45 @@ def open_log(run: str, tier: Tier, *, timeouts: Timeouts, clock: Clock = SYSTEM_
     """The log of a run, ready to be appended to."""
     path = local_path(run)
     return FileLog(path / contract.EVENTS_FILE) if path is not None else ObjectLog(tier, timeouts=timeouts, clock=clock)
+
+
+def read_backwards(run: str, tier: Tier, *, timeouts: Timeouts, clock: Clock = SYSTEM_CLOCK) -> Iterator[list[Event]]:
+    """Blocks of a run's events, the newest block first, each in order; bounded, so the oldest events may be left out.
+
+    Raises:
+        UnavailableError, DeadlineError: the store could not be asked.
+    """
+    path = local_path(run)
+    if path is not None:
+        yield from _blocks_of_file(path / contract.EVENTS_FILE)
+        return
+    found = tier.list(f"{contract.EVENTS_DIR}/", deadline=Deadline.after(timeouts.storage_s, clock))
+    newest = sorted((stored.name for stored in found), key=lambda name: (_sequence(name), name), reverse=True)
+    for name in newest[:_BLOCKS_BACK]:
+        try:
+            data = tier.read(name, deadline=Deadline.after(timeouts.storage_s, clock))
+        except NotFoundError:
+            continue
+        yield events.parse_lines(data.splitlines())
+
+
+def _blocks_of_file(path: Path) -> Iterator[list[Event]]:
+    try:
+        file = open(path, "rb")  # noqa: SIM115 -- closed below; the file may be absent
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    with file:
+        end = file.seek(0, os.SEEK_END)
+        rest = b""  # the end of a line whose beginning is in the next block
+        for _ in range(_BLOCKS_BACK):
+            begin = max(0, end - _BLOCK_NBYTES)
+            file.seek(begin)
+            data = file.read(end - begin) + rest
+            cut = data.find(b"\n") + 1 if begin else 0
+            rest, end = data[:cut], begin
+            yield events.parse_lines(data[cut:].splitlines())
+            if not begin:
+                return
 
 
 class LogReader:

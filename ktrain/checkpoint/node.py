@@ -183,6 +183,8 @@ class NodeKeeper:
                 "committed": view.get("committed", {}),
                 "protect": view.get("protect", []),
                 "stop": view.get("stop") if ready else None,
+                "cadence": view.get("cadence") if ready else None,
+                "refusal": view.get("refusal") if ready else None,
                 "restore": self._restore_for(said) if ready else None,
             }
 
@@ -257,6 +259,7 @@ class NodeKeeper:
                         "phase": known.said["phase"],
                         "closed": known.said["closed"],
                         "stop_ack": known.said["stop_ack"],
+                        "cadence": known.said.get("cadence"),
                         "restore": known.said["restore"],
                         "stop_wanted": known.said["stop_wanted"],
                         "policies": known.said["policies"],

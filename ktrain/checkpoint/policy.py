@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ktrain.checkpoint import retention
+from ktrain.checkpoint.cadence import Auto
+from ktrain.checkpoint.gate import Gate
 from ktrain.checkpoint.retention import Retention, as_retention
 from ktrain.errors import ConfigError
 
@@ -19,11 +21,13 @@ class Every:
         bucket: least distance in steps between two drains; 0 drains the newest committed step whenever the
             drain is idle. The last step before `close()` is always drained.
         disk: the same for the nodes' disks, where there are any.
+        auto: with it, the numbers above are only what is begun with: the head measures and chooses.
     """
 
     memory: int = 10
     bucket: int = 0
     disk: int = 0
+    auto: Auto | None = None
 
     def __post_init__(self) -> None:
         if self.memory < 1 or min(self.bucket, self.disk) < 0:
@@ -31,10 +35,6 @@ class Every:
                 f"every: expected memory >= 1, bucket >= 0 and disk >= 0 steps, found memory={self.memory}, "
                 f"bucket={self.bucket}, disk={self.disk}"
             )
-
-    def due(self, step: int) -> bool:
-        """True where a snapshot of `step` is to be taken."""
-        return step % self.memory == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,25 +71,33 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class Policies:
-    """Cadence and retention of a run, as its first rank declared them."""
+    """Cadence, retention and gate of a run, as its first rank declared them."""
 
     every: Every = Every()
     keep: Keep = Keep()
+    gate: Gate = Gate()
 
     def to_json(self) -> dict[str, Any]:
         bucket = self.keep.bucket
         said = bucket if isinstance(bucket, int) else retention.to_json(bucket)
-        return {"every": asdict(self.every), "keep": {**asdict(replace(self.keep, bucket=1)), "bucket": said}}
+        keep = {**asdict(replace(self.keep, bucket=1)), "bucket": said}
+        return {"every": asdict(self.every), "keep": keep, "gate": asdict(self.gate)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Policies:
         said = value["keep"]["bucket"]
         bucket = said if isinstance(said, int) else retention.from_json(said)
-        return cls(every=Every(**value["every"]), keep=Keep(**{**value["keep"], "bucket": bucket}))
+        auto = value["every"].get("auto")
+        every = Every(**{**value["every"], "auto": None if auto is None else Auto(**auto)})
+        return cls(every=every, keep=Keep(**{**value["keep"], "bucket": bucket}), gate=Gate(**value["gate"]))
 
 
-def as_every(value: int | Every) -> Every:
-    """`every=10` means every ten steps in memory."""
+def as_every(value: int | str | Every) -> Every:
+    """`every=10` means every ten steps in memory, `every="auto"` as often as measurements say."""
+    if isinstance(value, str):
+        if value != "auto":
+            raise ConfigError(f"every: expected a number of steps, 'auto' or an Every, found {value!r}")
+        return Every(auto=Auto())
     return value if isinstance(value, Every) else Every(memory=value)
 
 

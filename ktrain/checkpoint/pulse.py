@@ -16,6 +16,7 @@ from ktrain.base.clock import Clock, Deadline
 from ktrain.base.control import Caller
 from ktrain.base.events import ListSink, make
 from ktrain.base.settings import Timeouts
+from ktrain.checkpoint.cadence import Schedule
 from ktrain.checkpoint.policy import Policies
 from ktrain.errors import ConflictError, DeadlineError, KtrainError
 
@@ -48,7 +49,9 @@ class Pulse:
         self._stop_ack: list[Any] | None = None
         self._restore: dict[str, Any] | None = None
         self._stop_wanted: str | None = None
-        self._fenced: ConflictError | None = None
+        self.schedule = Schedule(policies.every.memory)
+        """The steps to save. Changes reach it under the lock, so that `note_step` comes before or after."""
+        self._fenced: KtrainError | None = None
         self._unreachable: KtrainError | None = None
         self._wake = threading.Event()
         self._ended = threading.Event()
@@ -127,7 +130,12 @@ class Pulse:
             return self._stop
 
     def check_fence(self) -> None:
-        """Raises ConflictError when a newer attempt of the run has begun: this process must do no more."""
+        """Raises when this process must do no more.
+
+        Raises:
+            ConflictError: a newer attempt of the run has begun.
+            KtrainError: what was restored has failed the gate.
+        """
         if self._fenced is not None:
             raise self._fenced
 
@@ -195,6 +203,7 @@ class Pulse:
                 "phase": self._phase,
                 "closed": self._closed,
                 "stop_ack": self._stop_ack,
+                "cadence": self.schedule.said,
                 "restore": self._restore,
                 "stop_wanted": self._stop_wanted,
                 "policies": self._policies.to_json(),
@@ -216,6 +225,11 @@ class Pulse:
             announced = answer.get("stop")
             if announced is not None and announced["step"] is not None:
                 self._stop = announced
+            change = answer.get("cadence")
+            if change is not None and self._policies.every.auto is not None and self.schedule.take(change, self._step):
+                self._wake.set()
+            if answer.get("refusal"):
+                self._fenced = KtrainError(answer["refusal"])
             self._answers += 1
             self._answered.notify_all()
             if self._stop is not None and (self._stop_ack or [None])[0] != self._stop["step"]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ktrain.base import contract
-from ktrain.checkpoint import lineage
+from ktrain.checkpoint import lineage, quarantine
 from ktrain.checkpoint.agreement import RestoreAgreement
 from ktrain.checkpoint.catalog import AttemptRecord, Listing, RunCatalog
 from ktrain.checkpoint.lineage import Candidate, Copy
@@ -34,10 +34,17 @@ class Outcome:
 class Recall:
     """One search. The bucket is listed once; manifests that lie in nodes' memory are asked for and awaited."""
 
-    def __init__(self, catalog: RunCatalog, epoch: int | None = None) -> None:
-        """`epoch`: of the attempt that restores, whose start is in the run directory."""
+    def __init__(self, catalog: RunCatalog, epoch: int | None = None, limit: int = 0) -> None:
+        """A search for one attempt.
+
+        Args:
+            epoch: of the attempt that restores, whose start is in the run directory.
+            limit: failures from a step after which it is set aside; 0 for never.
+        """
         self._catalog = catalog
         self._epoch = epoch
+        self._limit = limit
+        self.review = quarantine.Review()  # what is set aside, once the search has begun
         self._listing: Listing | None = None
         self._attempts: list[AttemptRecord] = []
         self._wanted: dict[str, list[dict[str, Any]]] = {}
@@ -60,7 +67,10 @@ class Recall:
                 and so it is asked again rather than passed over.
         """
         listing = self._list_bucket()
-        found = lineage.candidates(self._own(volumes), self._own(disks), listing.commits, self._attempts)
+        complete = lineage.candidates(self._own(volumes), self._own(disks), listing.commits, self._attempts)
+        found = [candidate for candidate in complete if not self.review.quarantine.holds(candidate.identity)]
+        if complete and not found:
+            return Outcome(error=("config", self._all_set_aside(complete)))
         excluded = set(agreement.excluded)
         bad: list[dict[str, Any]] = []
         while True:
@@ -98,6 +108,9 @@ class Recall:
                     f"run {self._catalog.tier.url}: the listing lacks attempt {self._epoch}, which has begun; it lags, "
                     "so that nothing can be told by what is absent"
                 )
+            said = self.review.fresh  # by a try that the store cut short
+            found = quarantine.review(self._catalog, self._attempts, self._limit)
+            self.review = replace(found, fresh=(*said, *found.fresh))
             self._listing = self._catalog.listing()
         return self._listing
 
@@ -181,6 +194,14 @@ class Recall:
             if lineage.on_line(Identity(self._catalog.run_id, named[0], named[1], 1), self._attempts):
                 found.append(name)
         return found
+
+    def _all_set_aside(self, complete: Sequence[Candidate]) -> str:
+        steps = ", ".join(f"{found.identity.step} (epoch {found.identity.epoch})" for found in complete)
+        return (
+            f"run {self._catalog.tier.url}: every step that is left is set aside, because the job failed from it: "
+            f"{steps}; nothing was deleted; mend the cause, then trust one again by `ktrain ckpt quarantine RUN "
+            "--step N --off`, or name a new run"
+        )
 
     def _too_new(self, names: Sequence[str], reasons: Mapping[str, str]) -> str:
         return (

@@ -12,9 +12,11 @@ from typing import Any
 
 from ktrain.abc.tier import Stored
 from ktrain.base import contract
+from ktrain.checkpoint import quarantine
 from ktrain.checkpoint.catalog import AttemptRecord, Listing, RunCatalog, commit_path
 from ktrain.checkpoint.lineage import on_line
 from ktrain.checkpoint.marks import Marks, Reader, Write, numbers, read_marks, write_of
+from ktrain.checkpoint.quarantine import Quarantine
 from ktrain.checkpoint.retention import Committed, Retention, superseded
 from ktrain.format import record as records
 from ktrain.format.manifest import Identity
@@ -33,14 +35,19 @@ class Seen:
     listing: Listing
     attempts: list[AttemptRecord]
     marks: Marks
+    aside: Quarantine = Quarantine()
 
     @classmethod
     def read(cls, catalog: RunCatalog) -> Seen:
-        return cls(catalog.listing(), catalog.attempts(), read_marks(catalog))
+        return cls(catalog.listing(), catalog.attempts(), read_marks(catalog), quarantine.read_marks(catalog))
 
     def line(self) -> list[CommitRecord]:
         """Commits on the line, newest last."""
         return [commit for commit in self.listing.commits if on_line(commit.identity, self.attempts)]
+
+    def usable(self) -> list[CommitRecord]:
+        """Commits on the line that are not set aside, newest last."""
+        return [commit for commit in self.line() if not self.aside.holds(commit.identity)]
 
     def metrics_of(self, commit: CommitRecord) -> dict[str, float]:
         """Values of the commit's step: from its record, then what was logged later."""
@@ -88,10 +95,10 @@ class Removal:
 
 
 def given_up(seen: Seen, terms: Terms) -> list[Removal]:
-    """What the policy does not keep of the line; pinned steps do not count."""
+    """What the policy does not keep of the line; pinned steps do not count, nor those that are set aside."""
     if terms.policy is None:
         return []
-    free = [commit for commit in seen.line() if commit.identity.step not in seen.marks.pins]
+    free = [commit for commit in seen.usable() if commit.identity.step not in seen.marks.pins]
     by_key: dict[tuple[int, int], list[CommitRecord]] = {}
     for commit in free:
         by_key.setdefault((commit.identity.step, commit.identity.epoch), []).append(commit)
@@ -161,12 +168,14 @@ def unfinished(seen: Seen) -> list[Removal]:
     ]
 
 
-def why_protected(removal: Removal, marks: Marks, readers: Iterable[Reader]) -> str | None:
+def why_protected(removal: Removal, marks: Marks, readers: Iterable[Reader], aside: Quarantine) -> str | None:
     """Who wants this step to stay; None when nobody does."""
     if removal.why == "half removed":
         return None  # it is no checkpoint any more: nobody can read it
     if removal.step in marks.pins:
         return "it is pinned"
+    if aside.find(removal.step, removal.write[1]) is not None:
+        return "it is set aside"
     if (removal.step, removal.write[1]) in marks.unclear:
         return "its metrics cannot be read"
     return next((f"{reader.who} reads it" for reader in readers if reader.reads(removal.step)), None)

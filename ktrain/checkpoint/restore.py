@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ktrain import device
 from ktrain.base import contract, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.base.control import Caller
@@ -20,6 +21,7 @@ from ktrain.format.manifest import Identity, Manifest
 from ktrain.snapshot.arena import NodeVolume
 from ktrain.state.apply import RestoreNeeds, apply, plan_restore
 from ktrain.state.landing import Landing, land
+from ktrain.state.plan import plan_save
 from ktrain.state.topology import Topology
 from ktrain.state.train_state import TrainState
 from ktrain.tier.disk import NodeDisk, open_disk
@@ -35,6 +37,7 @@ class _Loaded:
     landing: Landing
     source: NearestSource
     seconds: float
+    plan_digest: str | None  # of what this rank has saved, on the same number of ranks
 
 
 class Restorer:
@@ -141,7 +144,9 @@ class Restorer:
             self._report("failed", copies=[failure.to_json() for failure in source.failures])
             return
         identity = Identity.from_json(word["identity"])
-        self._loaded = _Loaded(identity, needs, landing, source, self._clock.monotonic() - started)
+        own = manifests.get(self._topology.rank) if identity.world_size == self._topology.world_size else None
+        digest = None if own is None else own.plan_digest
+        self._loaded = _Loaded(identity, needs, landing, source, self._clock.monotonic() - started, digest)
         self._report("ready")
 
     def _pull(self, copy: Copy) -> int:
@@ -183,8 +188,16 @@ class Restorer:
             num_reads=source.tally.num_reads,
             wire_nbytes=source.tally.wire_nbytes,
             seconds=loaded.seconds + self._clock.monotonic() - started,
+            exact=device.is_deterministic() and loaded.plan_digest == self._plan_digest(),
         )
         for notice in loaded.needs.notices:
             self._pulse.emit("notice", message=f"rank {self._topology.rank}: {notice}")
         self._drop()
         return loaded.identity.step
+
+    def _plan_digest(self) -> str | None:
+        """Of what this rank would save now; None where the first save will refuse."""
+        try:
+            return plan_save(self._state, self._topology).digest
+        except ConfigError:
+            return None

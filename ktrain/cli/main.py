@@ -9,7 +9,7 @@ import click
 
 import ktrain
 from ktrain.base import contract
-from ktrain.cli import cancel, ckpt, exchange, launch, logs, status, upgrade
+from ktrain.cli import cancel, ckpt, exchange, launch, logs, quarantine, status, upgrade
 from ktrain.errors import ConfigError, ConflictError, CorruptionError, KtrainError, NotFoundError, UnavailableError
 
 _EXIT_CODES: tuple[tuple[type[KtrainError], int], ...] = (
@@ -35,6 +35,7 @@ cli.add_command(ckpt.ckpt)
 ckpt.ckpt.add_command(upgrade.upgrade)
 ckpt.ckpt.add_command(exchange.export_command)
 ckpt.ckpt.add_command(exchange.import_command)
+ckpt.ckpt.add_command(quarantine.quarantine)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -156,6 +156,11 @@ class Picture:
         self._phase, self.step = "training", int(fields["step"])
         return f"attempt {event.attempt}: continues from step {fields['step']}, restored from {fields['tier']}"
 
+    def _on_quarantined(self, fields: dict[str, Any], event: Event) -> str | None:
+        if fields["step"] is None:
+            return None  # what was made on the way: the step that it was made from has a line
+        return f"set aside: step {fields['step']} of epoch {fields['epoch']}: {fields['reason']}"
+
     def _on_failure(self, fields: dict[str, Any], event: Event) -> str | None:
         self._phase = "recovering"
         where = f" (rank {fields['rank']})" if "rank" in fields else f" ({fields['node']})" if "node" in fields else ""
@@ -184,6 +189,9 @@ _HANDLERS: dict[str, Callable[[Picture, dict[str, Any], Event], str | None]] = {
     "restored": Picture._on_restored,
     "failure": Picture._on_failure,
     "fault_injected": _line("fault injected at step {step}: {spec}"),
+    "quarantined": Picture._on_quarantined,
+    "cadence": _line("cadence: memory every {memory} steps: {reason}"),
+    "loss_mismatch": _line("restored from step {restored}: step {step} had loss {expected}, now it has {found}"),
     "bad_copy": _line("bad copy: step {step} rank {rank} in {tier} ({where}): {reason}"),
     "tier_failed": _line("{tier} tier failed: {reason}"),
     "tier_recovered": _line("{tier} tier is back"),

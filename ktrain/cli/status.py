@@ -11,6 +11,7 @@ from ktrain.base import settings
 from ktrain.base.events import Event
 from ktrain.base.job import HeadCaller, WorkDir, canonical_url
 from ktrain.checkpoint.log import LogReader
+from ktrain.cli import quarantine
 from ktrain.errors import KtrainError, NotFoundError
 
 
@@ -47,11 +48,14 @@ def describe(run: str) -> dict[str, Any]:
         if event.kind == "committed":
             tiers[event.fields["tier"]] = int(event.fields["step"])
     ended = next((event for event in reversed(events) if event.kind in ("run_ended", "run_started")), None)
+    paced = next((event.fields for event in reversed(events) if event.kind == "cadence"), None)
     return {
         "run": run,
         "live": live_status(run),
         "ended": ended.fields if ended is not None and ended.kind == "run_ended" else None,
         "committed": tiers,
+        "cadence": paced,
+        "quarantined": quarantine.try_read(run),
         "failures": [event.to_json() for event in events if event.kind == "failure"],
         "report": Report.from_events(events).to_json(),
     }
@@ -85,5 +89,11 @@ def status(run: str, output: str) -> int:
         click.echo(f"{run}: {said}")
     if found["committed"]:
         click.echo("committed: " + ", ".join(f"{tier} {step}" for tier, step in found["committed"].items()))
+    if found["cadence"]:
+        paced = found["cadence"]
+        slow = ", ".join(f"{tier} {paced[tier] or 'whenever idle'}" for tier in ("disk", "bucket"))
+        click.echo(f"cadence: memory every {paced['memory']} steps, {slow}: {paced['reason']}")
+    for line in quarantine.lines(found["quarantined"] or ()):
+        click.echo(line)
     click.echo("\n" + Report.from_events(read_events(run)).to_text())
     return 0

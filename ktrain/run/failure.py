@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,15 +9,15 @@ from typing import Any
 
 from ktrain.base import contract
 from ktrain.base.settings import Timeouts
+from ktrain.checkpoint.quarantine import ECHO, Trial
 from ktrain.checkpoint.roster import RankProgress
+from ktrain.errors import InternalError, KtrainError
 
-# What a worker says when it fails because another one is gone: never the root of a failure that has another.
-_SECONDARY = re.compile(
-    r"connection (closed|reset|refused)|broken pipe|gloo|nccl|DistNetworkError|DistStoreError|peer|timed out waiting",
-    re.IGNORECASE,
-)
+# Sent from outside: by a person, a scheduler, or the kernel that is out of memory.
+_FOREIGN_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Exit codes whose cause a restart cannot mend: the same input gives the same refusal.
 _FINAL_EXIT_CODES = (contract.EXIT_USAGE, contract.EXIT_CORRUPT)
+_OWN_KINDS = ("exception", "exit", KtrainError.kind, InternalError.kind)
 _STREAK_LIMIT = 3  # failures in a row without a new committed step
 
 
@@ -56,7 +55,14 @@ class Exit:
     @property
     def secondary(self) -> bool:
         """True where the reason reads like the echo of another rank's failure."""
-        return self.kind == "exception" and _SECONDARY.search(self.reason) is not None
+        return self.kind == "exception" and ECHO.search(self.reason) is not None
+
+    @property
+    def own_fault(self) -> bool:
+        """True for what a worker did by itself: neither sent from outside, nor a refusal, nor another's echo."""
+        if self.exitcode < 0:
+            return -self.exitcode not in _FOREIGN_SIGNALS
+        return self.kind in _OWN_KINDS and not self.secondary
 
 
 def root_cause(exits: Sequence[Exit]) -> Exit | None:
@@ -85,6 +91,7 @@ class Failure:
     final: int | None = None  # exit code of the job where a restart cannot help
     secondary: int = 0  # exits of other ranks that this one explains
     log_tail: str = ""
+    own_fault: bool = False  # it tells of the job itself, and so of the step that was restored (ADR 0018)
 
     def fields(self) -> dict[str, Any]:
         """The fields of a `failure` event."""
@@ -121,6 +128,7 @@ def crash(exits: Sequence[Exit], progress: Mapping[int, RankProgress]) -> Failur
         final=root.exitcode if root.exitcode in _FINAL_EXIT_CODES and root.kind != "exit" else None,
         secondary=sum(1 for item in exits if item.failed and item is not root),
         log_tail=root.log_tail,
+        own_fault=root.own_fault and (at is None or at.phase != "close"),
     )
 
 
@@ -209,15 +217,17 @@ class Decision:
     verdict: Verdict | None = None
 
 
-def decide(budgets: Budgets, failure: Failure, *, committed: int | None) -> Decision:
+def decide(budgets: Budgets, failure: Failure, *, committed: int | None, trial: Trial | None = None) -> Decision:
     """Spends budget for a failure. `committed` is the newest committed step, None where nothing commits steps.
 
-    A failure without a committed step since the last one counts double, and three in a row end the run.
+    A failure without a committed step since the last one counts double, and three in a row end the run. One that sets
+    the restored step aside ends the row and costs nothing: what follows is not the same thing tried again.
     """
     stalled = budgets.committed is not None and committed is not None and committed <= budgets.committed
-    cost = 2 if stalled else 1
+    sets_aside = failure.own_fault and trial is not None and trial.ends_with(failure.step)
+    cost = 0 if sets_aside else 2 if stalled else 1
     spent = {**budgets.spent, failure.cause: budgets.spent.get(failure.cause, 0) + cost}
-    streak = budgets.streak + 1 if stalled else (1 if committed is not None else 0)
+    streak = 0 if sets_aside or committed is None else budgets.streak + 1 if stalled else 1
     after = replace(
         budgets, spent=spent, streak=streak, committed=budgets.committed if committed is None else committed
     )

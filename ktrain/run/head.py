@@ -318,6 +318,7 @@ class Head:
             holdings=self._coordinator.holdings(),
             committed=max((step for step, _ in committed.values()), default=0) if progress else None,
             stop=self._stop,
+            trial=self._coordinator.trial,
         )
 
     def _carry_out(self, action: Action) -> Verdict | None:

@@ -58,6 +58,7 @@ class Close:
     cause: str | None
     step: int | None
     reason: str
+    own_fault: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +292,7 @@ class Machine:
             host=report.host if report else None,
             phase=item.phase,
             step=item.step,
+            own_fault=item.phase != "close",
         )
         fields = {**failure.fields(), "silent_s": round(item.silent_s, 3)}
         return [Say("hang", self.epoch, fields), *self._stop_attempt(view, failure)]
@@ -356,16 +358,16 @@ class Machine:
         failure = failures.settle(self._failure, self._vanished, exits, view.progress)
         self._failure = failure
         said.append(Say("failure", self.epoch, failure.fields()))
-        said.append(self._closing(view, "failed", failure.cause, failure.describe()))
+        closing = self._closing(view, "failed", failure.cause, failure.describe())
+        said.append(replace(closing, own_fault=failure.own_fault and view.stop is None))
         if view.stop is not None:
             verdict = Verdict("failed", contract.EXIT_FAILED, f"failed while stopping: {failure.describe()}")
             return said + self._finish(view, verdict)
-        decision = failures.decide(self.budgets, failure, committed=view.committed)
+        decision = failures.decide(self.budgets, failure, committed=view.committed, trial=view.trial)
         self.budgets = decision.budgets
         if decision.verdict is not None:
             tail = f"\n{failure.log_tail}" if failure.log_tail else ""
-            verdict = replace(decision.verdict, reason=decision.verdict.reason + tail)
-            return said + self._finish(view, verdict)
+            return said + self._finish(view, replace(decision.verdict, reason=decision.verdict.reason + tail))
         self._go(State.JOINING, view.now_s)
         return said
 

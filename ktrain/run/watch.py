@@ -8,6 +8,7 @@ from typing import Any
 
 from ktrain.base import contract
 from ktrain.base.settings import Timeouts
+from ktrain.checkpoint.quarantine import Trial
 from ktrain.checkpoint.roster import RankProgress
 from ktrain.run import failure as failures
 from ktrain.run.failure import Exit, Failure
@@ -43,6 +44,7 @@ class View:
     holdings: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
     committed: int | None = None  # newest committed step; None where nothing commits
     stop: str | None = None  # reason of a request to stop
+    trial: Trial | None = None  # of the step that the attempt continued from
 
 
 def missing(view: View, nodes: Sequence[str], timeouts: Timeouts) -> list[str]:

@@ -69,7 +69,7 @@ class OpenCheckpointer(Protocol):
     """Makes the Checkpointer of a session, once the tracked parts are known."""
 
     def __call__(
-        self, run: str, *, state: Mapping[str, Any], every: int | Every, keep: int | Retention | Keep
+        self, run: str, *, state: Mapping[str, Any], every: int | str | Every, keep: int | Retention | Keep
     ) -> Checkpointing: ...
 
 
@@ -81,7 +81,7 @@ class SessionConfig:
     mesh: Mesh
     precision: Precision
     seed: int
-    every: int | Every
+    every: int | str | Every
     keep: int | Retention | Keep
 
 
@@ -90,7 +90,7 @@ def session(  # noqa: PLR0913 -- a front door
     *,
     mesh: str = "fsdp",
     seed: int = 0,
-    every: int | Every = 10,
+    every: int | str | Every = 10,
     keep: int | Retention | Keep = 3,
     precision: str = "fp32",
 ) -> Session:
@@ -100,7 +100,7 @@ def session(  # noqa: PLR0913 -- a front door
         run: path or URL of the run, where checkpoints and events lie; None takes the one of `ktrain launch`.
         mesh: "fsdp" or "ddp" over all ranks, or "none" for one rank.
         seed: of initial values, sample order and generators.
-        every: steps between two snapshots.
+        every: steps between two snapshots, or "auto": as often as measurements say.
         keep: how many checkpoints stay in the bucket, or a policy of `ktrain.checkpoint.retention`.
         precision: "fp32" or "bf16" in forward and backward; parameters stay float32.
 
@@ -442,7 +442,7 @@ class Step:
 
 
 def _open_checkpointer(
-    run: str, *, state: Mapping[str, Any], every: int | Every, keep: int | Retention | Keep
+    run: str, *, state: Mapping[str, Any], every: int | str | Every, keep: int | Retention | Keep
 ) -> Checkpointing:
     from ktrain.checkpoint.checkpointer import Checkpointer
 

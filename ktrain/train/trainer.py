@@ -88,7 +88,7 @@ class Trainer:
         mesh: str = "fsdp",
         precision: str = "fp32",
         seed: int = 0,
-        every: int | Every = 10,
+        every: int | str | Every = 10,
         keep: int | Retention | Keep = 3,
         callbacks: Sequence[Callback] = (),
     ) -> None:

@@ -24,6 +24,9 @@ DEFAULTS = {
     "await_bucket": [],
     "await_disk": [],
     "hold_at": 0,
+    "fail_at": 0,
+    "gate": "report",
+    "spoil": False,
     "linger_s": 0.0,
 }
 TIMEOUT_S = 150

@@ -52,7 +52,8 @@ def await_commit(ckpt: ktrain.Checkpointer, tier: str, step: int) -> None:
 def train(args: dict[str, Any]) -> None:
     training = Training(args["width"])
     before = [value.clone() for value in training.model.state_dict().values()]
-    ckpt = ktrain.Checkpointer(args["run"], state=training.state(), every=args["every"], keep=args["keep"])
+    policies = {name: args[name] for name in ("every", "keep", "gate")}
+    ckpt = ktrain.Checkpointer(args["run"], state=training.state(), **policies)
     try:
         start = ckpt.restore()
     except ConfigError:
@@ -60,7 +61,12 @@ def train(args: dict[str, Any]) -> None:
         assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True)), "the model was changed"
         raise
     say(restored=start)
+    if args["spoil"]:
+        with torch.no_grad():
+            training.model[0].weight.mul_(1.5)  # as if something had gone wrong that no digest sees
     for step in range(start + 1, args["steps"] + 1):
+        if step == args["fail_at"]:
+            raise ValueError(f"step {step} fails")
         ckpt.step(step, loss=training.step())
         for tier in ("bucket", "disk"):
             if step in args[f"await_{tier}"]:

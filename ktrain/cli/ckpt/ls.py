@@ -9,6 +9,7 @@ import click
 
 from ktrain.base import contract, settings
 from ktrain.checkpoint.removal import Seen
+from ktrain.cli import quarantine
 from ktrain.cli.ckpt.base import OUTPUT, commit_row, open_run, show_rows, volumes_of
 from ktrain.errors import ConfigError
 from ktrain.snapshot.slots import Held
@@ -38,6 +39,7 @@ def list_checkpoints(run: str | None, volume: bool, output: str) -> int:
         for name, reason in listing.broken
     ]
     rows += _memory_rows(catalog.run_id)
+    quarantine.note(catalog, rows)
     show_rows(
         sorted(rows, key=lambda row: (row["step"] is None, row["step"] or 0, contract.TIERS.index(row["tier"]))), output
     )

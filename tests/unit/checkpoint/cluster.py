@@ -17,6 +17,7 @@ from ktrain.base.clock import Deadline
 from ktrain.base.control import Caller, LocalCaller
 from ktrain.base.events import Event
 from ktrain.base.settings import Timeouts
+from ktrain.checkpoint.cadence import Schedule
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.coordinate import Coordinator
 from ktrain.checkpoint.lineage import Copy
@@ -68,6 +69,9 @@ class Worker:
     stop_ack: list[Any] | None = None
     restore: dict[str, Any] | None = None
     policies: Policies = Policies()
+    schedule: Schedule = field(init=False)
+    deaf: bool = False  # to changes of the cadence
+    exact: bool = True  # its device and its layout give the same bits again
     answer: dict[str, Any] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
     restored: int | None = None
@@ -77,6 +81,9 @@ class Worker:
     disk: NodeDisk | None = None  # this process's own, as `checkpoint.restore` opens it
     reached: Callable[[str], None] = lambda moment: None  # called in the middle of a save; may raise
 
+    def __post_init__(self) -> None:
+        self.schedule = Schedule(self.policies.every.memory)
+
     def pulse(self) -> None:
         said = {
             "rank": self.rank,
@@ -85,6 +92,7 @@ class Worker:
             "phase": self.phase,
             "closed": self.closed,
             "stop_ack": self.stop_ack,
+            "cadence": self.schedule.said,
             "restore": self.restore,
             "stop_wanted": self.stop_wanted,
             "policies": self.policies.to_json(),
@@ -94,6 +102,8 @@ class Worker:
             "events": self.events,
         }
         self.answer = self.caller.call("pulse", said, timeout_s=1.0)
+        if self.answer["cadence"] is not None and not self.deaf:
+            self.schedule.take(self.answer["cadence"], self.step)
 
     def save(self, run_id: str, step: int, world_size: int) -> bool:
         """Seals a snapshot; false where no slot is free."""
@@ -123,14 +133,14 @@ class Worker:
             self.error = (word["error"]["kind"], word["error"]["message"])
         elif state == "fresh":
             self.restored = 0
-            self.restore = applied(number, "none")
+            self.restore = applied(number, "none", self.exact)
         elif state == "loading" and self.ready_round != number and "sources" in word:
             self.ready_round = number
             self._load(word, cluster, number)
         elif state == "go" and number == self.ready_round:
             self.restored = self.step = int(word["identity"]["step"])
             self.phase = "train"
-            self.restore = applied(number, max(self.tiers.values(), key=contract.TIERS.index))
+            self.restore = applied(number, max(self.tiers.values(), key=contract.TIERS.index), self.exact)
 
     def _load(self, word: dict[str, Any], cluster: Cluster, number: int) -> None:
         manifests = {int(rank): Manifest.from_bytes(text.encode()) for rank, text in word["manifests"].items()}
@@ -166,9 +176,9 @@ class Worker:
             self.disk.discard(failure.copy.rank, failure.copy.identity)
 
 
-def applied(number: int, tier: str) -> dict[str, Any]:
+def applied(number: int, tier: str, exact: bool) -> dict[str, Any]:
     read = {"nbytes": 1, "wanted_nbytes": 1, "num_reads": 1, "wire_nbytes": 0}
-    return {"round": number, "status": "applied", "tier": tier, **read, "seconds": 0.1}
+    return {"round": number, "status": "applied", "tier": tier, **read, "seconds": 0.1, "exact": exact}
 
 
 class Node:

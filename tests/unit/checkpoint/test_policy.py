@@ -4,17 +4,10 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from ktrain.checkpoint.policy import Every, Keep, Policies, as_every, as_keep
+from ktrain.checkpoint.policy import Every, Keep, Policies, as_keep
 from ktrain.checkpoint.retention import AnyOf, Best, Latest
 from ktrain.errors import ConfigError
-
-
-@given(st.integers(1, 50), st.integers(1, 500))
-def test_every_number_means_its_multiples(every: int, step: int) -> None:
-    assert as_every(every).due(step) == (step in range(0, step + 1, every))
 
 
 @pytest.mark.parametrize("values", [{"memory": 0}, {"memory": -3}, {"bucket": -1}])

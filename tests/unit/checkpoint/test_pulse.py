@@ -9,7 +9,7 @@ import pytest
 
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.base.settings import Timeouts
-from ktrain.checkpoint.policy import Policies
+from ktrain.checkpoint.policy import Policies, as_every
 from ktrain.checkpoint.pulse import Pulse
 from ktrain.errors import ConflictError, DeadlineError, KtrainError, UnavailableError
 
@@ -153,3 +153,34 @@ def test_request_stop_is_carried_by_the_next_pulse(keeper: Keeper, pulse: Pulse)
     for _ in range(2):
         pulse.wait_answer(soon(), "carry")
     assert keeper.said[-1]["stop_wanted"] == "SIGTERM"
+
+
+def test_cadence_of_numbers_is_not_changed_by_an_announcement(keeper: Keeper, pulse: Pulse) -> None:
+    keeper.answer["cadence"] = [1, 5, 3]
+    pulse.wait_answer(soon(), "hear")
+    assert pulse.schedule.said is None and pulse.schedule.due(10) and not pulse.schedule.due(9)
+
+
+def test_cadence_auto_is_changed_ahead_and_said_back(keeper: Keeper) -> None:
+    policies = Policies(as_every("auto"))
+    pulse = Pulse(keeper, rank=0, epoch=3, policies=policies, timeouts=TIMEOUTS, clock=SYSTEM_CLOCK)
+    pulse.start()
+    pulse.note_step(4)
+    keeper.answer["cadence"] = [1, 12, 6]
+    for _ in range(2):
+        pulse.wait_answer(soon(), "hear")
+    pulse.end()
+    assert [step for step in range(5, 25) if pulse.schedule.due(step)] == [10, 12, 18, 24]
+    assert keeper.said[-1]["cadence"] == [1, 12, 6, True]
+
+
+def test_refusal_of_what_was_restored_ends_the_rank_at_its_next_step(keeper: Keeper, pulse: Pulse) -> None:
+    pulse.check_fence()
+    keeper.answer["refusal"] = "the state of step 20 is not what it was"
+    pulse.wait_answer(soon(), "hear")
+    with pytest.raises(KtrainError, match="step 20") as caught:
+        pulse.check_fence()
+    assert caught.value.kind == "error"
+    pulse.emit("log", number=1)
+    with pytest.raises(KtrainError):
+        pulse.wait_answer(soon(), "hand over")

@@ -10,6 +10,7 @@ import pytest
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.agreement import RestoreAgreement
 from ktrain.checkpoint.direct import Desk, RestoreDirector
+from ktrain.checkpoint.pacer import Pacer
 from ktrain.checkpoint.recall import Outcome, Recall
 from ktrain.checkpoint.roster import Attempt, Roster
 from ktrain.errors import UnavailableError
@@ -206,7 +207,8 @@ class Scene:
         self.clock = FakeClock()
         self.log = Log()
         timeouts = Timeouts(patience_s=20)
-        self.desk = Desk(catalog(tier, self.clock), Roster(), threading.RLock(), self.log, timeouts, self.clock)
+        pacer = Pacer(self.log, timeouts=timeouts, clock=self.clock)
+        self.desk = Desk(catalog(tier, self.clock), Roster(), threading.RLock(), self.log, pacer, timeouts, self.clock)
         tier.write("attempts/attempt-000002-start.json", b"{}", deadline=deadline())
         self.director = RestoreDirector(self.desk, Attempt.of(2, {"node-0": [0], "node-1": [1]}))
         for rank in range(rank_count):

@@ -32,6 +32,7 @@ OPTIONS = {
     "ckpt gc": {"--keep", "--dry-run", "--output"},
     "ckpt export": {"--to", "--step", "--part", "--max-shard-size", "--output"},
     "ckpt import": {"--from", "--part", "--step", "--key", "--exclude", "--tie", "--output"},
+    "ckpt quarantine": {"--step", "--epoch", "--off", "--reason", "--output"},
 }  # fmt: skip
 
 

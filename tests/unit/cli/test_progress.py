@@ -54,6 +54,15 @@ def test_picture_restore_names_step_and_tier() -> None:
     assert line == "attempt 2: continues from step 20, restored from peer"
 
 
+def test_picture_step_set_aside_has_one_line() -> None:
+    fields = {"epoch": 1, "attempts": [2, 3], "reason": "2 attempts failed from it"}
+
+    assert Picture().take(event("quarantined", step=20, **fields)) == (
+        "set aside: step 20 of epoch 1: 2 attempts failed from it"
+    )
+    assert Picture().take(event("quarantined", step=None, **fields)) is None
+
+
 def test_picture_event_with_a_missing_field_is_still_shown() -> None:
     assert Picture().take(event("tier_failed", tier="peer")) == "peer tier failed: ?"
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from ktrain.base import contract
-from ktrain.run.failure import Budgets, Failure, crash, decide, find_hang, root_cause
+from ktrain.checkpoint.quarantine import Trial
+from ktrain.run.failure import Budgets, Exit, Failure, crash, decide, find_hang, root_cause
 from tests.unit.run.builders import TIMEOUTS, ended, rank
 
 CRASH = Failure(contract.CAUSE_CRASH, "boom")
@@ -108,3 +111,49 @@ def test_decide_failure_without_progress_counts_double() -> None:
 def test_budgets_round_trip_through_json() -> None:
     budgets = decide(Budgets(max_restarts=3), CRASH, committed=10).budgets
     assert Budgets.from_json(budgets.to_json(), max_restarts=3) == budgets
+
+
+OWN = Failure(contract.CAUSE_CRASH, "boom", rank=1, step=25, own_fault=True)
+
+
+def test_decide_failure_that_sets_the_step_aside_costs_nothing_and_ends_the_row() -> None:
+    budgets = Budgets(max_restarts=3, spent={contract.CAUSE_CRASH: 3}, streak=2, committed=20)
+    decision = decide(budgets, OWN, committed=20, trial=Trial(farthest=25, failures_left=1))
+    assert decision.verdict is None
+    assert (decision.budgets.spent, decision.budgets.streak) == ({contract.CAUSE_CRASH: 3}, 0)
+
+
+@pytest.mark.parametrize("trial", [None, Trial(25, failures_left=2), Trial(farthest=24, failures_left=1)])
+def test_decide_failure_that_sets_nothing_aside_ends_the_run_as_ever(trial: Trial | None) -> None:
+    budgets = Budgets(max_restarts=100, streak=2, committed=20)
+    assert decide(budgets, OWN, committed=20, trial=trial).verdict is not None
+
+
+def test_decide_lost_node_in_a_last_trial_sets_nothing_aside() -> None:
+    lost = Failure(contract.CAUSE_NODE_LOST, "gone", node="node-0", step=25)
+    budgets = Budgets(max_restarts=100, streak=2, committed=20)
+    assert decide(budgets, lost, committed=20, trial=Trial(25, failures_left=1)).verdict is not None
+
+
+@pytest.mark.parametrize(
+    ("exit_", "own"),
+    [
+        (ended(1, reason="ValueError: nan"), True),
+        (ended(1, kind="error"), True),
+        (ended(1, 7, kind="exit"), True),
+        (ended(1, -11), True),
+        (ended(1, -9), False),
+        (ended(1, -15), False),
+        (ended(1, contract.EXIT_USAGE, kind="config"), False),
+        (ended(1, contract.EXIT_UNAVAILABLE, kind="unavailable"), False),
+        (ended(1, reason="RuntimeError: [gloo] Connection closed by peer"), False),
+    ],
+)
+def test_crash_own_fault_is_what_the_worker_did_by_itself(exit_: Exit, own: bool) -> None:
+    found = crash([exit_], {1: rank(12)})
+    assert found is not None and found.own_fault is own
+
+
+def test_crash_while_closing_tells_nothing_of_the_step() -> None:
+    found = crash([ended(1)], {1: rank(12, "close")})
+    assert found is not None and not found.own_fault

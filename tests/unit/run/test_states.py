@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ktrain.base import contract
+from ktrain.checkpoint.quarantine import Trial
 from ktrain.run.states import Action, Adopt, Allocate, Close, Finish, Say, State
 from ktrain.run.watch import SupervisorReport
 from tests.unit.run.builders import TIMEOUTS, World, ended, job, rank
@@ -314,3 +317,23 @@ def test_new_head_finds_half_of_the_attempt_stops_it_first() -> None:
     world.obey()
 
     assert find(world.tick(), Allocate)
+
+
+def test_machine_third_failure_in_a_row_sets_the_step_aside_and_goes_on() -> None:
+    world = World().run()
+    world.machine.budgets = replace(world.machine.budgets, max_restarts=100, streak=2, committed=20)
+    world.report("node-0", state="failed", exits=(ended(0, reason="ValueError: nan"),))
+
+    wanted = world.until_settled(progress={0: rank(25)}, committed=20, trial=Trial(farthest=25, failures_left=1))
+
+    assert find(wanted, Close)[0].own_fault
+    assert find(wanted, Allocate) and not find(wanted, Finish)
+
+
+def test_machine_failure_while_stopping_is_not_booked_on_the_step() -> None:
+    world = World().run()
+    world.report("node-0", state="failed", exits=(ended(0, reason="ValueError: nan"),))
+
+    wanted = world.until_settled(progress={0: rank(25)}, stop="cancel")
+
+    assert not find(wanted, Close)[0].own_fault
