@@ -176,7 +176,7 @@ class ModulePart:
         return replicated
 
     def _left_out(self) -> set[str]:
-        """Raw keys of the parameters that are not stored."""
+        """Raw keys of the parameters that are not stored; asked anew for each plan, as `requires_grad` may change."""
         if self._stored is Stored.ALL:
             return set()
         parameters = self._module.named_parameters(remove_duplicate=False)
