@@ -104,8 +104,8 @@ class Checkpointer:
         """Loads the newest proven checkpoint into the state; returns the step to continue from.
 
         Returns 0 only where there never was a durable commit, or where weights were imported as step 0
-        (`ktrain ckpt import`). All ranks get the same step. An error says whether values were written into the
-        state before it: then end the process, or give the whole state its values anew.
+        (`ktrain ckpt import`). All ranks get the same step. An error while it reads may leave values in the state:
+        end the process then, or give the whole state its values anew.
 
         Raises:
             ConfigError: the checkpoint is of other shapes.

@@ -100,7 +100,7 @@ class Restorer:
         if not self._has_written:
             return "Nothing was changed."
         return (
-            "Proven values of a checkpoint were written into some tensors of the state before it failed: end the "
+            "Proven values of a checkpoint may have been written into some tensors of the state before: end the "
             "process, or give the whole state its values anew."
         )
 
