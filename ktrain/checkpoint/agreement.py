@@ -18,7 +18,9 @@ from ktrain.base.clock import Deadline
 from ktrain.checkpoint.lineage import Candidate
 
 CopyKey = tuple[str, str, int, int, int]
-_BUCKET_TRIES = 3  # rounds in which a copy in the bucket that cannot be read is tried; a peer has waited already
+# Rounds in which a copy in the bucket that cannot be read is tried. (A peer's has waited already.) Three rounds with a
+# store that hangs would not fit into the patience of a restore, and an older step would never be looked at.
+_BUCKET_TRIES = 2
 
 
 class RestoreState(StrEnum):

@@ -35,7 +35,7 @@ _ELSEWHERE = """
 
 What an in-process job cannot show: locks that die with their process, stopped processes, signals, sockets, real stores.
 
-| Fault | Where | Test |
+| Fault | What is done | Test |
 |---|---|---|
 """
 _GAPS = """

@@ -25,7 +25,13 @@ def test_matrix_names_at_least_thirty_faults_in_every_phase() -> None:
 
 
 def test_elsewhere_names_tests_that_exist() -> None:
-    assert [test for _, _, test in ELSEWHERE if not (ROOT / test).is_file()] == []
+    missing = []
+    for _, _, test in ELSEWHERE:
+        path, _, name = test.partition("::")
+        text = (ROOT / path).read_text("utf-8") if (ROOT / path).is_file() else ""
+        if f"def {name}(" not in text and f"{name} = " not in text:
+            missing.append(test)
+    assert missing == []
 
 
 def test_points_are_all_the_calls_that_a_job_makes_to_its_store(tmp_path: Path) -> None:
