@@ -97,7 +97,7 @@ class Collector:
         readers = tuple(self._watch.living(seen.marks))
         found = [*unfinished(seen), *given_up(seen, terms)]
         if terms.holds_run:
-            found += off_line(seen)
+            found += off_line(seen, terms)
         grown, waiting = self._settled(abandoned(seen, terms))
         found += grown
         spared = [(removal, why_protected(removal, seen.marks, readers)) for removal in found]
@@ -189,7 +189,7 @@ class Collector:
     # Doubts
 
     def _doubts(self, seen: Seen, terms: Terms) -> Iterable[str]:
-        line = seen.line()
+        line = terms.usable(seen.line())
         if seen.listing.newer:
             yield f"{seen.listing.newer[0]} is of a newer ktrain"
         if seen.marks.unknown:

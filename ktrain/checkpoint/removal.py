@@ -57,12 +57,18 @@ class Terms:
         epoch: the attempt on whose behalf this is done; a newer one ends it.
         newest: what must be the newest of the line, where that is known.
         holds_run: nobody else runs: attempts that recorded their end write no more, and what is off the line may go.
+        set_aside: checkpoints that no restore may choose: they neither go nor count, also not as the newest.
     """
 
     policy: Retention | None
     epoch: int
     newest: Identity | None = None
     holds_run: bool = False
+    set_aside: Callable[[Identity], bool] | None = None
+
+    def usable(self, commits: Iterable[CommitRecord]) -> list[CommitRecord]:
+        """Without those that are set aside."""
+        return [commit for commit in commits if self.set_aside is None or not self.set_aside(commit.identity)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +97,7 @@ def given_up(seen: Seen, terms: Terms) -> list[Removal]:
     """What the policy does not keep of the line; pinned steps do not count."""
     if terms.policy is None:
         return []
-    free = [commit for commit in seen.line() if commit.identity.step not in seen.marks.pins]
+    free = [commit for commit in terms.usable(seen.line()) if commit.identity.step not in seen.marks.pins]
     by_key: dict[tuple[int, int], list[CommitRecord]] = {}
     for commit in free:
         by_key.setdefault((commit.identity.step, commit.identity.epoch), []).append(commit)
@@ -100,11 +106,11 @@ def given_up(seen: Seen, terms: Terms) -> list[Removal]:
     return _removals(seen, gone, "superseded")
 
 
-def off_line(seen: Seen) -> list[Removal]:
+def off_line(seen: Seen, terms: Terms) -> list[Removal]:
     """Checkpoints that were left by going back, where the line has a durable commit of that attempt or a later one."""
-    newest = max((commit.identity.epoch for commit in seen.line()), default=0)
+    newest = max((commit.identity.epoch for commit in terms.usable(seen.line())), default=0)
     durable = [attempt for attempt in seen.attempts if attempt.epoch <= newest]
-    gone = [commit for commit in seen.listing.commits if not on_line(commit.identity, durable)]
+    gone = [commit for commit in terms.usable(seen.listing.commits) if not on_line(commit.identity, durable)]
     return _removals(seen, gone, "off the line")
 
 
