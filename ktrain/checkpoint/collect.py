@@ -14,7 +14,6 @@ from ktrain.abc.tier import Stored
 from ktrain.base import ids
 from ktrain.base.clock import SYSTEM_CLOCK, Clock
 from ktrain.base.settings import Timeouts
-from ktrain.checkpoint import quarantine
 from ktrain.checkpoint.catalog import AttemptRecord, RunCatalog
 from ktrain.checkpoint.commit import prove
 from ktrain.checkpoint.marks import (
@@ -29,7 +28,6 @@ from ktrain.checkpoint.marks import (
     remove_mark,
     write_mark,
 )
-from ktrain.checkpoint.quarantine import Quarantine
 from ktrain.checkpoint.removal import Removal, Seen, Terms, abandoned, given_up, off_line, unfinished, why_protected
 from ktrain.errors import ConflictError, KtrainError, NotFoundError
 from ktrain.format import record as records
@@ -99,10 +97,10 @@ class Collector:
         readers = tuple(self._watch.living(seen.marks))
         found = [*unfinished(seen), *given_up(seen, terms)]
         if terms.holds_run:
-            found += off_line(seen)
+            found += off_line(seen, terms)
         grown, waiting = self._settled(abandoned(seen, terms))
         found += grown
-        spared = [(removal, why_protected(removal, seen.marks, readers, seen.aside)) for removal in found]
+        spared = [(removal, why_protected(removal, seen.marks, readers)) for removal in found]
         going = tuple(removal for removal, reason in spared if reason is None)
         dead = [reader.name for reader in seen.marks.readers if reader not in readers]
         unwanted = seen.marks.doomed - {removal.write for removal in going}
@@ -149,13 +147,13 @@ class Collector:
         return outcome
 
     def _remove(self, plan: Plan, terms: Terms, outcome: Outcome) -> None:
-        looked_s, marks, aside = 0.0, None, Quarantine()
+        looked_s, marks = 0.0, None
         for removal in plan.removals:
             if marks is None or self._clock.monotonic() - looked_s >= self._lease_s / 2:
                 looked_s = self._clock.monotonic()
-                marks, aside = read_marks(self._catalog), quarantine.read_marks(self._catalog)
+                marks = read_marks(self._catalog)
                 self._require_newest_attempt(terms)
-            reason = why_protected(removal, marks, self._watch.living(marks), aside)
+            reason = why_protected(removal, marks, self._watch.living(marks))
             if marks.unknown:
                 reason = f"{marks.unknown[0]} is a mark of another ktrain"
             if reason is None and removal.record is None and self._is_committed(removal.write):
@@ -191,7 +189,7 @@ class Collector:
     # Doubts
 
     def _doubts(self, seen: Seen, terms: Terms) -> Iterable[str]:
-        line = seen.line()
+        line = terms.usable(seen.line())
         if seen.listing.newer:
             yield f"{seen.listing.newer[0]} is of a newer ktrain"
         if seen.marks.unknown:
@@ -208,12 +206,8 @@ class Collector:
             return
         if terms.newest is not None and line[-1].identity != terms.newest:
             yield f"the newest in the listing is {line[-1].identity}, not the one just committed, {terms.newest}"
-        usable = seen.usable()
-        if not usable:
-            yield "every checkpoint of the line is set aside"
-            return
         try:
-            prove(self._catalog, usable[-1])
+            prove(self._catalog, line[-1])
         except KtrainError as error:
             yield f"the newest checkpoint cannot be proven: {error}"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ktrain.base import contract
@@ -28,7 +29,7 @@ from ktrain.checkpoint.drain import Drain, DrainSchedule
 from ktrain.checkpoint.marks import MetricBook
 from ktrain.checkpoint.pacer import Pacer, write_last
 from ktrain.checkpoint.policy import Policies
-from ktrain.checkpoint.quarantine import Trial, review
+from ktrain.checkpoint.quarantine import Trial, read_marks, review
 from ktrain.checkpoint.removal import Terms
 from ktrain.checkpoint.roster import Attempt, Member, RankProgress, Roster
 from ktrain.errors import ConflictError, KtrainError
@@ -353,6 +354,7 @@ class Coordinator:
     def _collect(self, terms: Terms) -> None:
         """Removes what the bucket's policy gives up; what stays for want of certainty is said once."""
         try:
+            terms = replace(terms, set_aside=read_marks(self._catalog).holds)
             outcome = self._collector.collect(terms, self._metrics)
         except KtrainError as error:
             outcome = Outcome(failure=error)

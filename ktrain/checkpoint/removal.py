@@ -12,11 +12,9 @@ from typing import Any
 
 from ktrain.abc.tier import Stored
 from ktrain.base import contract
-from ktrain.checkpoint import quarantine
 from ktrain.checkpoint.catalog import AttemptRecord, Listing, RunCatalog, commit_path
 from ktrain.checkpoint.lineage import on_line
 from ktrain.checkpoint.marks import Marks, Reader, Write, numbers, read_marks, write_of
-from ktrain.checkpoint.quarantine import Quarantine
 from ktrain.checkpoint.retention import Committed, Retention, superseded
 from ktrain.format import record as records
 from ktrain.format.manifest import Identity
@@ -35,19 +33,14 @@ class Seen:
     listing: Listing
     attempts: list[AttemptRecord]
     marks: Marks
-    aside: Quarantine = Quarantine()
 
     @classmethod
     def read(cls, catalog: RunCatalog) -> Seen:
-        return cls(catalog.listing(), catalog.attempts(), read_marks(catalog), quarantine.read_marks(catalog))
+        return cls(catalog.listing(), catalog.attempts(), read_marks(catalog))
 
     def line(self) -> list[CommitRecord]:
         """Commits on the line, newest last."""
         return [commit for commit in self.listing.commits if on_line(commit.identity, self.attempts)]
-
-    def usable(self) -> list[CommitRecord]:
-        """Commits on the line that are not set aside, newest last."""
-        return [commit for commit in self.line() if not self.aside.holds(commit.identity)]
 
     def metrics_of(self, commit: CommitRecord) -> dict[str, float]:
         """Values of the commit's step: from its record, then what was logged later."""
@@ -64,12 +57,18 @@ class Terms:
         epoch: the attempt on whose behalf this is done; a newer one ends it.
         newest: what must be the newest of the line, where that is known.
         holds_run: nobody else runs: attempts that recorded their end write no more, and what is off the line may go.
+        set_aside: checkpoints that no restore may choose: they neither go nor count, also not as the newest.
     """
 
     policy: Retention | None
     epoch: int
     newest: Identity | None = None
     holds_run: bool = False
+    set_aside: Callable[[Identity], bool] | None = None
+
+    def usable(self, commits: Iterable[CommitRecord]) -> list[CommitRecord]:
+        """Without those that are set aside."""
+        return [commit for commit in commits if self.set_aside is None or not self.set_aside(commit.identity)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +94,10 @@ class Removal:
 
 
 def given_up(seen: Seen, terms: Terms) -> list[Removal]:
-    """What the policy does not keep of the line; pinned steps do not count, nor those that are set aside."""
+    """What the policy does not keep of the line; pinned steps do not count."""
     if terms.policy is None:
         return []
-    free = [commit for commit in seen.usable() if commit.identity.step not in seen.marks.pins]
+    free = [commit for commit in terms.usable(seen.line()) if commit.identity.step not in seen.marks.pins]
     by_key: dict[tuple[int, int], list[CommitRecord]] = {}
     for commit in free:
         by_key.setdefault((commit.identity.step, commit.identity.epoch), []).append(commit)
@@ -107,11 +106,11 @@ def given_up(seen: Seen, terms: Terms) -> list[Removal]:
     return _removals(seen, gone, "superseded")
 
 
-def off_line(seen: Seen) -> list[Removal]:
+def off_line(seen: Seen, terms: Terms) -> list[Removal]:
     """Checkpoints that were left by going back, where the line has a durable commit of that attempt or a later one."""
-    newest = max((commit.identity.epoch for commit in seen.line()), default=0)
+    newest = max((commit.identity.epoch for commit in terms.usable(seen.line())), default=0)
     durable = [attempt for attempt in seen.attempts if attempt.epoch <= newest]
-    gone = [commit for commit in seen.listing.commits if not on_line(commit.identity, durable)]
+    gone = [commit for commit in terms.usable(seen.listing.commits) if not on_line(commit.identity, durable)]
     return _removals(seen, gone, "off the line")
 
 
@@ -168,14 +167,12 @@ def unfinished(seen: Seen) -> list[Removal]:
     ]
 
 
-def why_protected(removal: Removal, marks: Marks, readers: Iterable[Reader], aside: Quarantine) -> str | None:
+def why_protected(removal: Removal, marks: Marks, readers: Iterable[Reader]) -> str | None:
     """Who wants this step to stay; None when nobody does."""
     if removal.why == "half removed":
         return None  # it is no checkpoint any more: nobody can read it
     if removal.step in marks.pins:
         return "it is pinned"
-    if aside.find(removal.step, removal.write[1]) is not None:
-        return "it is set aside"
     if (removal.step, removal.write[1]) in marks.unclear:
         return "its metrics cannot be read"
     return next((f"{reader.who} reads it" for reader in readers if reader.reads(removal.step)), None)

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ktrain.base import contract, settings
+from ktrain.checkpoint import quarantine
 from ktrain.checkpoint.collect import Collector, Outcome, Plan
 from ktrain.checkpoint.removal import Removal, Seen, Terms
 from ktrain.checkpoint.retention import Latest
@@ -26,7 +27,8 @@ def collect_garbage(run: str, keep: int | None, dry_run: bool, output: str) -> i
     """
     catalog, timeouts = open_run(run), settings.timeouts()
     collector = Collector(catalog, timeouts=timeouts, grace_s=timeouts.storage_s)
-    terms = Terms(None if keep is None else Latest(keep), catalog.newest_epoch(), holds_run=True)
+    policy = None if keep is None else Latest(keep)
+    terms = Terms(policy, catalog.newest_epoch(), holds_run=True, set_aside=quarantine.read_marks(catalog).holds)
     if dry_run:
         plan = collector.plan(Seen.read(catalog), terms)
         _report(plan, Outcome(spared=list(plan.spared), doubts=plan.doubts), output, dry_run=True)

@@ -298,6 +298,24 @@ def test_gc_keeps_what_is_off_the_line_while_only_memory_has_the_line(bucket: Fa
     assert committed(bucket) == [(10, 1), (20, 1), (30, 1)]
 
 
+def test_collect_step_that_is_set_aside_neither_goes_nor_counts(bucket: FakeBucket) -> None:
+    put(bucket, 10, 20, 30, 40)
+    outcome = collect(bucket, Latest(2), set_aside=lambda at: at.step in (10, 40))
+    assert steps(outcome) == [] and len(committed(bucket)) == 4
+    assert steps(collect(bucket, Latest(1), set_aside=lambda at: at.step in (10, 40))) == [20]
+    assert committed(bucket) == [(10, 1), (30, 1), (40, 1)]
+
+
+def test_collect_newest_that_is_not_set_aside_must_be_proven(bucket: FakeBucket) -> None:
+    put(bucket, 10, 20)
+    drain = upload(bucket, identity(30))
+    bucket.objects[commit_name(record_of(drain))] = record_of(drain).to_bytes()
+    lose_manifest(bucket, drain)
+    put(bucket, 40)
+    assert steps(collect(bucket, Latest(1), set_aside=lambda at: at.step == 40)) == []
+    assert len(committed(bucket)) == 4
+
+
 # Pins and readers
 
 
