@@ -4,8 +4,8 @@
     dcp.save({"model": model}, storage_writer=writer, checkpoint_id="step-100")
     dcp.load({"model": model}, storage_reader=RunStorageReader("s3://bucket/net-a"))
 
-Invariant: the commit record is written by the coordinator, last, after every rank's payload and manifest was found in
-the store and proven; the planner's bytes are stored as they are and never opened.
+Invariant: the commit record is written by the coordinator, last, after every rank's payload was found in the store with
+its full size and every manifest was read back and proven; the planner's bytes are stored as they are and never opened.
 """
 
 from __future__ import annotations

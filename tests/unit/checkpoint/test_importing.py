@@ -124,6 +124,8 @@ def test_restore_of_an_import_says_which_parts_stay(source: Path, tmp_path: Path
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     said = [event["message"] for event in events if event["kind"] == "notice"]
     assert any("part 'optimizer' is not among the imported ones; it stays" in text for text in said)
+    # Of no attempt: nothing was trained, and a report counts no failure.
+    assert [event["kind"] for event in events if event["attempt"] == 0] == ["notice", "committed"]
 
 
 def test_restore_of_a_checkpoint_of_ours_still_refuses_a_missing_part(tmp_path: Path) -> None:
