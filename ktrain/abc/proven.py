@@ -1,4 +1,8 @@
-"""Large writes that prove what they send: a capability that a tier may have beside its six calls."""
+"""Large writes that prove what they send: a capability that a tier may have beside its six calls.
+
+Another is a plain attribute, `shows_whole`: true where an object is seen whole or not at all, so that two holders of
+a snapshot may write its bytes under one name. A tier without it counts as one that shows halves.
+"""
 
 from __future__ import annotations
 

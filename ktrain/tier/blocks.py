@@ -84,12 +84,12 @@ class BlockWriter:
         except OSError as error:
             if error.errno not in _REFUSALS:
                 raise
-            self._say(path, error)
+            self._say(path, str(error))
             return None
 
-    def _say(self, path: Path, error: OSError) -> None:
+    def _say(self, path: Path, why: str) -> None:
         if not self._said:
-            _LOG.debug("%s: no direct writes (%s); the page cache is used", path.parent, error)
+            _LOG.debug("%s: no direct writes (%s); the page cache is used", path.parent, why)
         self._said = True
 
 
@@ -100,7 +100,7 @@ class _File:
         self._fd = fd
         self._direct_fd = direct_fd
         self._uses_direct = direct_fd is not None
-        self.refusal: OSError | None = None
+        self.refusal: str | None = None
 
     def put(self, block: memoryview, at: int) -> None:
         done = self._put_direct(block[: block.nbytes // _BORDER_NBYTES * _BORDER_NBYTES], at)
@@ -116,7 +116,7 @@ class _File:
             if error.errno not in _REFUSALS:
                 raise
             self._uses_direct = False  # memory or offset are not aligned as this disk wants it
-            self.refusal = error
+            self.refusal = str(error)  # not the error, which knows the block
             return 0
 
     def close(self) -> None:

@@ -140,4 +140,11 @@ def side_by_side(work: Callable[[_T], None], items: Iterable[_T], *, num_threads
     for thread in threads:
         thread.join()
     if errors:
-        raise errors[0]
+        # The error must not be reachable from the frames that it knows: such a cycle would keep the caller's buffer,
+        # perhaps a leased slot, until the garbage collector comes by.
+        failure = errors[0]
+        errors.clear()
+        try:
+            raise failure
+        finally:
+            del failure

@@ -97,6 +97,8 @@ class S3Requests:
             raise (BusyError(late) if bound is not self._deadline else DeadlineError(late)) from error
         except Exception as error:  # noqa: BLE001 -- whatever a client library raises gets its meaning here
             raise translate(error, self._call.what) from error
+        finally:
+            del future  # it knows the error, which knows this frame
 
 
 @dataclass(frozen=True, slots=True)
