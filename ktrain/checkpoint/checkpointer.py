@@ -26,7 +26,7 @@ from ktrain.base import contract, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.base.faults import FaultPoints
 from ktrain.checkpoint.line import connect
-from ktrain.checkpoint.policy import Every, Keep, Policies, as_every, as_keep
+from ktrain.checkpoint.policy import Every, Keep, Policies, as_capture, as_every, as_keep
 from ktrain.checkpoint.pulse import Pulse
 from ktrain.checkpoint.restore import Restorer
 from ktrain.checkpoint.save import Saver
@@ -46,6 +46,8 @@ class Checkpointer:
         state: named parts with `state_dict` and `load_state_dict`. The generators of every rank are added as "rng".
         every: cadence; a number counts steps between snapshots in memory.
         keep: retention; a number counts checkpoints kept in the bucket.
+        capture: "hidden" copies what only optimizer steps change beside forward and backward; "at_once" copies all
+            before `step` returns, for a program that edits parameters through `.data` or raw pointers.
 
     Raises:
         ConfigError: the arguments cannot work, or the run cannot be written.
@@ -59,7 +61,9 @@ class Checkpointer:
         state: Mapping[str, Any],
         every: int | Every = 10,
         keep: int | Keep = 3,
+        capture: str = "hidden",
     ) -> None:
+        self._capture = as_capture(capture)
         self._policies = Policies(as_every(every), as_keep(keep))
         self._topology = Topology.current()
         self._state = TrainState({RNG_PART: rng_part(self._topology), **state})
@@ -121,6 +125,7 @@ class Checkpointer:
         saver = self._saver = Saver(
             self._state, self._topology, self._policies.keep, line=self._line, pulse=self._pulse, faults=self._faults
         )
+        saver.capture = self._capture
         saver.open_volume(self.run, self._join())
         restorer = Restorer(self._state, self._topology, saver.volume, self._pulse, self._line.caller, self.run)
         saver.saved_step = restorer.restore(self._faults)
@@ -143,6 +148,8 @@ class Checkpointer:
     def step(self, step: int, *, loss: float | torch.Tensor | None = None, samples: int | None = None) -> None:
         """The commit point after optimizer step number `step` (the first is 1): saves when it is due.
 
+        The next optimizer step, or call of this, waits until what it may change is copied.
+
         Args:
             step: greater than at the last call.
             loss: goes into the run's events with full precision.
@@ -157,6 +164,7 @@ class Checkpointer:
         if step <= self._step:
             raise ConfigError(f"Checkpointer.step: expected a step over {self._step}, found {step}")
         self._pulse.check_fence()
+        self._saver.wait_copied()
         self._step = step
         self._faults.reached("step", step=step, rank=self._topology.rank)
         if self._topology.rank == 0:
@@ -199,6 +207,8 @@ class Checkpointer:
         """Brings the saved step into the bucket, bounded, and leaves with the exit code of a stopped run."""
         self._pulse.note_phase("close")
         try:
+            if self._saver is not None:
+                self._saver.finish()
             self._wait_drained(step, self._timeouts.stop_s)
         except DeadlineError as error:
             self._pulse.emit("notice", message=str(error))
@@ -221,7 +231,8 @@ class Checkpointer:
             if success and self._step and self._saver is not None:
                 self._pulse.note_phase("close")
                 deadline = Deadline.after(self._timeouts.drain_s, self._clock)
-                while self._saver.saved_step != self._step and not self._saver.save(self._step):
+                self._saver.finish()
+                while self._saver.saved_step != self._step and not self._save_and_finish(self._saver, self._step):
                     self._saver.check_volume()
                     self._pulse.wait_answer(deadline, f"find a slot for the last step {self._step}")
                 self._wait_drained(self._step, self._timeouts.drain_s)
@@ -229,6 +240,10 @@ class Checkpointer:
             self._end(False, "failed")
             raise
         self._end(success, "succeeded" if success else "failed")
+
+    @staticmethod
+    def _save_and_finish(saver: Saver, step: int) -> bool:
+        return saver.save(step) and saver.finish()
 
     def _wait_drained(self, step: int, timeout_s: float) -> None:
         deadline = Deadline.after(timeout_s, self._clock)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
+from enum import Enum
 from typing import Any
 
 from ktrain.errors import ConfigError
@@ -61,6 +62,16 @@ class Keep:
             )
 
 
+class Capture(Enum):
+    """When the bytes of a snapshot are copied."""
+
+    HIDDEN = "hidden"
+    """What only an announced optimizer step changes is copied beside forward and backward, all else in `step()`."""
+
+    AT_ONCE = "at_once"
+    """Everything is copied before `step()` returns."""
+
+
 @dataclass(frozen=True, slots=True)
 class Policies:
     """Cadence and retention of a run, as its first rank declared them."""
@@ -84,6 +95,19 @@ def as_every(value: int | Every) -> Every:
 def as_keep(value: int | Keep) -> Keep:
     """`keep=3` means the newest three in the bucket."""
     return value if isinstance(value, Keep) else Keep(bucket=value)
+
+
+def as_capture(value: str | Capture) -> Capture:
+    """`capture="hidden"` or `capture="at_once"`.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    try:
+        return Capture(value)
+    except ValueError as error:
+        said = ", ".join(repr(choice.value) for choice in Capture)
+        raise ConfigError(f"capture: expected one of {said}, found {value!r}") from error
 
 
 def superseded(committed: Collection[tuple[int, int]], keep: int) -> list[tuple[int, int]]:

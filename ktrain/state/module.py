@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ktrain.errors import ConfigError, InternalError
 from ktrain.format import objects
 from ktrain.format.shard import Role
+from ktrain.state.known_module import KnownModule, can_look
 from ktrain.state.parts import Collector, Context, OwnedParameter
 from ktrain.state.saved import Reader, Saved, Wishes
 from ktrain.state.tensors import Leaf, box_of, dtype_name, is_dtensor, local_of
@@ -40,7 +41,7 @@ class ModulePart:
 
     def describe(self, context: Context) -> tuple[list[Leaf], dict[str, Any]]:
         # First the state dict: fully_shard puts its sharded parameters back in a hook of it.
-        state = self._module.state_dict()
+        state = self._module.state_dict(keep_vars=can_look(self._module))
         names = self._clean_names(state)
         replicated = self._replicated(context)
         first = self._learn_parameters(context, names, replicated)
@@ -57,6 +58,12 @@ class ModulePart:
                 collector.add(leaf, value, Role.REPLICATED if raw in replicated else Role.RANK)
         about = {"kind": self.kind, "keys": list(names.values()), "aliases": aliases, "extra": extra}
         return collector.leaves, about
+
+    def know(self, leaves: Sequence[Leaf], about: dict[str, Any], context: Context) -> KnownModule | None:
+        if not can_look(self._module) or about["extra"]:
+            return None
+        known = KnownModule(self._module, leaves, about, context.parameters.maps[-1])
+        return known if known.is_possible else None
 
     def plan(self, context: Context, wishes: Wishes) -> None:
         saved = wishes.saved
@@ -149,6 +156,7 @@ class ModulePart:
         """Tells the context this module's parameters; returns raw keys that repeat another key's tensor."""
         seen: dict[int, str] = {}
         repeats: dict[str, str] = {}
+        owned: dict[int, OwnedParameter] = {}
         # By object, never by address: every rank must find the same aliases, also one whose part is empty.
         tensors = [
             *self._module.named_parameters(remove_duplicate=False),
@@ -162,8 +170,8 @@ class ModulePart:
                 repeats[raw] = first
             elif isinstance(tensor, torch.nn.Parameter):
                 clean = names[raw]
-                owned = OwnedParameter(f"{self.name}.{clean}", f"{self.name}/{clean}", raw in replicated)
-                context.parameters.setdefault(id(tensor), owned)
+                owned[id(tensor)] = OwnedParameter(f"{self.name}.{clean}", f"{self.name}/{clean}", raw in replicated)
+        context.learn(owned)
         return repeats
 
 

@@ -7,7 +7,7 @@ import gc
 import json
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from ktrain.errors import ConfigError
 from ktrain.format.digest import digest_text
 from ktrain.format.payload import Layout, lay_out
 from ktrain.format.shard import Shard
-from ktrain.state.parts import Context
+from ktrain.state.optimizer import OptimizerPart
+from ktrain.state.parts import Context, Known
 from ktrain.state.tensors import Leaf, box_of, dtype_name, is_dtensor, local_of, require_storable
 from ktrain.state.topology import Topology
 from ktrain.state.train_state import TrainState
@@ -34,13 +35,37 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
-class SavePlan:
-    """A rank's share of a snapshot: `items` in the order of `layout.entries`, `digest` of all shards."""
+class Places:
+    """What a plan knows of its tensors beyond their shapes; the same object as long as it holds.
 
-    items: tuple[Item, ...]
+    `moving` are the rows whose tensors may lie elsewhere in each plan; all others are where they were. `guards` has
+    for each row the optimizer parts in whose steps, and nowhere else, its tensor is expected to change; none where
+    that is not known.
+    """
+
+    moving: tuple[int, ...]
+    guards: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SavePlan:
+    """A rank's share of a snapshot.
+
+    `tensors` are the local parts in the order of `layout.entries`, on the live storage, perhaps part of autograd and
+    not contiguous. `digest` is of all shards.
+    """
+
+    tensors: tuple[torch.Tensor, ...]
     layout: Layout
     objects: dict[str, Any]
     digest: str
+    places: Places
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """The shards, each with its tensor detached; made anew each time."""
+        pairs = zip(self.layout.entries, self.tensors, strict=True)
+        return tuple(Item(entry.shard, tensor.detach()) for entry, tensor in pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +77,9 @@ class _Memo:
     stored: tuple[int, ...]  # indices of leaves, in the order of the layout
     layout: Layout
     digest: str
+    known: tuple[Known | None, ...] = ()  # of all parts, in their order
+    num_leaves: tuple[int, ...] = ()  # of all parts
+    places: Places = Places((), ())
 
     def fits(self, leaves: Sequence[Leaf], topology: Topology) -> bool:
         # One after the other: signatures of all leaves at once would keep the garbage collector busy.
@@ -90,20 +118,78 @@ def _without_collections() -> Iterator[None]:
 
 
 def _plan(state: TrainState, topology: Topology) -> SavePlan:
+    memo = state.memo
+    if isinstance(memo, _Memo) and memo.topology == topology:
+        plan = _try_plan_again(state, topology, memo)
+        if plan is not None:
+            return plan
     context = Context(topology)
     leaves: list[Leaf] = []
     objects: dict[str, Any] = {}
+    known: list[Known | None] = []
+    num_leaves: list[int] = []
     for part in state.parts:
         found, objects[part.name] = part.describe(context)
         leaves.extend(found)
-    memo = state.memo
+        known.append(part.know(found, objects[part.name], context))
+        num_leaves.append(len(found))
     if not isinstance(memo, _Memo) or not memo.fits(leaves, topology):
-        memo = state.memo = _make_memo(leaves, topology)
-    items = tuple(
-        Item(entry.shard, local_of(leaves[index].tensor))
-        for entry, index in zip(memo.layout.entries, memo.stored, strict=True)
+        memo = _make_memo(leaves, topology)
+    places = _find_places(state, known, num_leaves, memo.stored)
+    memo = state.memo = replace(memo, known=tuple(known), num_leaves=tuple(num_leaves), places=places)
+    return _join(memo, [leaf.tensor for leaf in leaves], objects)
+
+
+def _try_plan_again(state: TrainState, topology: Topology, memo: _Memo) -> SavePlan | None:
+    """The plan by one look at each tensor that was planned before; None where more than values has changed."""
+    context = Context(topology)
+    tensors: list[torch.Tensor] = []
+    objects: dict[str, Any] = {}
+    for part, known, num_leaves in zip(state.parts, memo.known, memo.num_leaves, strict=True):
+        if known is not None:
+            again = known.again(context)
+            if again is None:
+                return None
+            found, objects[part.name] = again
+        else:
+            leaves, objects[part.name] = part.describe(context)
+            signatures = memo.signatures[len(tensors) : len(tensors) + num_leaves]
+            if len(leaves) != num_leaves or not all(map(operator.eq, signatures, map(_signature, leaves))):
+                return None
+            found = [leaf.tensor for leaf in leaves]
+        tensors.extend(found)
+    return _join(memo, tensors, objects)
+
+
+def _join(memo: _Memo, tensors: Sequence[torch.Tensor], objects: dict[str, Any]) -> SavePlan:
+    mine = [tensors[index] for index in memo.stored]
+    for row, tensor in enumerate(mine):
+        if is_dtensor(tensor):
+            mine[row] = local_of(tensor)
+    return SavePlan(tuple(mine), memo.layout, objects, memo.digest, memo.places)
+
+
+def _find_places(
+    state: TrainState, known: Sequence[Known | None], num_leaves: Sequence[int], stored: Sequence[int]
+) -> Places:
+    of_parameter: dict[int, tuple[str, ...]] = {}
+    for part in state.parts:
+        if isinstance(part, OptimizerPart):
+            for group in part.optimizer.param_groups:
+                for param in group["params"]:
+                    of_parameter[id(param)] = (*of_parameter.get(id(param), ()), part.name)
+    moves: list[bool] = []
+    guards: list[tuple[str, ...]] = []
+    for one, num in zip(known, num_leaves, strict=True):
+        moves += [one is None] * num
+        if one is None:
+            guards += [()] * num
+        else:
+            guards += [of_parameter.get(number, ()) if number is not None else () for number in one.guarded]
+    return Places(
+        tuple(row for row, index in enumerate(stored) if moves[index]),
+        tuple(guards[index] for index in stored),
     )
-    return SavePlan(items, memo.layout, objects, memo.digest)
 
 
 def _signature(leaf: Leaf) -> tuple[Any, ...]:

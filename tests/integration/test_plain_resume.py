@@ -42,7 +42,7 @@ def test_plain_run_killed_resumes_bit_for_bit(point: str, whole: Place, tmp_path
     place = Place(tmp_path)
     in_restore = point.startswith("restore.")
     plan = FaultPlan().fail_at("step", step=7) if in_restore else FaultPlan().fail_at(point)
-    if point in ("step", "save.begin", "save.staged", "save.sealed"):
+    if point in ("step", "save.begin", "save.copying", "save.staged", "save.sealed"):
         plan = FaultPlan().fail_at(point, step=6)
     assert place.train(plan, await_bucket=[4]).code == KILLED
     if in_restore:
