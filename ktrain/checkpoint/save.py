@@ -24,6 +24,7 @@ from ktrain.errors import CapacityError, ConflictError, CorruptionError, KtrainE
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.format.payload import CHUNK_NBYTES
 from ktrain.snapshot.arena import NodeVolume, SlotWriter, required_nbytes
+from ktrain.snapshot.pinned import PinnedSlots
 from ktrain.snapshot.staging import Later, Stager, Staging
 from ktrain.snapshot.window import Window
 from ktrain.state.guard import UpdateGuard
@@ -75,6 +76,7 @@ class Saver:
         self._prepared = False
         self._failure: str | None = None
         self._refused = False  # the volume is too small for all slots: said once, though single saves find room
+        self._pinned = PinnedSlots()
         self._stager = Stager(_copy_threads(topology))
         self._guard = UpdateGuard(state, self.wait_copied)
         self._turn = 0  # number of saves
@@ -97,6 +99,7 @@ class Saver:
         """Ends the snapshot that is being made, and lets go of the volume; what is sealed stays."""
         self._guard.close()
         self.finish()
+        self._pinned.close()
         if self.volume is not None:
             self.volume.close()
 
@@ -129,7 +132,7 @@ class Saver:
                 free_nbytes=volume.free_nbytes(),
                 held_nbytes=volume.held_nbytes(),
             )
-            volume.prepare(self._topology.rank, plan.layout.nbytes, self._num_slots)
+            volume.prepare(self._topology.rank, plan.layout.nbytes, self._num_slots, self._pinned.pin)
         except _TIER_FAILURES as error:
             self._fail(error)
             self._refused = True
@@ -215,6 +218,7 @@ class Saver:
         self._turn += 1
         sure = self._guard.take_sure() if self.capture is Capture.HIDDEN else frozenset()
         try:
+            self._pinned.pin(writer.slot, writer.memory)
             later = Later(sure, self._turn, all_bytes=not self._is_proven)
             staging = self._stager.begin(plan, writer.memory, later)
         except BaseException:

@@ -85,7 +85,9 @@ def choose_samples(host: HostBytes, *, budget: int | None, turn: int) -> tuple[W
     stride = sizes // runs  # each run lies somewhere in a stretch of its own
     owner = numpy.repeat(numpy.arange(len(sizes)), runs)
     number = numpy.arange(len(owner)) - numpy.repeat(numpy.cumsum(runs) - runs, runs)
-    shift = (_phase(turn) * (stride - _RUN_NBYTES + 1)).astype(numpy.int64)
+    # Both ends of a stretch are met as often as its middle.
+    shift = (_phase(turn) * (stride + _RUN_NBYTES)).astype(numpy.int64) - _RUN_NBYTES
+    shift = numpy.clip(shift, 0, stride - _RUN_NBYTES)
     begins = number * stride[owner] + shift[owner]
     addresses = host.addresses[owner] + begins.astype(numpy.uint64)
     return addresses, numpy.full(len(owner), _RUN_NBYTES, numpy.uint64)
