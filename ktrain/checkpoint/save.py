@@ -21,8 +21,10 @@ from ktrain.checkpoint.line import Line
 from ktrain.checkpoint.policy import Capture, Keep
 from ktrain.checkpoint.pulse import Pulse
 from ktrain.errors import CapacityError, ConflictError, CorruptionError, KtrainError, NotFoundError, UnavailableError
+from ktrain.format import columns
+from ktrain.format.document import Written
 from ktrain.format.manifest import Identity, Manifest
-from ktrain.format.payload import CHUNK_NBYTES
+from ktrain.format.payload import CHUNK_NBYTES, Layout
 from ktrain.snapshot.arena import NodeVolume, SlotWriter, required_nbytes
 from ktrain.snapshot.pinned import PinnedSlots
 from ktrain.snapshot.staging import Later, Stager, Staging
@@ -79,6 +81,7 @@ class Saver:
         self._pinned = PinnedSlots()
         self._stager = Stager(_copy_threads(topology))
         self._guard = UpdateGuard(state, self.wait_copied)
+        self._table: tuple[Layout, Written] | None = None
         self._turn = 0  # number of saves
         self._is_proven = False  # one window was watched as a whole, and nothing changed in it
         self._newest: _Snapshot | None = None  # from `save` until it has ended
@@ -287,6 +290,7 @@ class Saver:
             chunk_nbytes=CHUNK_NBYTES,
             chunks=chunks,
             entries=plan.layout.entries,
+            table=self._table_of(plan.layout),
             objects=plan.objects,
             origin={
                 "ktrain": ktrain.__version__,
@@ -295,6 +299,12 @@ class Saver:
                 "local_world_size": self._topology.local_world_size,
             },
         )
+
+    def _table_of(self, layout: Layout) -> Written:
+        """The manifest's table, made once as long as the layout stays: it takes a microsecond for each tensor."""
+        if self._table is None or self._table[0] is not layout:
+            self._table = layout, columns.write(layout.entries)
+        return self._table[1]
 
     def _fail(self, error: Exception) -> None:
         """Says once that the memory tier fails; training goes on."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ktrain.errors import ConfigError, CorruptionError
@@ -21,6 +22,18 @@ _MAX_INTEGER = 2**63 - 1
 _T = TypeVar("_T")
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A member that is JSON text already, made by `write`: for what many documents have in common."""
+
+    text: str
+
+
+def write(value: Any) -> Written:
+    """The text of a JSON value; raises as `json.dumps` does."""
+    return Written(json.dumps(value, separators=(",", ":"), allow_nan=False))
+
+
 def seal(kind: str, members: Mapping[str, Any]) -> bytes:
     """The bytes of a document of that kind; equal members give equal bytes.
 
@@ -28,7 +41,9 @@ def seal(kind: str, members: Mapping[str, Any]) -> bytes:
         ConfigError: a member is no JSON value.
     """
     try:
-        text = json.dumps({"format": FORMAT, "kind": kind, **members}, separators=(",", ":"), allow_nan=False)
+        whole = {"format": FORMAT, "kind": kind, **members}
+        texts = {name: value if isinstance(value, Written) else write(value) for name, value in whole.items()}
+        text = "{" + ",".join([f"{json.dumps(name)}:{value.text}" for name, value in texts.items()]) + "}"
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{kind}: a member cannot be written as JSON: {error}; give plain JSON values") from error
     body = text[:-1].encode("ascii")

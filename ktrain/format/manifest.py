@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ktrain import native
@@ -65,7 +65,7 @@ class Manifest:
 
     `chunks` are CRC-64/NVME digests of the payload file, one per `chunk_nbytes`, the last one short.
     `objects` is tagged JSON (`format.objects`). `origin` holds free facts for people; no decision that must
-    be right rests on it.
+    be right rests on it. `table` is `columns.write(entries)`, where that is at hand; it saves its time.
     """
 
     identity: Identity
@@ -77,6 +77,7 @@ class Manifest:
     entries: tuple[Entry, ...]
     objects: dict[str, Any]
     origin: dict[str, Any]
+    table: document.Written | None = field(default=None, compare=False, repr=False)
 
     def to_bytes(self) -> bytes:
         """The manifest file; equal manifests give equal bytes.
@@ -94,7 +95,7 @@ class Manifest:
                 "chunk_nbytes": self.chunk_nbytes,
                 "chunks": chunks_to_text(self.chunks),
                 "data_begin": self.entries[0].begin if self.entries else self.nbytes,
-                "tensors": columns.to_json(self.entries),
+                "tensors": self.table or columns.write(self.entries),
                 "objects": self.objects,
                 "origin": self.origin,
             },

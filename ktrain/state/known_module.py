@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ktrain.state.look import Look
+from ktrain.state.look import Look, picker
 from ktrain.state.parts import Context, OwnedParameter
 from ktrain.state.tensors import Leaf
 
@@ -46,17 +46,22 @@ class KnownModule:
         """False where the state dict gave other tensors than the module has."""
         self.guarded: Sequence[int | None] = [number if number in owned else None for number in ids]
         self._shape = found.shape
-        self._places = [places[number] for number in ids] if self.is_possible else []
-        self._ids = list(map(id, found.tensors))  # of all, aliases too
-        self._look = Look([found.tensors[at] for at in self._places])
+        mine = [places[number] for number in ids] if self.is_possible else []
+        self._leaves_of = picker(mine)
+        # Under other names, and what is not stored: which of them is which, so that aliases are seen.
+        self._rest_of = picker(sorted(set(range(len(found.tensors))).difference(mine)))
+        self._rest = list(map(id, self._rest_of(found.tensors)))
+        self._look = Look(self._leaves_of(found.tensors))
         self.is_possible = self.is_possible and self._look.is_possible
 
-    def again(self, context: Context) -> tuple[list[torch.Tensor], dict[str, Any]] | None:
+    def again(self, context: Context) -> tuple[Sequence[torch.Tensor], dict[str, Any]] | None:
         found = _Walk(self._module)
-        if found.has_own or found.shape != self._shape or list(map(id, found.tensors)) != self._ids:
+        if found.has_own or found.shape != self._shape:
             return None
-        tensors = list(map(found.tensors.__getitem__, self._places))
-        if not self._look.is_same(tensors):
+        tensors = self._leaves_of(found.tensors)
+        if type(None) in map(type, tensors):  # one was taken away
+            return None
+        if list(map(id, self._rest_of(found.tensors))) != self._rest or not self._look.is_same(tensors):
             return None
         context.learn(self._owned)
         return tensors, self._about

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 
 from ktrain.format import objects
-from ktrain.state.look import Look
+from ktrain.state.look import Look, picker
 from ktrain.state.parts import Collector, Context, OwnedParameter
 from ktrain.state.tensors import Leaf
 
+_NEEDS = operator.attrgetter("requires_grad")
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
@@ -49,8 +51,9 @@ class KnownOptimizer:
         self._names = [group.get("params") for group in about["groups"]]
         found = _Contents(part.optimizer)
         self._shape = found.shape
-        self._tensors = [at for at, value in enumerate(found.values) if isinstance(value, torch.Tensor)]
-        tensors = [found.values[at] for at in self._tensors]
+        places = [at for at, value in enumerate(found.values) if isinstance(value, torch.Tensor)]
+        self._tensors_of = picker(places)
+        tensors = self._tensors_of(found.values)
         others = [value for value in found.values if not isinstance(value, torch.Tensor)]
         self._look = Look(tensors)
         self.is_possible = (
@@ -65,7 +68,7 @@ class KnownOptimizer:
         if not self.is_possible:
             return
         of_value = [number for number, num in zip(found.owners, found.lengths, strict=True) for _ in range(num)]
-        self.guarded: Sequence[int | None] = [of_value[at] for at in self._tensors]
+        self.guarded: Sequence[int | None] = [of_value[at] for at in places]
         names = {id(param): owned.name for param, owned in zip(found.distinct(), part.owned(context), strict=True)}
         self._others = [
             (at, names[of_value[at]], found.keys[at])
@@ -73,13 +76,13 @@ class KnownOptimizer:
             if not isinstance(value, torch.Tensor)
         ]
 
-    def again(self, context: Context) -> tuple[list[torch.Tensor], dict[str, Any]] | None:
+    def again(self, context: Context) -> tuple[Sequence[torch.Tensor], dict[str, Any]] | None:
         if not can_look(self._part.optimizer) or not _are_same(context.parameters.maps[1:], self._named_by):
             return None
         found = _Contents(self._part.optimizer)
         if not found.is_plain or found.shape != self._shape:
             return None
-        tensors = list(map(found.values.__getitem__, self._tensors))
+        tensors = self._tensors_of(found.values)
         if not self._look.is_same(tensors):
             return None
         collector = Collector(context)
@@ -114,7 +117,7 @@ class _Contents:
         self.values: list[Any] = list(itertools.chain.from_iterable(map(dict.values, entries))) if self.is_plain else []
         self.shape = (
             self.parameters,
-            [param.requires_grad for param in self._flat],  # says whether a parameter may lack state
+            list(map(_NEEDS, self._flat)),  # says whether a parameter may lack state
             list(map(len, groups)),
             self.owners,
             self.lengths,

@@ -6,14 +6,13 @@ Twenty thousand tensors take a few milliseconds: each property is read for all o
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from ktrain.state.tensors import is_dtensor
+from ktrain.state.tensors import PLAIN_TYPES, is_dtensor
 
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _BLOCK = 256
 _DTYPE, _SHAPE = operator.attrgetter("dtype"), operator.attrgetter("shape")
 
@@ -29,7 +28,7 @@ class Look:
         self._dtensors = [at for at, tensor in enumerate(tensors) if is_dtensor(tensor)]
         self._specs = [_spec(tensors[at]) for at in self._dtensors]
         parts = self.locals_of(tensors)
-        self.is_possible = all(type(part) in _PLAIN and not part.is_neg() for part in parts)
+        self.is_possible = all(type(part) in PLAIN_TYPES and not part.is_neg() for part in parts)
         """False where a tensor is of a class, or of a kind of view, whose bytes are not its values."""
         self._owners = list(map(id, tensors)) if self._dtensors else []
         self._forms = [_form(block) for block in _blocks(parts)] if self.is_possible else []
@@ -62,6 +61,13 @@ class Look:
         for at in self._dtensors:
             parts[at] = parts[at]._local_tensor  # type: ignore[attr-defined]
         return parts
+
+
+def picker(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """Takes the members at these places out of a sequence, in a loop in C."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda values: [values[place] for place in places]
 
 
 def _blocks(tensors: Sequence[torch.Tensor]) -> Iterator[Sequence[torch.Tensor]]:

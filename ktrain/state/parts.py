@@ -44,7 +44,7 @@ class Known(Protocol):
     def guarded(self) -> Sequence[int | None]:
         """For each leaf the id of the parameter that it changes with: itself, or the one whose state it is."""
 
-    def again(self, context: Context) -> tuple[list[torch.Tensor], dict[str, Any]] | None:
+    def again(self, context: Context) -> tuple[Sequence[torch.Tensor], dict[str, Any]] | None:
         """The tensors of all leaves and the part's JSON, as `describe` would give them now.
 
         None where something but values has changed, or where it cannot be told at this price.

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import json
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,9 +16,10 @@ from ktrain.errors import ConfigError
 from ktrain.format.digest import digest_text
 from ktrain.format.payload import Layout, lay_out
 from ktrain.format.shard import Shard
+from ktrain.state.look import picker
 from ktrain.state.optimizer import OptimizerPart
 from ktrain.state.parts import Context, Known
-from ktrain.state.tensors import Leaf, box_of, dtype_name, is_dtensor, local_of, require_storable
+from ktrain.state.tensors import PLAIN_TYPES, Leaf, box_of, dtype_name, is_dtensor, local_of, require_storable
 from ktrain.state.topology import Topology
 from ktrain.state.train_state import TrainState
 
@@ -80,6 +81,7 @@ class _Memo:
     known: tuple[Known | None, ...] = ()  # of all parts, in their order
     num_leaves: tuple[int, ...] = ()  # of all parts
     places: Places = Places((), ())
+    stored_of: Callable[[Sequence[Any]], Sequence[Any]] = tuple  # takes the stored ones out of all
 
     def fits(self, leaves: Sequence[Leaf], topology: Topology) -> bool:
         # One after the other: signatures of all leaves at once would keep the garbage collector busy.
@@ -136,7 +138,9 @@ def _plan(state: TrainState, topology: Topology) -> SavePlan:
     if not isinstance(memo, _Memo) or not memo.fits(leaves, topology):
         memo = _make_memo(leaves, topology)
     places = _find_places(state, known, num_leaves, memo.stored)
-    memo = state.memo = replace(memo, known=tuple(known), num_leaves=tuple(num_leaves), places=places)
+    memo = state.memo = replace(
+        memo, known=tuple(known), num_leaves=tuple(num_leaves), places=places, stored_of=picker(memo.stored)
+    )
     return _join(memo, [leaf.tensor for leaf in leaves], objects)
 
 
@@ -162,11 +166,10 @@ def _try_plan_again(state: TrainState, topology: Topology, memo: _Memo) -> SaveP
 
 
 def _join(memo: _Memo, tensors: Sequence[torch.Tensor], objects: dict[str, Any]) -> SavePlan:
-    mine = [tensors[index] for index in memo.stored]
-    for row, tensor in enumerate(mine):
-        if is_dtensor(tensor):
-            mine[row] = local_of(tensor)
-    return SavePlan(tuple(mine), memo.layout, objects, memo.digest, memo.places)
+    mine = tuple(memo.stored_of(tensors))
+    if not PLAIN_TYPES.issuperset(map(type, mine)):
+        mine = tuple(local_of(tensor) if is_dtensor(tensor) else tensor for tensor in mine)
+    return SavePlan(mine, memo.layout, objects, memo.digest, memo.places)
 
 
 def _find_places(
