@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -227,7 +227,8 @@ class Saver:
         except BaseException:
             writer.abandon()
             raise
-        made = _Snapshot(step, plan, writer, staging, Window(self._clock))
+        # Without the tensors: those that wait are held by `staging` until they are copied.
+        made = _Snapshot(step, replace(plan, tensors=()), writer, staging, Window(self._clock))
         made.proves = staging.waits and not self._is_proven
         if not staging.waits:
             made.window.close(None)

@@ -22,6 +22,8 @@ from ktrain.state.plan import Places, SavePlan
 LATER_NBYTES = 4096
 """Below, a tensor on the host is copied at once: watching it costs as much."""
 
+_ALONE_NBYTES = 8 << 20  # up to here one thread is done before others were given a processor, on a busy machine
+
 _EMPTY, _HOST, _UNEVEN, _DEVICE = range(4)
 
 
@@ -86,26 +88,26 @@ class Stager:
         temporaries = [_plain(plan.tensors[row]) for row in uneven]
         for row, tensor in zip(uneven, temporaries, strict=True):
             addresses[row] = tensor.data_ptr()
-        native.gather(
-            memory,
-            table.columns(addresses, now & ((table.kinds == _HOST) | (table.kinds == _UNEVEN)), plan.layout.header),
-            num_threads=self._num_threads,
+        columns = table.columns(
+            addresses, now & ((table.kinds == _HOST) | (table.kinds == _UNEVEN)), plan.layout.header
         )
+        num_threads = self._num_threads if int(columns[1].sum()) > _ALONE_NBYTES else 1
+        native.gather(memory, columns, num_threads=num_threads)
         copies = _DeviceCopies(plan, memory, numpy.flatnonzero(table.kinds == _DEVICE).tolist(), waits)
         rows = numpy.flatnonzero(waits & (table.kinds == _HOST))
-        columns = table.addresses[rows], table.sizes[rows], table.offsets[rows]
+        rest = table.addresses[rows], table.sizes[rows], table.offsets[rows]
         tensors = [plan.tensors[row] for row in numpy.flatnonzero(waits).tolist()]
         witness = None
         if later is not None and tensors:
             witness = Witness(
                 tensors,
-                HostBytes(columns[0], columns[1]),
+                HostBytes(rest[0], rest[1]),
                 turn=later.turn,
                 all_bytes=later.all_bytes,
                 num_threads=self._num_threads,
             )
         copies.start()
-        return Staging(memory, columns, tensors, copies, witness, num_threads=self._num_threads)
+        return Staging(memory, rest, tensors, copies, witness, num_threads=self._num_threads)
 
 
 class Staging:

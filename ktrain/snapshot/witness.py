@@ -51,7 +51,7 @@ class Witness:
         self, tensors: Sequence[torch.Tensor], host: HostBytes, *, turn: int, all_bytes: bool, num_threads: int
     ) -> None:
         self._tensors = tensors
-        self._num_threads = num_threads
+        self._num_threads = num_threads if all_bytes else 1  # samples are done before a second thread has begun
         budget = None if all_bytes else SAMPLED_NBYTES
         self._addresses, self._sizes = choose_samples(host, budget=budget, turn=turn)
         self._devices = _choose_on_devices(tensors, turn)

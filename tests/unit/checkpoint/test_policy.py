@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ktrain.checkpoint.policy import Every, Keep, Policies, as_every, as_keep, superseded
+from ktrain.checkpoint.checkpointer import Checkpointer
+from ktrain.checkpoint.policy import Capture, Every, Keep, Policies, as_capture, as_every, as_keep, superseded
 from ktrain.errors import ConfigError
 
 
@@ -39,3 +41,15 @@ def test_superseded_spares_the_newest(committed: list[tuple[int, int]], keep: in
     staying = set(committed) - set(doomed)
     assert len(staying) == min(keep, len(committed))
     assert all(gone < stays for gone in doomed for stays in staying)
+
+
+@pytest.mark.parametrize("value", ["hidden", Capture.HIDDEN])
+def test_capture_is_named_by_its_value(value: str | Capture) -> None:
+    assert as_capture(value) is Capture.HIDDEN
+    assert as_capture("at_once") is Capture.AT_ONCE
+
+
+def test_checkpointer_with_an_unknown_capture_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'hidden', 'at_once', found 'later'"):
+        Checkpointer(tmp_path / "run", state={}, capture="later")
+    assert list(tmp_path.iterdir()) == []
