@@ -183,7 +183,7 @@ class Saver:
         is_good = made.window.wait(Deadline.after(self.wait_s, self._clock))
         if made.proves and is_good and not made.is_judged:
             made.is_judged = True
-            problem = made.staging.changed()
+            problem = made.staging.problem_of_tensors()
             made.staging.release()
             if problem is None:
                 self._is_proven = True
@@ -253,7 +253,7 @@ class Saver:
         step, rank, staging = made.step, self._topology.rank, made.staging
         self._faults.reached("save.copying", step=step, rank=rank)
         staging.copy()
-        problem = made.window.close(staging.changed())
+        problem = made.window.close(staging.problem_of_copies())
         if problem is not None or not made.proves:
             staging.release()
         if problem is not None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ktrain import device, native
 from ktrain.errors import ConfigError
 from ktrain.format.payload import CHUNK_NBYTES
-from ktrain.snapshot.witness import HostBytes, Witness, Words
+from ktrain.snapshot.witness import HostBytes, OnDevice, Witness, Words
 from ktrain.state.plan import Places, SavePlan
 
 LATER_NBYTES = 4096
@@ -99,13 +99,16 @@ class Stager:
         tensors = [plan.tensors[row] for row in numpy.flatnonzero(waits).tolist()]
         witness = None
         if later is not None and tensors:
+            begin = numpy.frombuffer(memory, numpy.uint8).ctypes.data
             witness = Witness(
                 tensors,
-                HostBytes(rest[0], rest[1]),
+                HostBytes(rest[0], rest[1], rest[2] + numpy.uint64(begin)),
+                copies.beside,
                 turn=later.turn,
                 all_bytes=later.all_bytes,
                 num_threads=self._num_threads,
             )
+            copies.beside += witness.samples
         copies.start()
         return Staging(memory, rest, tensors, copies, witness, num_threads=self._num_threads)
 
@@ -132,19 +135,23 @@ class Staging:
         self._num_threads = num_threads
         self._chunks: tuple[int, ...] | None = None
         self.waits = bool(tensors)
-        """Whether training must leave tensors alone until `copy` and `changed` have returned."""
+        """Whether training must leave tensors alone until `copy` has returned."""
 
     def copy(self) -> None:
-        """Brings the rest into the slot. Afterwards no tensor is read any more, except by `changed`."""
+        """Brings the rest into the slot. Afterwards no tensor is read any more, except by `problem_of_tensors`."""
         if self._copies.is_empty and self.waits:
             self._chunks = self._gather_digest()
             return
         native.gather(self._memory, self._columns, num_threads=self._num_threads)
         self._copies.finish()
 
-    def changed(self) -> str | None:
-        """How it is known that a tensor was changed since `begin`; None where nothing shows it."""
-        return None if self._witness is None else self._witness.changed()
+    def problem_of_copies(self) -> str | None:
+        """Why what was copied must not be used: a tensor was changed since `begin`; None where nothing shows it."""
+        return None if self._witness is None else self._witness.problem_of_copies()
+
+    def problem_of_tensors(self) -> str | None:
+        """How it is known that a tensor on the host was changed since `begin`, also after it was copied."""
+        return None if self._witness is None else self._witness.problem_of_tensors()
 
     def digest(self) -> tuple[int, ...]:
         """The digests of the payload's chunks, after `copy`."""
@@ -154,7 +161,7 @@ class Staging:
         return self._chunks
 
     def release(self) -> None:
-        """Lets go of all tensors; `changed` sees nothing any more."""
+        """Lets go of all tensors; nothing is known of changes any more."""
         self._storages = []
         self._witness = None
         self._copies.release()
@@ -169,7 +176,7 @@ class _DeviceCopies:
     """Copies from devices: those that may not wait in the order of the current stream, the rest beside it."""
 
     def __init__(self, plan: SavePlan, memory: memoryview, rows: Sequence[int], waits: NDArray[numpy.bool_]) -> None:
-        self._beside: list[tuple[torch.Tensor, torch.Tensor]] = []  # view of the slot, tensor
+        self.beside: list[OnDevice] = []
         self._streams: dict[torch.device, device.SideStream] = {}
         self.is_empty = not rows
         for row in rows:
@@ -178,7 +185,7 @@ class _DeviceCopies:
             view = view.reshape(entry.shard.box.lengths)
             self._streams.setdefault(tensor.device, device.side_stream(tensor.device))
             if waits[row]:
-                self._beside.append((view, tensor))
+                self.beside.append(OnDevice(tensor, view))
             else:
                 view.copy_(tensor, non_blocking=True)
 
@@ -191,12 +198,12 @@ class _DeviceCopies:
         """Copies what is left, and returns when all bytes are in the slot."""
         for used, stream in self._streams.items():
             with stream.running():
-                for view, tensor in self._beside:
-                    if tensor.device == used:
-                        view.copy_(tensor, non_blocking=True)
+                for one in self.beside:
+                    if one.tensor.device == used:
+                        one.copy.copy_(one.tensor, non_blocking=True)
 
     def release(self) -> None:
-        self._beside = []
+        self.beside = []
 
 
 class _Table:
@@ -205,7 +212,6 @@ class _Table:
     def __init__(self, plan: SavePlan) -> None:
         entries = plan.layout.entries
         self._places: Places = plan.places
-        self._header_nbytes = len(plan.layout.header)
         self.offsets: Words = numpy.array([entry.begin for entry in entries], numpy.uint64)
         self.sizes: Words = numpy.array([entry.end - entry.begin for entry in entries], numpy.uint64)
         self.addresses: Words = numpy.array([tensor.data_ptr() for tensor in plan.tensors], numpy.uint64)
