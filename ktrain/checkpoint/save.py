@@ -101,8 +101,8 @@ class Saver:
     def close(self) -> None:
         """Ends the snapshot that is being made, and lets go of the volume; what is sealed stays."""
         self._guard.close()
-        self.finish()
-        self._pinned.close()
+        if self._has_ended():  # else a device may still write
+            self._pinned.close()
         if self.volume is not None:
             self.volume.close()
 
@@ -253,12 +253,14 @@ class Saver:
         step, rank, staging = made.step, self._topology.rank, made.staging
         self._faults.reached("save.copying", step=step, rank=rank)
         staging.copy()
-        problem = made.window.close(staging.problem_of_copies())
+        changed = staging.problem_of_copies()
+        problem = made.window.close(changed)
         if problem is not None or not made.proves:
             staging.release()
         if problem is not None:
             self._skip(step, problem)
-            self._copy_at_once(f"{problem} while step {step} was copied")
+            if problem is changed:  # and not by a step that could wait no longer
+                self._copy_at_once(f"{problem} while step {step} was copied")
             return
         chunks = staging.digest()
         self._faults.reached("save.staged", step=step, rank=rank)

@@ -350,6 +350,7 @@ def test_copy_that_is_late_is_given_up_and_training_goes_on(loop: Loop, rig: Rig
     assert rig.steps_held() == []
     skipped = {event["step"]: event["reason"] for event in rig.events("save_skipped")}
     assert "not made within 0 s" in skipped[2] and "not sealed yet" in skipped[3]
+    assert rig.saver.capture is Capture.HIDDEN  # the loop did nothing wrong
 
 
 @pytest.mark.parametrize("point", [COPYING, STAGED])
