@@ -6,8 +6,10 @@ announced (ADR 0010), the digests and the seal.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import queue
 import threading
 from dataclasses import dataclass, field, replace
 
@@ -56,7 +58,6 @@ class _Snapshot:
     proves: bool = False  # whether it is watched up to the next optimizer step, with all its bytes
     is_judged: bool = False  # where it proves: whether training has come there
     ended: threading.Event = field(default_factory=threading.Event)
-    thread: threading.Thread | None = None
 
 
 class Saver:
@@ -85,6 +86,9 @@ class Saver:
         self._turn = 0  # number of saves
         self._is_proven = False  # one window was watched as a whole, and nothing changed in it
         self._newest: _Snapshot | None = None  # from `save` until it has ended
+        self._work: queue.SimpleQueue[_Snapshot | None] = queue.SimpleQueue()  # at most one, and the word to end
+        # One for all snapshots: to start a thread is to wait until it runs.
+        self._thread = threading.Thread(target=self._run, name="ktrain-capture", daemon=True)
         self.capture = Capture.HIDDEN
         """AT_ONCE from the moment that something was changed while it was copied."""
         self.volume: NodeVolume | None = None
@@ -93,6 +97,8 @@ class Saver:
     def open_volume(self, run: str, run_id: str) -> None:
         """Opens this node's folder; without one there is no memory tier, which is said."""
         self._run_id = run_id
+        self._thread.start()
+        atexit.register(self.finish)  # a process that ends without close() still seals what it has copied
         try:
             self.volume = NodeVolume(self._line.volume_root, node=self._line.node, run=run_id, uri=run)
         except (OSError, KtrainError) as error:
@@ -101,8 +107,12 @@ class Saver:
     def close(self) -> None:
         """Ends the snapshot that is being made, and lets go of the volume; what is sealed stays."""
         self._guard.close()
+        atexit.unregister(self.finish)
         if self._has_ended():  # else a device may still write
             self._pinned.close()
+            if self._thread.is_alive():
+                self._work.put(None)
+                self._thread.join()  # it has nothing left to do
         if self.volume is not None:
             self.volume.close()
 
@@ -164,12 +174,7 @@ class Saver:
             return self._skip(step, "no slot is free: all are newest, committed, or being read")
         self._newest = made
         made.stall_s = self._clock.monotonic() - started
-        # No daemon: a process that ends without close() still seals what it has copied.
-        made.thread = threading.Thread(target=self._run, args=(made,), name="ktrain-capture", daemon=False)
-        try:
-            made.thread.start()
-        except RuntimeError:  # the process may start no more threads
-            self._run(made)
+        self._work.put(made)
         return True
 
     def wait_copied(self) -> None:
@@ -202,8 +207,6 @@ class Saver:
         self.wait_copied()
         if not self._clock.wait(made.ended, self.wait_s):
             return False
-        if made.thread is not None and made.thread.ident is not None:
-            made.thread.join()  # it has nothing left to do
         self._newest = None
         return True
 
@@ -236,7 +239,12 @@ class Saver:
 
     # The thread
 
-    def _run(self, made: _Snapshot) -> None:
+    def _run(self) -> None:
+        while (made := self._work.get()) is not None:
+            self._make(made)
+            del made  # else what it holds would be held until the next
+
+    def _make(self, made: _Snapshot) -> None:
         try:
             with made.writer:
                 self._copy_and_seal(made)

@@ -16,10 +16,11 @@ import torch
 
 from ktrain import native
 
-SAMPLED_NBYTES = 8 << 20
-"""So many bytes are digested: under a millisecond, and all of a small state."""
+SAMPLED_NBYTES = 4 << 20
+"""So many bytes are digested: about a millisecond, and all of a small state."""
 
-_RUN_NBYTES = 256
+# Each run costs a miss or two of the caches, about as much as a KiB more of it.
+_LEAST_RUN_NBYTES, _MOST_RUN_NBYTES = 256, 4096
 _NUM_ON_DEVICES = 256  # each costs some microseconds to slice
 _ITEMS_ON_DEVICES = 64
 _GOLDEN = 0.6180339887498949  # its multiples, modulo 1, visit all places evenly (Weyl's sequence)
@@ -105,6 +106,7 @@ class Witness:
 
 def choose_samples(sizes: Words, budget: int | None, turn: int) -> tuple[Words, Words, Words]:
     """Pieces of about `budget` bytes together, some of each tensor; all of it where None or enough.
+    No tensor is smaller than 4 KiB.
 
     Returns for each piece whose it is, where in its tensor it begins, and its size.
     """
@@ -112,15 +114,16 @@ def choose_samples(sizes: Words, budget: int | None, turn: int) -> tuple[Words, 
     if budget is None or total <= budget:
         return numpy.arange(len(sizes)), numpy.zeros(len(sizes), numpy.uint64), sizes
     of_each = sizes.astype(numpy.int64)
-    runs = numpy.clip((of_each * (budget / total) / _RUN_NBYTES).astype(numpy.int64), 1, of_each // _RUN_NBYTES)
+    nbytes = min(max(budget // len(sizes), _LEAST_RUN_NBYTES), _MOST_RUN_NBYTES)
+    runs = numpy.clip((of_each * (budget / total) / nbytes).astype(numpy.int64), 1, of_each // nbytes)
     stride = of_each // runs  # each run lies somewhere in a stretch of its own
     owners = numpy.repeat(numpy.arange(len(of_each)), runs)
     number = numpy.arange(len(owners)) - numpy.repeat(numpy.cumsum(runs) - runs, runs)
     # Both ends of a stretch are met as often as its middle.
-    shift = (_phase(turn) * (stride + _RUN_NBYTES)).astype(numpy.int64) - _RUN_NBYTES
-    shift = numpy.clip(shift, 0, stride - _RUN_NBYTES)
+    shift = (_phase(turn) * (stride + nbytes)).astype(numpy.int64) - nbytes
+    shift = numpy.clip(shift, 0, stride - nbytes)
     begins = (number * stride[owners] + shift[owners]).astype(numpy.uint64)
-    return owners, begins, numpy.full(len(owners), _RUN_NBYTES, numpy.uint64)
+    return owners, begins, numpy.full(len(owners), nbytes, numpy.uint64)
 
 
 def _choose_on_devices(found: Sequence[OnDevice], turn: int) -> list[OnDevice]:
