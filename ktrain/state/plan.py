@@ -168,8 +168,16 @@ def _try_plan_again(state: TrainState, topology: Topology, memo: _Memo) -> SaveP
 def _join(memo: _Memo, tensors: Sequence[torch.Tensor], objects: dict[str, Any]) -> SavePlan:
     mine = tuple(memo.stored_of(tensors))
     if not PLAIN_TYPES.issuperset(map(type, mine)):
-        mine = tuple(local_of(tensor) if is_dtensor(tensor) else tensor for tensor in mine)
+        mine = tuple(map(_part_of, mine))
     return SavePlan(mine, memo.layout, objects, memo.digest, memo.places)
+
+
+def _part_of(tensor: torch.Tensor) -> torch.Tensor:
+    """As `local_of`, where it can be without making a view: that costs ten microseconds for a DTensor."""
+    if not is_dtensor(tensor):
+        return tensor
+    part = tensor._local_tensor
+    return part if type(part) in PLAIN_TYPES else local_of(tensor)
 
 
 def _find_places(
