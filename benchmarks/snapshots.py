@@ -17,7 +17,7 @@ from ktrain.checkpoint.source import NearestSource, Openers
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.format.payload import CHUNK_NBYTES
 from ktrain.snapshot.arena import Held, NodeVolume
-from ktrain.snapshot.staging import stage
+from ktrain.snapshot.staging import Stager
 from ktrain.state.apply import apply, plan_restore
 from ktrain.state.landing import land
 from ktrain.state.plan import SavePlan, plan_save
@@ -68,6 +68,7 @@ class Snapshotter:
         self.parts = Parts()
         self.step = 0
         self.held: Held | None = None
+        self._stager: tuple[int, Stager] | None = None  # kept between snapshots, as a rank keeps it
 
     @property
     def nbytes(self) -> int:
@@ -95,7 +96,7 @@ class Snapshotter:
         assert writer is not None, "all slots are in use"
         acquired = time.perf_counter()
         with writer:
-            chunks = stage(plan, writer.memory, num_threads=self.num_threads)
+            chunks = self._stage(plan, writer.memory)
             staged = time.perf_counter()
             self.held = writer.seal(self._manifest(plan, chunks))
         sealed = time.perf_counter()
@@ -103,6 +104,13 @@ class Snapshotter:
         self.parts.acquire_s.append(acquired - planned)
         self.parts.stage_s.append(staged - acquired)
         self.parts.seal_s.append(sealed - staged)
+
+    def _stage(self, plan: SavePlan, memory: memoryview) -> tuple[int, ...]:
+        if self._stager is None or self._stager[0] != self.num_threads:
+            self._stager = self.num_threads, Stager(self.num_threads)
+        staging = self._stager[1].begin(plan, memory, None)
+        staging.copy()
+        return staging.digest()
 
     def manifest(self) -> Manifest:
         """Of the newest snapshot."""

@@ -5,11 +5,15 @@ Nothing is asked of the hardware at import.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from ktrain.errors import ConfigError
+
+_SIDE_STREAMS: dict[torch.device, SideStream] = {}
 
 
 def is_available() -> bool:
@@ -71,6 +75,41 @@ def synchronize(device: torch.device | None = None) -> None:
             torch.accelerator.synchronize()
     elif device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+class SideStream:
+    """A stream of a device beside the one that computes. One copy at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.Stream(device)
+        self._begin: torch.Event | None = None
+
+    def follow_current(self) -> None:
+        """What runs here begins when the thread's current stream has done all that it was given so far."""
+        self._begin = torch.accelerator.current_stream(self._device).record_event()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The current stream of this thread inside; on leaving, all work is done. From any thread."""
+        use(self._device)  # a thread that names no device would make a context on the first one
+        with self._stream:
+            if self._begin is not None:
+                self._stream.wait_event(self._begin)
+            yield
+            self._stream.synchronize()
+
+
+def side_stream(device: torch.device) -> SideStream:
+    """The side stream of a device; one for all copies of this process."""
+    if device not in _SIDE_STREAMS:
+        _SIDE_STREAMS[device] = SideStream(device)
+    return _SIDE_STREAMS[device]
+
+
+def is_capturing() -> bool:
+    """Whether work of this thread is being recorded into a graph instead of done."""
+    return name() == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def generators(devices: range | None = None) -> list[torch.Tensor]:

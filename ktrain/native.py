@@ -163,6 +163,34 @@ def prove_scatter(
         raise _refused("scatter", error) from error
 
 
+def gather(target: Buffer, segments: Iterable[Segment] | Columns, *, num_threads: int = 1) -> None:
+    """Copies every segment to its offset, as `gather_digest` does, and digests nothing.
+
+    Raises:
+        ConfigError: the target is read-only, or a segment leaves it or overlaps another. Nothing was copied.
+    """
+    _require_positive(num_threads=num_threads)
+    try:
+        _native.gather(target, _columns(segments), num_threads)
+    except (ValueError, TypeError, BufferError, OverflowError) as error:
+        raise _refused("gather", error) from error
+
+
+def digest_pieces(addresses: Buffer, sizes: Buffer, *, num_threads: int = 1) -> bytes:
+    """Returns the digests of pieces of this process's memory, 8 bytes each in the machine's order.
+
+    Both are arrays of 64-bit integers; whoever calls keeps the memory alive.
+
+    Raises:
+        ConfigError: the arrays differ in length, or are none.
+    """
+    _require_positive(num_threads=num_threads)
+    try:
+        return _native.digest_pieces(addresses, sizes, num_threads)
+    except (ValueError, TypeError, BufferError) as error:
+        raise _refused("digest pieces", error) from error
+
+
 def isa() -> str:
     """Returns the name of the digest variant in use: "portable", "pclmul" or "vpclmul"."""
     return _native.isa()

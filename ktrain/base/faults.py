@@ -19,6 +19,7 @@ from ktrain.errors import ConfigError, InternalError
 POINTS = (
     "step",  # Checkpointer.step was called
     "save.begin",  # before a slot is taken
+    "save.copying",  # step() has copied what may change at any moment; the thread that does the rest begins
     "save.staged",  # bytes are in the slot, no manifest yet
     "save.sealed",  # the snapshot exists
     "drain.payload",  # before a payload is written to the bucket

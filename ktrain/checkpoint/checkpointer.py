@@ -27,7 +27,7 @@ from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.base.faults import FaultPoints
 from ktrain.checkpoint.gate import Gate, as_gate
 from ktrain.checkpoint.line import connect
-from ktrain.checkpoint.policy import Every, Keep, Policies, as_every, as_keep
+from ktrain.checkpoint.policy import Every, Keep, Policies, as_capture, as_every, as_keep
 from ktrain.checkpoint.pulse import Pulse
 from ktrain.checkpoint.restore import Restorer
 from ktrain.checkpoint.retention import Retention
@@ -50,6 +50,8 @@ class Checkpointer:
         keep: retention; a number or a policy says which checkpoints stay in the bucket.
         gate: what follows when the first losses after a restore are not those of before: "report" says so, "step-back"
             sets the restored step aside and continues from an older one.
+        capture: "hidden" copies what only optimizer steps change beside forward and backward; "at_once" copies all
+            before `step` returns, for a program that edits parameters through `.data` or raw pointers.
 
     Raises:
         ConfigError: the arguments cannot work, or the run cannot be written.
@@ -64,7 +66,9 @@ class Checkpointer:
         every: int | str | Every = 10,
         keep: int | Retention | Keep = 3,
         gate: str | Gate = "report",
+        capture: str = "hidden",
     ) -> None:
+        self._capture = as_capture(capture)
         self._policies = Policies(as_every(every), as_keep(keep), as_gate(gate))
         self._topology = Topology.current()
         self._state = TrainState({RNG_PART: rng_part(self._topology), **state})
@@ -129,6 +133,7 @@ class Checkpointer:
         saver = self._saver = Saver(
             self._state, self._topology, self._policies.keep, line=self._line, pulse=self._pulse, faults=self._faults
         )
+        saver.capture = self._capture
         saver.open_volume(self.run, *self._join())
         restorer = Restorer(self._state, self._topology, saver.volume, self._pulse, self._line.caller, self.run)
         saver.saved_step = restorer.restore(self._faults)
@@ -151,6 +156,8 @@ class Checkpointer:
     def step(self, step: int, *, loss: float | torch.Tensor | None = None, samples: int | None = None) -> None:
         """The commit point after optimizer step number `step` (the first is 1): saves when it is due.
 
+        The next optimizer step, or call of this, waits until what it may change is copied.
+
         Args:
             step: greater than at the last call.
             loss: goes into the run's events with full precision.
@@ -166,6 +173,7 @@ class Checkpointer:
         if step <= self._step:
             raise ConfigError(f"Checkpointer.step: expected a step over {self._step}, found {step}")
         self._pulse.check_fence()
+        self._saver.wait_copied()
         self._step = step
         self._faults.reached("step", step=step, rank=self._topology.rank)
         if self._topology.rank == 0:
@@ -208,6 +216,8 @@ class Checkpointer:
         """Brings the saved step into the bucket, bounded, and leaves with the exit code of a stopped run."""
         self._pulse.note_phase("close")
         try:
+            if self._saver is not None:
+                self._saver.finish()
             self._wait_drained(step, self._timeouts.stop_s)
         except DeadlineError as error:
             self._pulse.emit("notice", message=str(error))
@@ -230,7 +240,8 @@ class Checkpointer:
             if success and self._step and self._saver is not None:
                 self._pulse.note_phase("close")
                 deadline = Deadline.after(self._timeouts.drain_s, self._clock)
-                while self._saver.saved_step != self._step and not self._saver.save(self._step):
+                self._saver.finish()
+                while self._saver.saved_step != self._step and not self._save_and_finish(self._saver, self._step):
                     self._saver.check_volume()
                     self._pulse.wait_answer(deadline, f"find a slot for the last step {self._step}")
                 self._wait_drained(self._step, self._timeouts.drain_s)
@@ -238,6 +249,10 @@ class Checkpointer:
             self._end(False, "failed")
             raise
         self._end(success, "succeeded" if success else "failed")
+
+    @staticmethod
+    def _save_and_finish(saver: Saver, step: int) -> bool:
+        return saver.save(step) and saver.finish()
 
     def _wait_drained(self, step: int, timeout_s: float) -> None:
         deadline = Deadline.after(timeout_s, self._clock)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from enum import Enum
 from typing import Any
 
 from ktrain.checkpoint import retention
@@ -69,6 +70,16 @@ class Keep:
         return as_retention(self.bucket)
 
 
+class Capture(Enum):
+    """When the bytes of a snapshot are copied."""
+
+    HIDDEN = "hidden"
+    """What only an announced optimizer step changes is copied beside forward and backward, all else in `step()`."""
+
+    AT_ONCE = "at_once"
+    """Everything is copied before `step()` returns."""
+
+
 @dataclass(frozen=True, slots=True)
 class Policies:
     """Cadence, retention and gate of a run, as its first rank declared them."""
@@ -104,3 +115,16 @@ def as_every(value: int | str | Every) -> Every:
 def as_keep(value: int | Retention | Keep) -> Keep:
     """`keep=3` means the newest three in the bucket; a policy alone is the bucket's."""
     return value if isinstance(value, Keep) else Keep(bucket=value)
+
+
+def as_capture(value: str | Capture) -> Capture:
+    """`capture="hidden"` or `capture="at_once"`.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    try:
+        return Capture(value)
+    except ValueError as error:
+        said = ", ".join(repr(choice.value) for choice in Capture)
+        raise ConfigError(f"capture: expected one of {said}, found {value!r}") from error

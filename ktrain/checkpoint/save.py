@@ -1,29 +1,62 @@
-"""Taking snapshots into this node's volume: plan, stage, seal. What fails is said once and never stops training."""
+"""Taking snapshots into this node's volume: plan, stage, seal. What fails is said once and never stops training.
+
+`save` copies what may change at any moment, and leaves to a thread what changes only in an optimizer step that is
+announced (ADR 0010), the digests and the seal.
+"""
 
 from __future__ import annotations
+
+import atexit
+import logging
+import queue
+import threading
+from dataclasses import dataclass, field, replace
 
 import torch
 
 import ktrain
-from ktrain.base import contract
-from ktrain.base.clock import SYSTEM_CLOCK
+from ktrain.base import contract, settings
+from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.base.faults import FaultPoints
 from ktrain.checkpoint.line import Line
-from ktrain.checkpoint.policy import Keep
+from ktrain.checkpoint.policy import Capture, Keep
 from ktrain.checkpoint.pulse import Pulse
 from ktrain.errors import CapacityError, ConflictError, CorruptionError, KtrainError, NotFoundError, UnavailableError
-from ktrain.format import document
+from ktrain.format import columns, document
+from ktrain.format.document import Written
 from ktrain.format.manifest import Identity, Manifest
-from ktrain.format.payload import CHUNK_NBYTES
-from ktrain.snapshot.arena import NodeVolume, required_nbytes
-from ktrain.snapshot.staging import stage
+from ktrain.format.payload import CHUNK_NBYTES, Layout
+from ktrain.snapshot.arena import NodeVolume, SlotWriter, required_nbytes
+from ktrain.snapshot.pinned import PinnedSlots
+from ktrain.snapshot.staging import Later, Stager, Staging
+from ktrain.snapshot.window import Window
+from ktrain.state.guard import UpdateGuard
 from ktrain.state.plan import SavePlan, plan_save
 from ktrain.state.topology import Topology
 from ktrain.state.train_state import TrainState
 
+_LOG = logging.getLogger(__name__)
+
 # What is wrong with the volume and not with the caller or with us.
 _TIER_FAILURES = (CapacityError, ConflictError, CorruptionError, NotFoundError, UnavailableError, OSError)
 _DRAIN_SLOTS = 1  # read by the drain while the next snapshots are taken
+_COPY_SHARE = 0.5  # of the silence after which a rank counts as hung
+
+
+@dataclass(slots=True)
+class _Snapshot:
+    """One on its way into a slot."""
+
+    step: int
+    plan: SavePlan
+    writer: SlotWriter
+    staging: Staging
+    window: Window
+    stall_s: float = 0.0  # in `save`; what `window` adds comes later
+    is_sealed: bool = False
+    proves: bool = False  # whether it is watched up to the next optimizer step, with all its bytes
+    is_judged: bool = False  # where it proves: whether training has come there
+    ended: threading.Event = field(default_factory=threading.Event)
 
 
 class Saver:
@@ -39,13 +72,27 @@ class Saver:
         self._pulse = pulse
         self._faults = faults
         self._clock = SYSTEM_CLOCK
+        self.wait_s = settings.timeouts().step_s * _COPY_SHARE
+        """How long training, or the next save, waits for a snapshot at most."""
         self._run_id = ""
         self._format = document.FORMAT
         self._prepared = False
         self._failure: str | None = None
         self._refused = False  # the volume is too small for all slots: said once, though single saves find room
+        self._pinned = PinnedSlots()
+        self._stager = Stager(topology.copy_threads)
+        self._guard = UpdateGuard(state, self.wait_copied)
+        self._table: tuple[Layout, Written] | None = None
+        self._turn = 0  # number of saves
+        self._is_proven = False  # one window was watched as a whole, and nothing changed in it
+        self._newest: _Snapshot | None = None  # from `save` until it has ended
+        self._work: queue.SimpleQueue[_Snapshot | None] = queue.SimpleQueue()  # at most one, and the word to end
+        # One for all snapshots: to start a thread is to wait until it runs.
+        self._thread = threading.Thread(target=self._run, name="ktrain-capture", daemon=True)
+        self.capture = Capture.HIDDEN
+        """AT_ONCE from the moment that something was changed while it was copied."""
         self.volume: NodeVolume | None = None
-        self.saved_step: int | None = None
+        self.saved_step: int | None = None  # written by the thread that seals
 
     def open_volume(self, run: str, run_id: str, format: int) -> None:
         """Opens this node's folder; without one there is no memory tier, which is said.
@@ -53,13 +100,22 @@ class Saver:
         `format`: the version in which the run is written.
         """
         self._run_id, self._format = run_id, format
+        self._thread.start()
+        atexit.register(self.finish)  # a process that ends without close() still seals what it has copied
         try:
             self.volume = NodeVolume(self._line.volume_root, node=self._line.node, run=run_id, uri=run)
         except (OSError, KtrainError) as error:
             self._fail(error)
 
     def close(self) -> None:
-        """Lets go of the volume; what is sealed stays."""
+        """Ends the snapshot that is being made, and lets go of the volume; what is sealed stays."""
+        self._guard.close()
+        atexit.unregister(self.finish)
+        if self._has_ended():  # else a device may still write
+            self._pinned.close()
+            if self._thread.is_alive():
+                self._work.put(None)
+                self._thread.join()  # it has nothing left to do
         if self.volume is not None:
             self.volume.close()
 
@@ -92,49 +148,151 @@ class Saver:
                 free_nbytes=volume.free_nbytes(),
                 held_nbytes=volume.held_nbytes(),
             )
-            volume.prepare(self._topology.rank, plan.layout.nbytes, self._num_slots)
+            volume.prepare(self._topology.rank, plan.layout.nbytes, self._num_slots, self._pinned.pin)
         except _TIER_FAILURES as error:
             self._fail(error)
             self._refused = True
 
     def save(self, step: int) -> bool:
-        """Takes a snapshot of `step`; false where it had to be skipped, which is counted in the events."""
+        """Begins a snapshot of `step`; false where it had to be skipped, which is counted in the events.
+
+        When it returns the state may be used and stepped on: see `wait_copied`. `finish` waits for the seal.
+        """
         started = self._clock.monotonic()
         if self.volume is None:
             return False
         rank = self._topology.rank
+        if not self._has_ended():
+            return self._skip(step, "the snapshot before it is not sealed yet")
         self._faults.reached("save.begin", step=step, rank=rank)
         plan = plan_save(self._state, self._topology)
         if not self._prepared:
             self._prepare(self.volume, plan)
         try:
-            sealed = self._write(self.volume, step, plan)
+            made = self._begin(self.volume, step, plan)
         except _TIER_FAILURES as error:
             self._fail(error)
             return False
-        if not sealed:
-            reason = "no slot is free: all are newest, committed, or being read"
-            self._pulse.emit("save_skipped", rank=rank, step=step, tier=contract.TIER_MEMORY, reason=reason)
-            return False
-        self._faults.reached("save.sealed", step=step, rank=rank)
-        self.saved_step = step
-        self._recovered()
-        self._pulse.note_sealed()
-        fields = {"rank": rank, "step": step, "tier": contract.TIER_MEMORY, "nbytes": plan.layout.nbytes}
-        self._pulse.emit("snapshot", stall_s=self._clock.monotonic() - started, **fields)
+        if made is None:
+            return self._skip(step, "no slot is free: all are newest, committed, or being read")
+        self._newest = made
+        made.stall_s = self._clock.monotonic() - started
+        self._work.put(made)
         return True
 
-    def _write(self, volume: NodeVolume, step: int, plan: SavePlan) -> bool:
-        rank = self._topology.rank
-        protect = [(int(at), int(epoch)) for at, epoch in self._pulse.answer.get("protect", [])]
-        writer = volume.acquire(rank, plan.layout.nbytes, protect=protect, limit=self._num_slots)
-        if writer is None:
+    def wait_copied(self) -> None:
+        """Returns when the state may change: all of it is copied, or the snapshot was given up for being late.
+
+        Bounded, and raises nothing.
+        """
+        made = self._newest
+        if made is None:
+            return
+        is_good = made.window.wait(Deadline.after(self.wait_s, self._clock))
+        if made.proves and is_good and not made.is_judged:
+            made.is_judged = True
+            problem = made.staging.problem_of_tensors()
+            made.staging.release()
+            if problem is None:
+                self._is_proven = True
+            else:
+                self._copy_at_once(f"{problem} between step {made.step} and the next optimizer step")
+
+    def finish(self) -> bool:
+        """Waits, bounded, until the snapshot that is being made has ended; whether the last one was sealed."""
+        made = self._newest
+        return made is not None and self._has_ended() and made.is_sealed
+
+    def _has_ended(self) -> bool:
+        made = self._newest
+        if made is None:
+            return True
+        self.wait_copied()
+        if not self._clock.wait(made.ended, self.wait_s):
             return False
-        with writer:
-            chunks = stage(plan, writer.memory, num_threads=self._topology.copy_threads)
-            self._faults.reached("save.staged", step=step, rank=rank)
-            writer.seal(self._manifest(step, plan, chunks))
+        self._newest = None
         return True
+
+    def _skip(self, step: int, reason: str) -> bool:
+        rank = self._topology.rank
+        self._pulse.emit("save_skipped", rank=rank, step=step, tier=contract.TIER_MEMORY, reason=reason)
+        return False
+
+    def _begin(self, volume: NodeVolume, step: int, plan: SavePlan) -> _Snapshot | None:
+        """Takes a slot and copies what may not wait; None where no slot is free."""
+        protect = [(int(at), int(epoch)) for at, epoch in self._pulse.answer.get("protect", [])]
+        writer = volume.acquire(self._topology.rank, plan.layout.nbytes, protect=protect, limit=self._num_slots)
+        if writer is None:
+            return None
+        self._turn += 1
+        sure = self._guard.take_sure() if self.capture is Capture.HIDDEN else frozenset()
+        try:
+            self._pinned.pin(writer.slot, writer.memory)
+            later = Later(sure, self._turn, all_bytes=not self._is_proven)
+            staging = self._stager.begin(plan, writer.memory, later)
+        except BaseException:
+            writer.abandon()
+            raise
+        # Without the tensors: those that wait are held by `staging` until they are copied.
+        made = _Snapshot(step, replace(plan, tensors=()), writer, staging, Window(self._clock))
+        made.proves = staging.waits and not self._is_proven
+        if not staging.waits:
+            made.window.close(None)
+        return made
+
+    # The thread
+
+    def _run(self) -> None:
+        while (made := self._work.get()) is not None:
+            self._make(made)
+            del made  # else what it holds would be held until the next
+
+    def _make(self, made: _Snapshot) -> None:
+        try:
+            with made.writer:
+                self._copy_and_seal(made)
+        except (*_TIER_FAILURES, KtrainError) as error:
+            self._fail(error)
+        except Exception as error:  # noqa: BLE001 -- top of the thread: recorded, training goes on
+            _LOG.exception("rank %d: the capture of step %d failed", self._topology.rank, made.step)
+            self._fail(error)
+        finally:
+            made.window.close("the copy failed")
+            made.ended.set()
+
+    def _copy_and_seal(self, made: _Snapshot) -> None:
+        step, rank, staging = made.step, self._topology.rank, made.staging
+        self._faults.reached("save.copying", step=step, rank=rank)
+        staging.copy()
+        changed = staging.problem_of_copies()
+        problem = made.window.close(changed)
+        if problem is not None or not made.proves:
+            staging.release()
+        if problem is not None:
+            self._skip(step, problem)
+            if problem is changed:  # and not by a step that could wait no longer
+                self._copy_at_once(f"{problem} while step {step} was copied")
+            return
+        chunks = staging.digest()
+        self._faults.reached("save.staged", step=step, rank=rank)
+        made.writer.seal(self._manifest(step, made.plan, chunks))
+        self._faults.reached("save.sealed", step=step, rank=rank)
+        self.saved_step = step
+        made.is_sealed = True
+        self._recovered()
+        self._pulse.note_sealed()
+        fields = {"rank": rank, "step": step, "tier": contract.TIER_MEMORY, "nbytes": made.plan.layout.nbytes}
+        self._pulse.emit("snapshot", stall_s=made.stall_s + made.window.waited_s, **fields)
+
+    def _copy_at_once(self, why: str) -> None:
+        """From now on nothing is left to the background: this loop changes its state at other moments too."""
+        if self.capture is Capture.HIDDEN:
+            self.capture = Capture.AT_ONCE
+            self._pulse.emit(
+                "notice",
+                message=f"rank {self._topology.rank}: {why}; from now on snapshots are copied before step() returns "
+                '(capture="at_once")',
+            )
 
     def _manifest(self, step: int, plan: SavePlan, chunks: tuple[int, ...]) -> Manifest:
         world_size = self._topology.world_size
@@ -146,6 +304,7 @@ class Saver:
             chunk_nbytes=CHUNK_NBYTES,
             chunks=chunks,
             entries=plan.layout.entries,
+            table=self._table_of(plan.layout),
             objects=plan.objects,
             origin={
                 "ktrain": ktrain.__version__,
@@ -155,6 +314,12 @@ class Saver:
             },
             format=self._format,
         )
+
+    def _table_of(self, layout: Layout) -> Written:
+        """The manifest's table, made once as long as the layout stays: it takes a microsecond for each tensor."""
+        if self._table is None or self._table[0] is not layout:
+            self._table = layout, columns.write(layout.entries)
+        return self._table[1]
 
     def _fail(self, error: Exception) -> None:
         """Says once that the memory tier fails; training goes on."""

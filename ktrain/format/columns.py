@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ktrain.format import document
 from ktrain.format import dtype as dtypes
-from ktrain.format.document import Members
+from ktrain.format.document import Members, Written
 from ktrain.format.payload import MAX_KEY_CHARS, Entry
 from ktrain.format.shard import Box, Role, Shard
 
@@ -39,6 +40,11 @@ def to_json(entries: Sequence[Entry]) -> dict[str, Any]:
         # Rows whose name is not their key: [row, row of the first shard of that name].
         "further": _further(entries),
     }
+
+
+def write(entries: Sequence[Entry]) -> Written:
+    """The table as a member of a document."""
+    return document.write(to_json(entries))
 
 
 def from_json(members: Members, *, begin: int) -> tuple[Entry, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ktrain.errors import ConfigError, CorruptionError
@@ -35,6 +36,18 @@ def check_version(what: str, version: int) -> int:
     return version
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A member that is JSON text already, made by `write`: for what many documents have in common."""
+
+    text: str
+
+
+def write(value: Any) -> Written:
+    """The text of a JSON value; raises as `json.dumps` does."""
+    return Written(json.dumps(value, separators=(",", ":"), allow_nan=False))
+
+
 def seal(kind: str, members: Mapping[str, Any], version: int = FORMAT) -> bytes:
     """The bytes of a document of that kind; equal members give equal bytes.
 
@@ -42,7 +55,9 @@ def seal(kind: str, members: Mapping[str, Any], version: int = FORMAT) -> bytes:
         ConfigError: a member is no JSON value.
     """
     try:
-        text = json.dumps({"format": version, "kind": kind, **members}, separators=(",", ":"), allow_nan=False)
+        whole = {"format": version, "kind": kind, **members}
+        texts = {name: value if isinstance(value, Written) else write(value) for name, value in whole.items()}
+        text = "{" + ",".join([f"{json.dumps(name)}:{value.text}" for name, value in texts.items()]) + "}"
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{kind}: a member cannot be written as JSON: {error}; give plain JSON values") from error
     body = text[:-1].encode("ascii")

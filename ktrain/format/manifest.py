@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ktrain import native
@@ -67,7 +67,8 @@ class Manifest:
 
     `chunks` are CRC-64/NVME digests of the payload file, one per `chunk_nbytes`, the last one short.
     `objects` is tagged JSON (`format.objects`). `origin` holds free facts for people; no decision that must
-    be right rests on it. `format` is the version in which it is written, and was read.
+    be right rests on it. `format` is the version in which it is written, and was read. `table` is
+    `columns.write(entries)`, where that is at hand; it saves its time.
     """
 
     identity: Identity
@@ -80,6 +81,7 @@ class Manifest:
     objects: dict[str, Any]
     origin: dict[str, Any]
     format: int = document.FORMAT
+    table: document.Written | None = field(default=None, compare=False, repr=False)
 
     def to_bytes(self) -> bytes:
         """The manifest file; equal manifests give equal bytes.
@@ -129,7 +131,7 @@ def _write_1(manifest: Manifest) -> dict[str, Any]:
         "chunk_nbytes": manifest.chunk_nbytes,
         "chunks": chunks_to_text(manifest.chunks),
         "data_begin": manifest.entries[0].begin if manifest.entries else manifest.nbytes,
-        "tensors": columns.to_json(manifest.entries),
+        "tensors": manifest.table or columns.write(manifest.entries),
         "objects": manifest.objects,
         "origin": manifest.origin,
     }

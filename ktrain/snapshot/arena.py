@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from ktrain.base import atomic, contract
@@ -201,10 +201,13 @@ class NodeVolume:
             return None
         return SlotWriter(slot, rank, self.run, ended=lambda held: self._ended(slot, held))
 
-    def prepare(self, rank: int, nbytes: int, count: int) -> None:
+    def prepare(
+        self, rank: int, nbytes: int, count: int, mapped: Callable[[str, memoryview], None] = lambda slot, memory: None
+    ) -> None:
         """Has `count` slots of the rank mapped with all pages present, so that first snapshots are fast too.
 
-        Sealed snapshots keep every byte; those of another size stay as they are and count.
+        Sealed snapshots keep every byte; those of another size stay as they are and count. `mapped` is called with
+        name and memory of each slot that was mapped; it writes nothing.
 
         Raises:
             CapacityError: the volume is full.
@@ -221,6 +224,7 @@ class NodeVolume:
                     if slot.mapped_nbytes != nbytes and (held is None or held.nbytes == nbytes):
                         slot.map(nbytes)
                         slot.prefault(threads)
+                        mapped(slot.files.name, slot.view())
             finally:
                 self._give_back(mine)
 

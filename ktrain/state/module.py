@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ktrain.errors import ConfigError, InternalError
 from ktrain.format import objects
 from ktrain.format.shard import Role
+from ktrain.state.known_module import KnownModule, can_look
 from ktrain.state.parts import Collector, Context, OwnedParameter
 from ktrain.state.saved import Reader, Saved, Wishes
 from ktrain.state.stages import join_module
@@ -52,7 +53,7 @@ class ModulePart:
 
     def describe(self, context: Context) -> tuple[list[Leaf], dict[str, Any]]:
         # First the state dict: fully_shard puts its sharded parameters back in a hook of it.
-        state = self._module.state_dict()
+        state = self._module.state_dict(keep_vars=can_look(self._module))
         names = self._clean_names(state)
         replicated = self._replicated(context)
         first = self._learn_parameters(context, names, replicated)
@@ -74,6 +75,13 @@ class ModulePart:
         if self._stored is Stored.TRAINABLE:
             about["frozen"] = [names[raw] for raw in state if raw in left_out]
         return collector.leaves, about
+
+    def know(self, leaves: Sequence[Leaf], about: dict[str, Any], context: Context) -> KnownModule | None:
+        # What is left out hangs on requires_grad, which a look at tensors does not see.
+        if not can_look(self._module) or about["extra"] or self._stored is Stored.TRAINABLE:
+            return None
+        known = KnownModule(self._module, leaves, about, context.parameters.maps[-1])
+        return known if known.is_possible else None
 
     def plan(self, context: Context, wishes: Wishes) -> None:
         saved = wishes.saved
@@ -186,6 +194,7 @@ class ModulePart:
         """Tells the context this module's parameters; returns raw keys that repeat another key's tensor."""
         seen: dict[int, str] = {}
         repeats: dict[str, str] = {}
+        owned: dict[int, OwnedParameter] = {}
         # By object, never by address: every rank must find the same aliases, also one whose part is empty.
         tensors = [
             *self._module.named_parameters(remove_duplicate=False),
@@ -200,8 +209,8 @@ class ModulePart:
                 repeats[raw] = first
             elif isinstance(tensor, torch.nn.Parameter):
                 clean = names[raw]
-                owned = OwnedParameter(f"{self.name}.{clean}", f"{self.name}/{clean}", raw in replicated)
-                context.parameters.setdefault(id(tensor), owned)
+                owned[id(tensor)] = OwnedParameter(f"{self.name}.{clean}", f"{self.name}/{clean}", raw in replicated)
+        context.learn(owned)
         return repeats
 
 

@@ -6,7 +6,7 @@ stored state through its own `load_state_dict`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from ktrain.errors import ConfigError, InternalError
 from ktrain.format import objects
 from ktrain.format.shard import Role
+from ktrain.state.known_optimizer import KnownOptimizer, can_look
 from ktrain.state.parts import Collector, Context, OwnedParameter
 from ktrain.state.saved import Reader, Wishes
 from ktrain.state.stages import join_optimizer
@@ -33,12 +34,12 @@ class OptimizerPart:
                 f"part {name!r}: ZeroRedundancyOptimizer gives its state only to one rank; use fully_shard instead"
             )
         self.name = name
-        self._optimizer = optimizer
+        self.optimizer = optimizer
 
     def describe(self, context: Context) -> tuple[list[Leaf], dict[str, Any]]:
-        state = self._optimizer.state_dict()
-        owned = self._owned(context)
-        live = list(_parameters(self._optimizer))
+        state = self.optimizer.state_dict()
+        owned = self.owned(context)
+        live = list(parameters_of(self.optimizer))
         collector = Collector(context)
         # Where a parameter that trains has no state here, other ranks may hold it (optimizers that divide the
         # work by parameter): then nothing may be left to another rank to store.
@@ -48,12 +49,12 @@ class OptimizerPart:
         other: dict[str, Any] = {}
         for index, entry in state["state"].items():
             if not isinstance(index, int) or index >= len(live) or not isinstance(entry, dict):
-                other[self._text(index)] = collector.encode(entry, objects.child_path(f"{self.name}/other", index))
+                other[self.text(index)] = collector.encode(entry, objects.child_path(f"{self.name}/other", index))
                 continue
             param, names = live[index], owned[index]
             path = objects.child_path(self.name, names.name)
             for key, value in entry.items():
-                leaf = objects.child_path(path, self._text(key))
+                leaf = objects.child_path(path, self.text(key))
                 if isinstance(value, torch.Tensor):
                     replicated = has_all and names.is_replicated and value.shape == param.shape
                     collector.add(leaf, value, Role.REPLICATED if replicated else Role.RANK, names.leaf)
@@ -61,19 +62,23 @@ class OptimizerPart:
                 else:
                     values.setdefault(names.name, {})[key] = collector.encode(value, leaf)
             tensors.setdefault(names.name, [])
-        groups = self._encode_groups(state["param_groups"], owned, collector)
+        groups = self.encode_groups(state["param_groups"], owned, collector)
         about = {"kind": self.kind, "groups": groups, "values": values, "other": other, **_pack(tensors)}
         return collector.leaves, about
 
+    def know(self, leaves: Sequence[Leaf], about: dict[str, Any], context: Context) -> KnownOptimizer | None:
+        known = KnownOptimizer(self, leaves, about, context) if can_look(self.optimizer) else None
+        return known if known is not None and known.is_possible else None
+
     def plan(self, context: Context, wishes: Wishes) -> None:
-        owned = self._owned(context)
-        groups = self._optimizer.state_dict()["param_groups"]
+        owned = self.owned(context)
+        groups = self.optimizer.state_dict()["param_groups"]
         about = join_optimizer(self.name, [[owned[at].name for at in group["params"]] for group in groups], wishes)
         if about is None:
             return
         wishes.objects[self.name] = about
         indices = {names.name: index for index, names in enumerate(owned)}
-        live = list(_parameters(self._optimizer))
+        live = list(parameters_of(self.optimizer))
         for name, keys in _unpack(about).items():
             param = live[indices[name]]
             for key in keys:
@@ -82,8 +87,8 @@ class OptimizerPart:
             wishes.add_all(value)
 
     def load(self, saved_objects: Mapping[str, Any], reader: Reader, context: Context) -> None:
-        owned = self._owned(context)
-        live = list(_parameters(self._optimizer))
+        owned = self.owned(context)
+        live = list(parameters_of(self.optimizer))
         indices = {names.name: index for index, names in enumerate(owned)}
         state: dict[Any, Any] = {}
         for name, keys in _unpack(saved_objects).items():
@@ -95,16 +100,16 @@ class OptimizerPart:
         for key, value in saved_objects["other"].items():
             state[key] = _decode(value, reader, torch.device("cpu"))
         groups = self._decode_groups(saved_objects["groups"], indices, reader)
-        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self._keep_dtypes(state, live)
 
     def derive(self, seed: int) -> None:
         raise InternalError(f"part {self.name!r} is an optimizer and belongs to no rank alone")
 
-    def _owned(self, context: Context) -> list[OwnedParameter]:
+    def owned(self, context: Context) -> list[OwnedParameter]:
         """The names of all parameters, in the order of torch's indices."""
         found: dict[int, OwnedParameter] = {}
-        for group_index, group in enumerate(self._optimizer.param_groups):
+        for group_index, group in enumerate(self.optimizer.param_groups):
             for index, param in enumerate(group["params"]):
                 name = f"{group_index}.{index}"
                 unowned = OwnedParameter(name, f"{self.name}/{name}", False)
@@ -114,12 +119,12 @@ class OptimizerPart:
     def _leaf(self, name: str, key: str) -> str:
         return objects.child_path(objects.child_path(self.name, name), key)
 
-    def _text(self, key: Any) -> str:
+    def text(self, key: Any) -> str:
         if not isinstance(key, str):
             raise ConfigError(f"part {self.name!r}: expected text as keys of optimizer state, found {key!r}")
         return key
 
-    def _encode_groups(
+    def encode_groups(
         self, groups: list[dict[str, Any]], owned: list[OwnedParameter], collector: Collector
     ) -> list[Any]:
         named = [{**group, "params": [owned[index].name for index in group["params"]]} for group in groups]
@@ -128,7 +133,7 @@ class OptimizerPart:
     def _decode_groups(self, groups: list[Any], indices: Mapping[str, int], reader: Reader) -> list[dict[str, Any]]:
         """The stored groups, with this optimizer's parameters in its own order."""
         decoded = []
-        for live, encoded in zip(self._optimizer.state_dict()["param_groups"], groups, strict=True):
+        for live, encoded in zip(self.optimizer.state_dict()["param_groups"], groups, strict=True):
             lr = live.get("lr")
             device = lr.device if isinstance(lr, torch.Tensor) else torch.device("cpu")
             group = _decode(encoded, reader, device)
@@ -162,7 +167,7 @@ class OptimizerPart:
 
     def _live(self, param: torch.Tensor, key: str) -> torch.Tensor | None:
         # `in` first: the state is a defaultdict, and looking must not give a fresh optimizer state.
-        entry = self._optimizer.state[param] if param in self._optimizer.state else {}
+        entry = self.optimizer.state[param] if param in self.optimizer.state else {}
         value = entry.get(key) if isinstance(entry, dict) else None
         return value if isinstance(value, torch.Tensor) else None
 
@@ -171,10 +176,10 @@ class OptimizerPart:
         for index, entry in state.items():
             if not isinstance(index, int):
                 continue
-            for key, value in self._optimizer.state[live[index]].items():
+            for key, value in self.optimizer.state[live[index]].items():
                 given = entry.get(key)
                 if key != "step" and isinstance(given, torch.Tensor) and given.dtype != value.dtype:
-                    self._optimizer.state[live[index]][key] = given.to(value.device)
+                    self.optimizer.state[live[index]][key] = given.to(value.device)
 
 
 class _Indices(list[int]):
@@ -193,7 +198,7 @@ def _device(param: torch.Tensor, key: str) -> torch.device:
     return torch.device("cpu") if key == "step" else param.device
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
     """Every parameter once, in the order of the indices of `state_dict()`."""
     seen: set[int] = set()
     for group in optimizer.param_groups:

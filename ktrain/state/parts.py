@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,7 +30,25 @@ class Context:
     """What parts tell each other while a state is walked; modules come before optimizers."""
 
     topology: Topology
-    parameters: dict[int, OwnedParameter] = field(default_factory=dict)  # by id of the parameter
+    parameters: ChainMap[int, OwnedParameter] = field(default_factory=ChainMap)  # by id of the parameter
+
+    def learn(self, owned: MutableMapping[int, OwnedParameter]) -> None:
+        """Takes a module's parameters; one that several modules hold is named by the first."""
+        self.parameters.maps.append(owned)
+
+
+class Known(Protocol):
+    """A part as it was when it was described. Holds none of its tensors."""
+
+    @property
+    def guarded(self) -> Sequence[int | None]:
+        """For each leaf the id of the parameter that it changes with: itself, or the one whose state it is."""
+
+    def again(self, context: Context) -> tuple[Sequence[torch.Tensor], dict[str, Any]] | None:
+        """The tensors of all leaves and the part's JSON, as `describe` would give them now.
+
+        None where something but values has changed, or where it cannot be told at this price.
+        """
 
 
 class Part(Protocol):
@@ -45,6 +64,9 @@ class Part(Protocol):
         Raises:
             ConfigError: something in it cannot be stored.
         """
+
+    def know(self, leaves: Sequence[Leaf], about: dict[str, Any], context: Context) -> Known | None:
+        """What `describe` has just returned, for a look instead of a walk the next time; None where there is none."""
 
     def plan(self, context: Context, wishes: Wishes) -> None:
         """Adds what the part needs of a checkpoint, and everything that does not fit. Changes nothing."""

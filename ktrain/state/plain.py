@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,9 @@ class PlainPart:
         collector = Collector(context)
         encoded = collector.encode(self._value.state_dict(), self.name)
         return collector.leaves, {"kind": self.kind, "per_rank": self.is_per_rank, "value": encoded}
+
+    def know(self, leaves: Sequence[Leaf], about: dict[str, Any], context: Context) -> None:
+        """Nothing: only the object itself knows what it will say the next time."""
 
     def plan(self, context: Context, wishes: Wishes) -> None:
         about = wishes.saved.objects(self.name) or {}

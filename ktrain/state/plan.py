@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -15,9 +15,20 @@ from ktrain.errors import ConfigError
 from ktrain.format.digest import digest_text
 from ktrain.format.payload import Layout, lay_out
 from ktrain.format.shard import Box, Shard
-from ktrain.state.parts import Context
+from ktrain.state.look import picker
+from ktrain.state.optimizer import OptimizerPart
+from ktrain.state.parts import Context, Known
 from ktrain.state.shares import Block, share_out
-from ktrain.state.tensors import Leaf, box_of, dtype_name, is_dtensor, local_of, require_box, require_storable
+from ktrain.state.tensors import (
+    PLAIN_TYPES,
+    Leaf,
+    box_of,
+    dtype_name,
+    is_dtensor,
+    local_of,
+    require_box,
+    require_storable,
+)
 from ktrain.state.topology import Topology
 from ktrain.state.train_state import TrainState
 
@@ -37,13 +48,37 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
-class SavePlan:
-    """A rank's share of a snapshot: `items` in the order of `layout.entries`, `digest` of all shards."""
+class Places:
+    """What a plan knows of its tensors beyond their shapes; the same object as long as it holds.
 
-    items: tuple[Item, ...]
+    `moving` are the rows whose tensors may lie elsewhere in each plan; all others are where they were. `guards` has
+    for each row the optimizer parts in whose steps, and nowhere else, its tensor is expected to change; none where
+    that is not known.
+    """
+
+    moving: tuple[int, ...]
+    guards: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SavePlan:
+    """A rank's share of a snapshot.
+
+    `tensors` are the local parts in the order of `layout.entries`, on the live storage, perhaps part of autograd and
+    not contiguous. `digest` is of all shards.
+    """
+
+    tensors: tuple[torch.Tensor, ...]
     layout: Layout
     objects: dict[str, Any]
     digest: str
+    places: Places
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """The shards, each with its tensor detached; made anew each time."""
+        pairs = zip(self.layout.entries, self.tensors, strict=True)
+        return tuple(Item(entry.shard, tensor.detach()) for entry, tensor in pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +91,10 @@ class _Memo:
     layout: Layout
     digest: str
     cuts: tuple[tuple[int, _Cut], ...]  # rows of the layout that are a part of their leaf's local tensor
+    known: tuple[Known | None, ...] = ()  # of all parts, in their order
+    num_leaves: tuple[int, ...] = ()  # of all parts
+    places: Places = Places((), ())
+    stored_of: Callable[[Sequence[Any]], Sequence[Any]] = tuple  # takes the stored ones out of all
 
     def fits(self, leaves: Sequence[Leaf], topology: Topology) -> bool:
         # One after the other: signatures of all leaves at once would keep the garbage collector busy.
@@ -78,20 +117,89 @@ def plan_save(state: TrainState, topology: Topology) -> SavePlan:
 
 
 def _plan(state: TrainState, topology: Topology) -> SavePlan:
+    memo = state.memo
+    if isinstance(memo, _Memo) and memo.topology == topology:
+        plan = _try_plan_again(state, topology, memo)
+        if plan is not None:
+            return plan
     context = Context(topology)
     leaves: list[Leaf] = []
     objects: dict[str, Any] = {}
+    known: list[Known | None] = []
+    num_leaves: list[int] = []
     for part in state.parts:
         found, objects[part.name] = part.describe(context)
         leaves.extend(found)
-    memo = state.memo
+        known.append(part.know(found, objects[part.name], context))
+        num_leaves.append(len(found))
     if not isinstance(memo, _Memo) or not memo.fits(leaves, topology):
-        memo = state.memo = _make_memo(leaves, topology)
-    tensors = [local_of(leaves[index].tensor) for index in memo.stored]
+        memo = _make_memo(leaves, topology)
+    places = _find_places(state, known, num_leaves, memo.stored)
+    memo = state.memo = replace(
+        memo, known=tuple(known), num_leaves=tuple(num_leaves), places=places, stored_of=picker(memo.stored)
+    )
+    return _join(memo, [leaf.tensor for leaf in leaves], objects)
+
+
+def _try_plan_again(state: TrainState, topology: Topology, memo: _Memo) -> SavePlan | None:
+    """The plan by one look at each tensor that was planned before; None where more than values has changed."""
+    context = Context(topology)
+    tensors: list[torch.Tensor] = []
+    objects: dict[str, Any] = {}
+    for part, known, num_leaves in zip(state.parts, memo.known, memo.num_leaves, strict=True):
+        if known is not None:
+            again = known.again(context)
+            if again is None:
+                return None
+            found, objects[part.name] = again
+        else:
+            leaves, objects[part.name] = part.describe(context)
+            signatures = memo.signatures[len(tensors) : len(tensors) + num_leaves]
+            if len(leaves) != num_leaves or not all(map(operator.eq, signatures, map(_signature, leaves))):
+                return None
+            found = [leaf.tensor for leaf in leaves]
+        tensors.extend(found)
+    return _join(memo, tensors, objects)
+
+
+def _join(memo: _Memo, tensors: Sequence[torch.Tensor], objects: dict[str, Any]) -> SavePlan:
+    mine = list(memo.stored_of(tensors))
+    if not PLAIN_TYPES.issuperset(map(type, mine)):
+        mine = list(map(_part_of, mine))
     for row, cut in memo.cuts:
-        tensors[row] = tensors[row][cut]
-    items = tuple(Item(entry.shard, tensor) for entry, tensor in zip(memo.layout.entries, tensors, strict=True))
-    return SavePlan(items, memo.layout, objects, memo.digest)
+        mine[row] = mine[row].detach()[cut]
+    return SavePlan(tuple(mine), memo.layout, objects, memo.digest, memo.places)
+
+
+def _part_of(tensor: torch.Tensor) -> torch.Tensor:
+    """As `local_of`, where it can be without making a view: that costs ten microseconds for a DTensor."""
+    if not is_dtensor(tensor):
+        return tensor
+    part = tensor._local_tensor
+    return part if type(part) in PLAIN_TYPES else local_of(tensor)
+
+
+def _find_places(
+    state: TrainState, known: Sequence[Known | None], num_leaves: Sequence[int], stored: Sequence[int]
+) -> Places:
+    of_parameter: dict[int, tuple[str, ...]] = {}
+    for part in state.parts:
+        if isinstance(part, OptimizerPart):
+            for group in part.optimizer.param_groups:
+                for param in group["params"]:
+                    of_parameter[id(param)] = (*of_parameter.get(id(param), ()), part.name)
+    moves: list[bool] = []
+    guards: list[tuple[str, ...]] = []
+    for one, num in zip(known, num_leaves, strict=True):
+        moves += [one is None] * num
+        if one is None:
+            guards += [()] * num
+        else:
+            guards += [of_parameter.get(number, ()) if number is not None else () for number in one.guarded]
+    return Places(
+        tuple(row for row, index in enumerate(stored) if moves[index]),
+        tuple(guards[index] for index in stored),
+    )
 
 
 def _signature(leaf: Leaf) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def is_dtensor(tensor: torch.Tensor) -> TypeGuard[DTensor]:
-    if type(tensor) in _PLAIN:  # nearly all are; this runs several times for every tensor of every save
+    if type(tensor) in PLAIN_TYPES:  # nearly all are; this runs several times for every tensor of every save
         return False
     # Whoever made a DTensor has imported its module; importing it here would cost every program its time.
     module = sys.modules.get("torch.distributed.tensor")
@@ -135,7 +135,7 @@ def require_base_type(name: str, tensor: torch.Tensor) -> None:
     Raises:
         ConfigError: it would come back as a plain tensor.
     """
-    if type(tensor) not in _PLAIN and not is_dtensor(tensor):
+    if type(tensor) not in PLAIN_TYPES and not is_dtensor(tensor):
         raise ConfigError(
             f"tensor {name!r} cannot be stored: it is a {type(tensor).__name__} and would come back as a plain tensor; "
             "return plain tensors or DTensors from state_dict()"

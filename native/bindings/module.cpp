@@ -179,6 +179,32 @@ std::vector<std::size_t> prove_scatter(nb::handle source, std::uint64_t begin, s
   return bad;
 }
 
+void gather(nb::handle target, nb::tuple columns, unsigned num_threads) {
+  const BufferView to(target, PyBUF_WRITABLE);
+  const BufferView address(columns[0], PyBUF_SIMPLE);
+  const BufferView nbytes(columns[1], PyBUF_SIMPLE);
+  const BufferView offset(columns[2], PyBUF_SIMPLE);
+  const ktrain::Segments segments{address.words(), nbytes.words(), offset.words()};
+  refuse_bad_segments(segments, to.size());
+  const nb::gil_scoped_release release;
+  ktrain::gather(to.writable(), segments, num_threads);
+}
+
+// The digests as the bytes of an array: many thousand integers would cost more than the digests.
+nb::bytes digest_pieces(nb::handle addresses, nb::handle sizes, unsigned num_threads) {
+  const BufferView address(addresses, PyBUF_SIMPLE);
+  const BufferView nbytes(sizes, PyBUF_SIMPLE);
+  if (address.size() != nbytes.size()) {
+    throw std::invalid_argument("the columns address and nbytes differ in length");
+  }
+  Digests digests(address.words().size());
+  {
+    const nb::gil_scoped_release release;
+    ktrain::digest_pieces(address.words(), nbytes.words(), num_threads, digests);
+  }
+  return nb::bytes(reinterpret_cast<const char*>(digests.data()), digests.size() * sizeof(std::uint64_t));
+}
+
 int prefault(nb::handle target, unsigned num_threads) {
   const BufferView view(target, PyBUF_WRITABLE);
   const nb::gil_scoped_release release;
@@ -200,6 +226,8 @@ NB_MODULE(_native, module) {
              nb::arg("num_threads"));
   module.def("prove_scatter", &prove_scatter, nb::arg("source"), nb::arg("begin"), nb::arg("chunk_nbytes"),
              nb::arg("expected"), nb::arg("columns"), nb::arg("num_threads"));
+  module.def("gather", &gather, nb::arg("target"), nb::arg("columns"), nb::arg("num_threads"));
+  module.def("digest_pieces", &digest_pieces, nb::arg("addresses"), nb::arg("sizes"), nb::arg("num_threads"));
   module.def("prefault", &prefault, nb::arg("target"), nb::arg("num_threads"));
   module.def("set_parent_death_signal", &ktrain::set_parent_death_signal, nb::arg("signum"));
 }

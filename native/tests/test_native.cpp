@@ -135,6 +135,15 @@ void test_gather_digest_fills_segments_and_keeps_gaps() {
     std::vector<std::uint64_t> digests(ktrain::num_chunks(nbytes, chunk_nbytes));
     ktrain::gather_digest(target.span(), segments, chunk_nbytes, 4, digests);
     EXPECT(std::memcmp(expected.data(), target.data(), nbytes) == 0, "round %d", round);
+    std::memset(target.data(), 0, nbytes);
+    ktrain::gather(target.span(), segments, 4);
+    std::vector<std::uint64_t> pieces(address.size());
+    ktrain::digest_pieces(address, lengths, 4, pieces);
+    for (std::size_t i = 0; i < address.size(); ++i) {
+      const auto* source = reinterpret_cast<const std::byte*>(address[i]);
+      EXPECT(lengths[i] == 0 || std::memcmp(target.data() + offset[i], source, lengths[i]) == 0, "round %d", round);
+      EXPECT(pieces[i] == ktrain::crc64(source, lengths[i]), "round %d, piece %zu", round, i);
+    }
     for (std::size_t i = 0; i < digests.size(); ++i) {
       const std::size_t begin = i * chunk_nbytes;
       const std::uint64_t value = ktrain::crc64(expected.data() + begin, std::min(chunk_nbytes, nbytes - begin));

@@ -42,7 +42,7 @@ def test_plain_run_killed_resumes_bit_for_bit(point: str, whole: Place, tmp_path
     place = Place(tmp_path)
     in_restore = point.startswith("restore.")
     plan = FaultPlan().fail_at("step", step=7) if in_restore else FaultPlan().fail_at(point)
-    if point in ("step", "save.begin", "save.staged", "save.sealed"):
+    if point in ("step", "save.begin", "save.copying", "save.staged", "save.sealed"):
         plan = FaultPlan().fail_at(point, step=6)
     assert place.train(plan, await_bucket=[4]).code == KILLED
     if in_restore:
@@ -53,6 +53,20 @@ def test_plain_run_killed_resumes_bit_for_bit(point: str, whole: Place, tmp_path
     if point not in ("drain.payload", "drain.manifest", "commit.begin", "commit.record", "save.begin", "step"):
         assert outcome.said["restored"] >= 4
     assert [path for path in place.volume.rglob("*") if path.is_file()] == []
+
+
+def test_plain_run_killed_while_it_copies_beside_training_resumes_bit_for_bit(tmp_path: Path) -> None:
+    wide = 1024  # a weight and its moments are large enough to be copied beside training
+    whole, place = Place(tmp_path / "whole"), Place(tmp_path / "place")
+    for each in (whole, place):
+        each.folder.mkdir()
+    assert whole.train(width=wide).code == 0
+    plan = FaultPlan().fail_at("save.copying", step=6)
+    assert place.train(plan, await_bucket=[4], width=wide).code == KILLED
+    outcome = place.train(width=wide)
+    assert outcome.code == 0 and outcome.said["restored"] == 4, outcome.err
+    same_losses(place.losses(), whole.losses())
+    assert not [event for event in whole.events("notice") if "at_once" in event.fields["message"]]
 
 
 def test_plain_run_second_live_one_is_refused_naming_the_holder(tmp_path: Path) -> None:

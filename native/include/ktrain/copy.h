@@ -39,6 +39,13 @@ void copy_digest(std::span<std::byte> target, std::span<const std::byte> source,
 void gather_digest(std::span<std::byte> target, const Segments& segments, std::size_t chunk_nbytes,
                    unsigned num_threads, std::span<std::uint64_t> digests);
 
+// Copies the segments, and digests nothing.
+void gather(std::span<std::byte> target, const Segments& segments, unsigned num_threads);
+
+// One digest for each piece of memory; the three have one length. Pieces may overlap.
+void digest_pieces(std::span<const std::uint64_t> address, std::span<const std::uint64_t> nbytes,
+                   unsigned num_threads, std::span<std::uint64_t> digests);
+
 SegmentCheck check_segments(const Segments& segments, std::size_t target_nbytes) noexcept;
 
 }  // namespace ktrain

@@ -12,6 +12,12 @@ namespace {
 // Bytes that stay in the nearest caches between their digest and their copy.
 constexpr std::size_t kBlockNbytes = std::size_t{64} << 10;
 
+// What one thread takes of a gather without digests: long enough for one look at the table.
+constexpr std::size_t kGatherNbytes = std::size_t{1} << 20;
+
+// Small pieces that one thread digests before it asks for more.
+constexpr std::size_t kPiecesAtOnce = 64;
+
 // From this size on a piece of a gather is worth a digest of its own.
 constexpr std::size_t kLargePieceNbytes = std::size_t{2} << 10;
 
@@ -124,6 +130,38 @@ void gather_digest(std::span<std::byte> target, const Segments& segments, std::s
     const std::size_t end = begin + std::min(chunk_nbytes, target.size() - begin);
     digests[chunk] = gather_region(target, segments, begin, end, copy);
     fence_stores();
+  });
+}
+
+void gather(std::span<std::byte> target, const Segments& segments, unsigned num_threads) {
+  std::size_t nbytes = 0;
+  for (const std::uint64_t length : segments.nbytes) {
+    nbytes += length;
+  }
+  const CopyFunction copy = choose_copy(nbytes);
+  // Regions of the target, as in gather_digest: one large segment is shared by all threads.
+  parallel_for(num_chunks(target.size(), kGatherNbytes), num_threads, [&](std::size_t region) noexcept {
+    const std::size_t begin = region * kGatherNbytes;
+    const std::size_t end = begin + std::min(kGatherNbytes, target.size() - begin);
+    for (std::size_t i = find_segment(segments, begin); i < segments.offset.size() && segments.offset[i] < end; ++i) {
+      const std::size_t from = std::max<std::size_t>(segments.offset[i], begin);
+      const std::size_t to = std::min<std::size_t>(segments.offset[i] + segments.nbytes[i], end);
+      if (from < to) {
+        const auto* source = reinterpret_cast<const std::byte*>(segments.address[i]) + (from - segments.offset[i]);
+        (to - from >= kLargePieceNbytes ? copy : copy_cached)(target.data() + from, source, to - from);
+      }
+    }
+    fence_stores();
+  });
+}
+
+void digest_pieces(std::span<const std::uint64_t> address, std::span<const std::uint64_t> nbytes,
+                   unsigned num_threads, std::span<std::uint64_t> digests) {
+  parallel_for(num_chunks(address.size(), kPiecesAtOnce), num_threads, [&](std::size_t group) noexcept {
+    const std::size_t end = std::min(address.size(), (group + 1) * kPiecesAtOnce);
+    for (std::size_t i = group * kPiecesAtOnce; i < end; ++i) {
+      digests[i] = crc64(reinterpret_cast<const std::byte*>(address[i]), nbytes[i]);
+    }
   });
 }
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ktrain.checkpoint.policy import Every, Keep, Policies, as_keep
+from ktrain.checkpoint.checkpointer import Checkpointer
+from ktrain.checkpoint.policy import Capture, Every, Keep, Policies, as_capture, as_keep
 from ktrain.checkpoint.retention import AnyOf, Best, Latest
 from ktrain.errors import ConfigError
 
@@ -41,3 +43,15 @@ def test_keep_number_means_the_latest_in_the_bucket() -> None:
 def test_keep_of_neither_number_nor_policy_is_refused() -> None:
     with pytest.raises(ConfigError, match="expected a number of 1 or more, found 'all'"):
         as_keep("all")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", ["hidden", Capture.HIDDEN])
+def test_capture_is_named_by_its_value(value: str | Capture) -> None:
+    assert as_capture(value) is Capture.HIDDEN
+    assert as_capture("at_once") is Capture.AT_ONCE
+
+
+def test_checkpointer_with_an_unknown_capture_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'hidden', 'at_once', found 'later'"):
+        Checkpointer(tmp_path / "run", state={}, capture="later")
+    assert list(tmp_path.iterdir()) == []

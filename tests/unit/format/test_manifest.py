@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ktrain.errors import ConfigError, CorruptionError
-from ktrain.format import digest, document
+from ktrain.format import columns, digest, document
 from ktrain.format.manifest import KIND, Identity, Manifest, bad_ranges, verify_chunks, verify_payload
 from ktrain.format.payload import lay_out
 from ktrain.format.shard import Box, Role, Shard
@@ -174,3 +174,8 @@ def test_identity_as_json_comes_back_equal() -> None:
 def test_identity_from_json_that_cannot_be_is_corruption(change: dict[str, object]) -> None:
     with pytest.raises(CorruptionError, match=next(iter(change))):
         Identity.from_json(Identity(RUN, 10, 2, 8).to_json() | change)
+
+
+def test_manifest_with_its_table_at_hand_has_the_same_bytes() -> None:
+    made = snapshot([shard("a", (2, 3)), shard("ab", (4,))]).manifest
+    assert replace(made, table=columns.write(made.entries)).to_bytes() == made.to_bytes()

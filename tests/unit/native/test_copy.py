@@ -178,3 +178,40 @@ def test_prefault_of_written_memory_changes_no_byte() -> None:
 def test_prefault_of_read_only_memory_raises_config_error() -> None:
     with pytest.raises(ConfigError):
         native.prefault(b"abc")
+
+
+@given(case=gather_cases(), num_threads=st.integers(1, 4))
+def test_gather_of_any_segments_equals_assembling_by_hand(case: tuple[bytes, list[Piece]], num_threads: int) -> None:
+    before, pieces = case
+    target = bytearray(before)
+    native.gather(target, [piece.segment for piece in pieces], num_threads=num_threads)
+    assert target == assemble(before, pieces)
+
+
+def test_gather_of_one_large_segment_shares_it_among_threads() -> None:
+    source = np.random.default_rng(random.getrandbits(32)).integers(0, 256, (5 << 20) + 3, np.uint8)
+    target = bytearray(source.nbytes + 7)
+    native.gather(target, [native.Segment(source.ctypes.data, source.nbytes, 5)], num_threads=3)
+    assert target == bytes(5) + source.tobytes() + bytes(2)
+
+
+def test_gather_with_a_segment_behind_the_target_writes_nothing() -> None:
+    source = np.ones(8, np.uint8)
+    target = bytearray(8)
+    with pytest.raises(ConfigError, match="gather"):
+        native.gather(target, [native.Segment(source.ctypes.data, 8, 1)])
+    assert target == bytes(8)
+
+
+@given(case=gather_cases(), num_threads=st.integers(1, 4))
+def test_digest_pieces_equals_the_digest_of_each(case: tuple[bytes, list[Piece]], num_threads: int) -> None:
+    pieces = case[1]
+    addresses = np.array([piece.source.ctypes.data for piece in pieces], np.uint64)
+    sizes = np.array([piece.source.nbytes for piece in pieces], np.uint64)
+    found = np.frombuffer(native.digest_pieces(addresses, sizes, num_threads=num_threads), np.uint64)
+    assert found.tolist() == [oracle.crc64(piece.source.tobytes()) for piece in pieces]
+
+
+def test_digest_pieces_with_columns_of_two_lengths_is_refused() -> None:
+    with pytest.raises(ConfigError, match="differ in length"):
+        native.digest_pieces(np.zeros(1, np.uint64), np.zeros(2, np.uint64))
