@@ -25,7 +25,7 @@ class Gate:
     """When a step is set aside.
 
     Attributes:
-        failures: attempts that failed from it, by their own fault and without getting farther; 0 for never.
+        failures: attempts that failed from it, by their own fault and without a newer commit; 0 for never.
         steps: so many losses after a restore are compared with those of before; 0 for none.
         then: what follows when one differs.
         tolerance: relative difference that is none where bits cannot be expected to be equal (another layout, a

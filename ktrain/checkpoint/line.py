@@ -155,7 +155,9 @@ class _Head:
             fields = {"cause": contract.CAUSE_CRASH, "reason": said["reason"], "step": said["step"]}
             self._emit("failure", rank=said["rank"], **fields)
             self._log.flush()
-            self._record_end({"outcome": "failed", "own_fault": said["own_fault"], **fields})
+            committed = max((step for step, _ in self._coordinator.committed().values()), default=None)
+            own_fault = said["own_fault"]
+            self._record_end({"outcome": "failed", "own_fault": own_fault, "committed_step": committed, **fields})
         return {}
 
     def _record_end(self, fields: dict[str, Any]) -> None:

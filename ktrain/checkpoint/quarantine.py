@@ -82,9 +82,9 @@ class Trouble:
     """Failures of the job's own that the run has not got over.
 
     Attributes:
-        farthest: the step that has to be passed.
+        farthest: the step beyond which something has to be committed.
         failures: origin -> epochs of the attempts that failed from it, or from what was made from it on the way.
-        origins: epoch of an attempt that has not passed `farthest` -> the step that its detour began from.
+        origins: epoch of an attempt without a commit beyond `farthest` -> the step that its detour began from.
     """
 
     farthest: int = 0
@@ -106,11 +106,11 @@ def find_trouble(attempts: Sequence[AttemptRecord], quarantine: Quarantine) -> T
     failures: dict[Key, tuple[int, ...]] = {}
     origins: dict[int, Key] = {}
     for attempt in attempts:
-        reached = _reached(attempt)
-        if reached > farthest:
-            farthest, failures, origins = reached, {}, {}
+        restored, committed = _restored(attempt), _committed(attempt)
+        farthest = max(farthest, 0 if restored is None else restored[0])  # it was there, whoever had heard of it
+        if committed > farthest:
+            farthest, failures, origins = committed, {}, {}
             continue
-        restored = _restored(attempt)
         if restored is None:
             continue
         origin = origins[attempt.epoch] = origins.get(restored[1], restored)
@@ -120,9 +120,9 @@ def find_trouble(attempts: Sequence[AttemptRecord], quarantine: Quarantine) -> T
     return Trouble(farthest, failures, origins)
 
 
-def _reached(attempt: AttemptRecord) -> int:
-    parts = (attempt.restored, attempt.committed, attempt.end)
-    return max(int((part or {}).get("step") or 0) for part in parts)
+def _committed(attempt: AttemptRecord) -> int:
+    """The newest step that an attempt is known to have committed. Its last step is not: word of it may be lost."""
+    return max(int((attempt.committed or {}).get("step") or 0), int((attempt.end or {}).get("committed_step") or 0))
 
 
 def _restored(attempt: AttemptRecord) -> Key | None:
@@ -136,7 +136,7 @@ def due(trouble: Trouble, limit: int, newest: int) -> list[Mark]:
     for origin, epochs in sorted(trouble.failures.items()):
         if not 0 < limit <= len(epochs):
             continue
-        reason = f"{len(epochs)} attempts failed from it without passing step {trouble.farthest}"
+        reason = f"{len(epochs)} attempts failed from it without a commit beyond step {trouble.farthest}"
         marks.append(Mark(*origin, on=True, reason=reason, attempts=epochs, after=newest))
         made = f"made from step {origin[0]} on the way to the same failure"
         detours = [epoch for epoch, came_from in trouble.origins.items() if came_from == origin]
@@ -151,16 +151,16 @@ class Trial:
     farthest: int
     failures_left: int  # until it is set aside; at least 1
 
-    def ends_with(self, step: int | None) -> bool:
-        """True where a failure of the job's own at `step` sets it aside."""
-        return self.failures_left <= 1 and (step or 0) <= self.farthest
+    def ends_with(self, committed: int | None) -> bool:
+        """True where a failure of the job's own sets it aside, after a newest commit of `committed`."""
+        return self.failures_left <= 1 and (committed or 0) <= self.farthest
 
 
 def trial_of(key: Key, trouble: Trouble, limit: int) -> Trial | None:
     """The trial of an attempt that restored `key`; None where nothing is ever set aside."""
     if limit < 1:
         return None
-    return Trial(trouble.farthest, max(1, limit - len(trouble.failures.get(trouble.origin(key), ()))))
+    return Trial(max(trouble.farthest, key[0]), max(1, limit - len(trouble.failures.get(trouble.origin(key), ()))))
 
 
 # Records

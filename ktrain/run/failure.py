@@ -224,7 +224,7 @@ def decide(budgets: Budgets, failure: Failure, *, committed: int | None, trial: 
     the restored step aside ends the row and costs nothing: what follows is not the same thing tried again.
     """
     stalled = budgets.committed is not None and committed is not None and committed <= budgets.committed
-    sets_aside = failure.own_fault and trial is not None and trial.ends_with(failure.step)
+    sets_aside = failure.own_fault and trial is not None and trial.ends_with(committed)
     cost = 0 if sets_aside else 2 if stalled else 1
     spent = {**budgets.spent, failure.cause: budgets.spent.get(failure.cause, 0) + cost}
     streak = 0 if sets_aside or committed is None else budgets.streak + 1 if stalled else 1

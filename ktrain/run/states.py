@@ -58,6 +58,7 @@ class Close:
     cause: str | None
     step: int | None
     reason: str
+    committed_step: int | None = None
     own_fault: bool = False
 
 
@@ -374,7 +375,7 @@ class Machine:
     # ENDED
 
     def _closing(self, view: View, outcome: str, cause: str | None, reason: str = "") -> Close:
-        return Close(self.epoch, outcome, cause, self._step(view), reason)
+        return Close(self.epoch, outcome, cause, self._step(view), reason, view.committed)
 
     def _finish(self, view: View, verdict: Verdict) -> list[Action]:
         actions: list[Action] = [self._close_unended()] if self._unended is not None else []

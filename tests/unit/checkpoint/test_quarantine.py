@@ -40,50 +40,55 @@ def attempt(epoch: int, restored: tuple[int, int] | None, end: dict[str, Any] | 
     return AttemptRecord(epoch, restored=at or {"step": 0, "identity": None}, end=end)
 
 
-def failed(epoch: int, restored: tuple[int, int] | None, step: int) -> AttemptRecord:
-    return attempt(epoch, restored, {**OWN, "step": step})
+def failed(epoch: int, restored: tuple[int, int] | None, committed: int) -> AttemptRecord:
+    return attempt(epoch, restored, {**OWN, "step": committed + 5, "committed_step": committed})
 
 
-def test_find_trouble_failures_without_getting_farther_are_booked_on_the_step() -> None:
-    found = find_trouble([failed(1, None, 105), failed(2, (100, 1), 105), failed(3, (100, 1), 104)], NONE)
-    assert found.farthest == 105 and found.failures == {(100, 1): (2, 3)}
+def test_find_trouble_failures_without_a_new_commit_are_booked_on_the_step() -> None:
+    found = find_trouble([failed(1, None, 100), failed(2, (100, 1), 100), failed(3, (100, 1), 0)], NONE)
+    assert found.farthest == 100 and found.failures == {(100, 1): (2, 3)}
 
 
-def test_find_trouble_an_attempt_that_gets_farther_ends_it() -> None:
-    history = [failed(1, None, 105), failed(2, (100, 1), 105), failed(3, (100, 1), 112)]
-    assert find_trouble(history, NONE) == Trouble(farthest=112)
+def test_find_trouble_a_commit_that_nobody_had_heard_of_is_no_progress_of_who_restores_it() -> None:
+    found = find_trouble([failed(1, None, 90), failed(2, (100, 1), 100)], NONE)
+    assert found.farthest == 100 and found.failures == {(100, 1): (2,)}
+
+
+def test_find_trouble_an_attempt_that_commits_more_ends_it() -> None:
+    history = [failed(1, None, 100), failed(2, (100, 1), 100), failed(3, (100, 1), 110)]
+    assert find_trouble(history, NONE) == Trouble(farthest=110)
 
 
 @pytest.mark.parametrize("end", [None, {"outcome": "stopped"}, {"outcome": "failed", "cause": "node-lost"}])
 def test_find_trouble_what_is_not_the_jobs_own_fault_is_not_counted(end: dict[str, Any] | None) -> None:
-    history = [failed(1, None, 105), attempt(2, (100, 1), end), attempt(3, (100, 1), end)]
+    history = [failed(1, None, 100), attempt(2, (100, 1), end), attempt(3, (100, 1), end)]
     assert find_trouble(history, NONE).failures == {}
 
 
 def test_find_trouble_what_a_detour_made_blames_the_step_that_it_began_from() -> None:
-    history = [failed(1, None, 105), failed(2, (90, 1), 105), failed(3, (100, 2), 105)]
+    history = [failed(1, None, 100), failed(2, (90, 1), 100), failed(3, (100, 2), 100)]
     found = find_trouble(history, NONE)
     assert found.failures == {(90, 1): (2, 3)}
     assert [(mark.step, mark.epoch) for mark in due(found, 2, 3)] == [(90, 1), (None, 2), (None, 3)]
 
 
 def test_find_trouble_failures_before_a_mark_do_not_count_again() -> None:
-    history = [failed(1, None, 105), failed(2, (100, 1), 105), failed(3, (100, 1), 105)]
+    history = [failed(1, None, 100), failed(2, (100, 1), 100), failed(3, (100, 1), 100)]
     trusted = Quarantine((Mark(100, 1, on=False, reason="", after=3),))
     assert find_trouble(history, trusted).failures == {}
-    assert find_trouble([*history, failed(4, (100, 1), 105)], trusted).failures == {(100, 1): (4,)}
+    assert find_trouble([*history, failed(4, (100, 1), 100)], trusted).failures == {(100, 1): (4,)}
 
 
 def test_due_limit_of_zero_is_never() -> None:
     assert due(Trouble(9, {(5, 1): (2, 3, 4)}), 0, 4) == []
 
 
-def test_trial_last_failure_sets_aside_unless_it_got_farther() -> None:
-    trouble = Trouble(105, {(100, 1): (2,)})
+def test_trial_last_failure_sets_aside_unless_more_was_committed() -> None:
+    trouble = Trouble(100, {(100, 1): (2,)})
     trial = trial_of((100, 1), trouble, 2)
-    assert trial is not None and trial.ends_with(105) and not trial.ends_with(106)
+    assert trial is not None and trial.ends_with(100) and trial.ends_with(None) and not trial.ends_with(101)
     first = trial_of((90, 1), trouble, 2)
-    assert first is not None and not first.ends_with(105)
+    assert first is not None and not first.ends_with(100)
     assert trial_of((100, 1), trouble, 0) is None
 
 
@@ -126,16 +131,16 @@ class Job:
         if epoch > 1 and start == (0, 0):
             return None
         poisoned = self.made.get(start, False)
-        first = None
+        first, last = None, start[0]
         for step in range(start[0] + 1, self.dies_at + 20):
             poisoned = poisoned or (epoch == 1 and step >= self.poisoned_from)
             if poisoned and step == self.dies_at:
                 break
             if step % self.every == 0:
                 self.made[(step, epoch)] = poisoned
-                first = first or {"step": step}
+                first, last = first or {"step": step}, step
         at = {"step": start[0], "identity": identity(*start).to_json() if start[0] else None}
-        ended = {**OWN, "step": step} if poisoned else {"outcome": "succeeded", "step": step}
+        ended = {**OWN, "committed_step": last} if poisoned else {"outcome": "succeeded", "committed_step": step}
         self.attempts.append(AttemptRecord(epoch, restored=at, committed=first, end=ended))
         return start
 
@@ -167,21 +172,22 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     made.close()
 
 
-def fail(cluster: Cluster, step: int) -> None:
-    """The attempt ends by an exception of its own at `step`."""
-    cluster.catalog.record(cluster.epoch, "end", {**OWN, "step": step})
+def fail(cluster: Cluster) -> None:
+    """The attempt ends by an exception of its own."""
+    committed = max(cluster.committed().values(), default=None)
+    cluster.catalog.record(cluster.epoch, "end", {**OWN, "committed_step": committed})
 
 
 @pytest.fixture
 def failing(cluster: Cluster) -> Cluster:
-    """Steps 10 and 20 are everywhere; the job died at 25 three times."""
+    """Steps 10 and 20 are everywhere; the job died soon after, three times."""
     cluster.restore()
     cluster.save_and_settle(10)
     cluster.save_and_settle(20)
-    fail(cluster, 25)
+    fail(cluster)
     for _ in range(2):
         assert cluster.restore() == 20
-        fail(cluster, 25)
+        fail(cluster)
     return cluster
 
 
@@ -198,7 +204,7 @@ def test_marks_read_back_are_those_written_and_a_torn_one_does_not_count(cluster
 def test_restore_step_that_failed_twice_is_set_aside_and_the_older_one_is_taken(failing: Cluster) -> None:
     assert failing.restore() == 10
     (said,) = [fields for fields in failing.said("quarantined") if fields["step"] == 20]
-    assert (said["epoch"], said["attempts"]) == (1, [2, 3]) and "without passing step 25" in said["reason"]
+    assert (said["epoch"], said["attempts"]) == (1, [2, 3]) and "without a commit beyond step 20" in said["reason"]
     assert [commit.identity.step for commit in failing.catalog.listing().commits] == [10, 20], "nothing is deleted"
 
 
@@ -213,7 +219,7 @@ def test_restore_a_new_head_knows_what_is_set_aside(failing: Cluster) -> None:
 def test_restore_everything_set_aside_is_one_error_that_names_the_steps(failing: Cluster) -> None:
     for _ in range(2):
         assert failing.restore() == 10
-        fail(failing, 25)
+        fail(failing)
     with pytest.raises(RestoreFailed, match=r"20 \(epoch 1\), 10 \(epoch 1\)") as caught:
         failing.restore()
     assert caught.value.kind == "config"
@@ -245,12 +251,12 @@ def test_trial_of_the_attempt_is_known_to_the_head_and_to_the_next_one(cluster: 
     cluster.restore()
     assert cluster.coordinator.trial is None
     cluster.save_and_settle(10)
-    fail(cluster, 15)
+    fail(cluster)
     cluster.restore()
-    fail(cluster, 15)
+    fail(cluster)
     cluster.restore()
     trial = cluster.coordinator.trial
-    assert trial is not None and (trial.farthest, trial.failures_left) == (15, 1)
+    assert trial is not None and (trial.farthest, trial.failures_left) == (10, 1)
     cluster.head.coordinator = cluster.new_coordinator()
     cluster.coordinator.adopt_attempt(cluster.epoch, cluster.assignment)
     cluster.turn(2)
@@ -272,7 +278,7 @@ def test_retention_spares_a_step_that_is_set_aside_by_hand_meanwhile(cluster: Cl
 
 def test_retention_collects_nothing_before_the_trouble_is_over(failing: Cluster) -> None:
     assert failing.restore() == 10
-    for step in (15, 18, 21, 24):
+    for step in (12, 14, 16, 18):
         failing.save_and_settle(step)
     assert failing.said("collected") == []
     for step in (27, 28, 29):

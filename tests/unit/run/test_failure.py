@@ -118,12 +118,12 @@ OWN = Failure(contract.CAUSE_CRASH, "boom", rank=1, step=25, own_fault=True)
 
 def test_decide_failure_that_sets_the_step_aside_costs_nothing_and_ends_the_row() -> None:
     budgets = Budgets(max_restarts=3, spent={contract.CAUSE_CRASH: 3}, streak=2, committed=20)
-    decision = decide(budgets, OWN, committed=20, trial=Trial(farthest=25, failures_left=1))
+    decision = decide(budgets, OWN, committed=20, trial=Trial(farthest=20, failures_left=1))
     assert decision.verdict is None
     assert (decision.budgets.spent, decision.budgets.streak) == ({contract.CAUSE_CRASH: 3}, 0)
 
 
-@pytest.mark.parametrize("trial", [None, Trial(25, failures_left=2), Trial(farthest=24, failures_left=1)])
+@pytest.mark.parametrize("trial", [None, Trial(20, failures_left=2), Trial(farthest=19, failures_left=1)])
 def test_decide_failure_that_sets_nothing_aside_ends_the_run_as_ever(trial: Trial | None) -> None:
     budgets = Budgets(max_restarts=100, streak=2, committed=20)
     assert decide(budgets, OWN, committed=20, trial=trial).verdict is not None
@@ -132,7 +132,7 @@ def test_decide_failure_that_sets_nothing_aside_ends_the_run_as_ever(trial: Tria
 def test_decide_lost_node_in_a_last_trial_sets_nothing_aside() -> None:
     lost = Failure(contract.CAUSE_NODE_LOST, "gone", node="node-0", step=25)
     budgets = Budgets(max_restarts=100, streak=2, committed=20)
-    assert decide(budgets, lost, committed=20, trial=Trial(25, failures_left=1)).verdict is not None
+    assert decide(budgets, lost, committed=20, trial=Trial(20, failures_left=1)).verdict is not None
 
 
 @pytest.mark.parametrize(

@@ -324,7 +324,7 @@ def test_machine_third_failure_in_a_row_sets_the_step_aside_and_goes_on() -> Non
     world.machine.budgets = replace(world.machine.budgets, max_restarts=100, streak=2, committed=20)
     world.report("node-0", state="failed", exits=(ended(0, reason="ValueError: nan"),))
 
-    wanted = world.until_settled(progress={0: rank(25)}, committed=20, trial=Trial(farthest=25, failures_left=1))
+    wanted = world.until_settled(progress={0: rank(25)}, committed=20, trial=Trial(farthest=20, failures_left=1))
 
     assert find(wanted, Close)[0].own_fault
     assert find(wanted, Allocate) and not find(wanted, Finish)
