@@ -16,6 +16,7 @@ from ktrain.checkpoint.line import AgentLine
 from ktrain.checkpoint.policy import Keep, Policies
 from ktrain.checkpoint.pulse import Pulse
 from ktrain.checkpoint.save import Saver
+from ktrain.format.document import FORMAT
 from ktrain.format.manifest import Identity, Manifest, verify_payload
 from ktrain.state.topology import Topology
 from ktrain.state.train_state import TrainState
@@ -76,7 +77,7 @@ class Rig:
         line = AgentLine(self._keeper, 1, "node-0", folder)
         faults: Any = self.gate
         self.saver = Saver(TrainState(parts), Topology(0, 1), Keep(), line=line, pulse=self._pulse, faults=faults)
-        self.saver.open_volume("runs/net", RUN)
+        self.saver.open_volume("runs/net", RUN, FORMAT)
         self.saver.wait_s = PATIENCE_S
 
     def events(self, kind: str) -> list[dict[str, Any]]:
