@@ -310,7 +310,7 @@ def examine(layout: str, per_node: int, folder: Path) -> dict[str, Any]:
         loop.step(number)
     taken = snapshot(loop.state, topology)
     write(folder, name, taken)
-    if layout in ALIKE:
+    if layout in (*ALIKE, "stages-2-data-2"):
         torch.save(loop.values(), folder / f"{name}-{rank}.values")
     dist.barrier()
     saved = read(folder, name)

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from ktrain.errors import ConfigError
 from ktrain.state.train_state import TrainState
 from tests.integration.layout_worker import ALIKE, LAYOUTS, SHARING, WORLD, Net, read
 from tests.unit.state.worlds import restore
@@ -121,14 +120,11 @@ def test_stages_hold_their_own_layers(found: Any) -> None:
     assert not names[0] & names[2]
 
 
-def test_stages_on_another_number_of_ranks_give_the_module_and_refuse_the_optimizer(folder: Path, found: Any) -> None:
+def test_stages_are_joined_in_one_process(folder: Path, found: Any) -> None:
     assert found
-    net, saved = Net(), read(folder, "stages-2-data-2-2")
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
-    with pytest.raises(ConfigError) as caught:
-        restore(TrainState({"model": net, "optimizer": optimizer}), saved)
-    assert "optimizer: group 0: parameter model.head.weight: not stored" in str(caught.value)
-    assert "model/" not in str(caught.value)
+    net, optimizer = restored_alone(folder, "stages-2-data-2-2")
+    parts = [torch.load(folder / f"stages-2-data-2-2-{rank}.values", weights_only=True) for rank in (0, 2)]
+    assert_same(net, optimizer, parts[0] | parts[1])
 
 
 def test_adapter_is_stored_without_its_base_and_says_so(found: Any) -> None:
@@ -149,10 +145,19 @@ def test_layout_restores_from_each_other(pair: str, found: Any) -> None:
 @pytest.mark.parametrize("origin", ALIKE)
 def test_layout_restores_in_one_process(origin: str, folder: Path, found: Any) -> None:
     assert found
+    net, optimizer = restored_alone(folder, f"{origin}-2")
+    assert_same(net, optimizer, torch.load(folder / f"{origin}-2-0.values", weights_only=True))
+
+
+def restored_alone(folder: Path, saved: str) -> tuple[Net, torch.optim.Optimizer]:
+    """The whole model in one process, with what the ranks of a layout saved."""
     net = Net()
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
-    restore(TrainState({"model": net, "optimizer": optimizer}), read(folder, f"{origin}-2"))
-    expected = torch.load(folder / f"{origin}-2-0.values", weights_only=True)
+    restore(TrainState({"model": net, "optimizer": optimizer}), read(folder, saved))
+    return net, optimizer
+
+
+def assert_same(net: Net, optimizer: torch.optim.Optimizer, expected: dict[str, torch.Tensor]) -> None:
     for name, parameter in net.named_parameters():
         assert torch.equal(parameter, expected[f"model/{name}"])
         for key in ("exp_avg", "exp_avg_sq"):
