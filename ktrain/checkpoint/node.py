@@ -133,6 +133,8 @@ class NodeKeeper:
         self._carrier.close()
         if self._transport is not None:
             self._transport.close()
+        if self._disk is not None:
+            self._disk.close()
         if self._volume is not None:
             self._volume.close()
 
@@ -332,6 +334,7 @@ class NodeKeeper:
         if self._disk is not None:
             self._carrier.forget_disk()
             self._disk.remove()
+            self._disk.close()
             self._disk = None
         self._volume = None
         self._freed.set()
