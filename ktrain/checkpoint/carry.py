@@ -93,13 +93,14 @@ class Carrier:
             self._threads.append(thread)
 
     def close(self) -> None:
-        """Ends the threads; a transfer in progress is left to its deadline. Idempotent."""
+        """Ends the threads; a transfer that still runs after a call's time fails. Idempotent."""
         self._closed.set()
         for wake in self._wakes.values():
             wake.set()
         for thread in self._threads:
             thread.join(self._timeouts.call_s)
         self._threads = []
+        self._uploader.close()
 
     def want(self, wanted: Wanted) -> None:
         """Replaces what is to be carried."""

@@ -111,6 +111,14 @@ class RunCatalog:
             UnavailableError: the store could not be asked.
         """
         tier = open_tier(url, timeouts=timeouts)
+        try:
+            return cls._open(tier, timeouts=timeouts, clock=clock, create=create)
+        except BaseException:
+            tier.close()
+            raise
+
+    @classmethod
+    def _open(cls, tier: Tier, *, timeouts: Timeouts, clock: Clock, create: bool) -> RunCatalog:
         deadline = Deadline.after(timeouts.storage_s, clock)
         try:
             found = _parse_run(tier, tier.read(contract.RUN_FILE, deadline=deadline))

@@ -76,6 +76,20 @@ class Commits:
         if known is None or (known.step, known.epoch) < (identity.step, identity.epoch):
             self._newest[contract.TIER_BUCKET] = identity
 
+    def may_be_continued(self, identity: Identity, restored: Identity | None) -> bool:
+        """False for a step of an older attempt that this one did not continue from, once it has committed itself."""
+        memory, epoch = self.memory, self._attempt.epoch
+        if identity.epoch == epoch or memory is None or memory.epoch != epoch:
+            return True
+        return restored is not None and identity.step <= restored.step
+
+    def wanted_on_disk(self, *, every: int, keep: int) -> dict[str, Any] | None:
+        """What each node is to have on its own disk, where it has one; None while what is there is recent enough."""
+        memory, disk = self.memory, self.disk
+        if memory is None or (disk is not None and memory.step - disk.step < every):
+            return None
+        return {"identity": memory.to_json(), "keep": keep}
+
     def unrecorded_first(self) -> dict[str, Any] | None:
         """What the run directory must learn of this attempt's first commit; None when it knows, or there is none."""
         memory = self.memory

@@ -10,10 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-from ktrain.base import contract
 from ktrain.base.clock import SYSTEM_CLOCK, Clock
 from ktrain.base.control import Handler
 from ktrain.base.events import Event, make
@@ -21,19 +19,17 @@ from ktrain.base.faults import FaultPoints
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.agreement import StopAgreement
 from ktrain.checkpoint.catalog import RunCatalog
-from ktrain.checkpoint.collect import Collector, Outcome
 from ktrain.checkpoint.commit import commit_drain
 from ktrain.checkpoint.commits import Commits
 from ktrain.checkpoint.direct import Desk, RestoreDirector
 from ktrain.checkpoint.drain import Drain, DrainSchedule
-from ktrain.checkpoint.marks import MetricBook
 from ktrain.checkpoint.pacer import Pacer, write_last
 from ktrain.checkpoint.policy import Policies
-from ktrain.checkpoint.quarantine import Trial, read_marks, review
+from ktrain.checkpoint.quarantine import Trial, review
 from ktrain.checkpoint.removal import Terms
 from ktrain.checkpoint.roster import Attempt, Member, RankProgress, Roster
+from ktrain.checkpoint.sweep import BucketSweep
 from ktrain.errors import ConflictError, KtrainError
-from ktrain.format.manifest import Identity
 
 _LOG = logging.getLogger(__name__)
 
@@ -64,9 +60,7 @@ class Coordinator:
         self._commits = Commits(self._attempt, self._emit)
         whole = bool(getattr(catalog.tier, "shows_whole", False))
         self._drains = DrainSchedule(timeouts=timeouts, emit=self._emit, clock=clock, takes_over=whole)
-        self._collector = Collector(catalog, timeouts=timeouts, clock=clock)
-        self._metrics = MetricBook()
-        self._keeps_all = False  # the last collection could not be carried out; said once
+        self._sweep = BucketSweep(catalog, emit=self._emit, timeouts=timeouts, clock=clock)
         self._faults = FaultPoints([], epoch=0)
         self._policies = Policies()
         self._restore: RestoreDirector | None = None
@@ -190,7 +184,7 @@ class Coordinator:
             member, fresh = self._roster.take(said, self._clock.monotonic())
             for event in fresh:
                 self._emit_event(event)
-                self._metrics.take(event)
+                self._sweep.metrics.take(event)
             self._pacer.draining = self._drains.current is not None
             self._pacer.take(fresh)
             if self._restore is not None:
@@ -232,7 +226,7 @@ class Coordinator:
             "peers": self._roster.wires(),
             "pull": self._roster.wanted_replicas(member, self._commits.memory, attempt),
             "drain": self._drains.wanted_from(member.instance),
-            "disk": self._wanted_on_disk(),
+            "disk": self._commits.wanted_on_disk(every=self._pacer.every.disk, keep=self._policies.keep.disk),
             "restore": None if restore is None else restore.answer(member.node, int(said["restore_round"])),
             "want_manifests": [] if restore is None else restore.wanted_from(member.node),
             "stop": None if self._stop is None else self._stop.to_json(),
@@ -242,13 +236,6 @@ class Coordinator:
             "free": self._free,
             "events_taken": member.events_taken,
         }
-
-    def _wanted_on_disk(self) -> dict[str, Any] | None:
-        """What each node is to have on its own disk, where it has one."""
-        memory, disk = self._commits.memory, self._commits.disk
-        if memory is None or (disk is not None and memory.step - disk.step < self._pacer.every.disk):
-            return None
-        return {"identity": memory.to_json(), "keep": self._policies.keep.disk}
 
     def _protected(self) -> list[tuple[int, int]]:
         """(step, epoch) of the snapshots that no node may overwrite now."""
@@ -310,7 +297,7 @@ class Coordinator:
             drain = self._drains.try_complete()
         if drain is None:
             return
-        metrics = self._metrics.of(drain.identity.step, drain.identity.epoch)
+        metrics = self._sweep.metrics.of(drain.identity.step, drain.identity.epoch)
         try:
             commit_drain(self._catalog, drain, clock=self._clock, faults=self._faults, metrics=metrics)
         except KtrainError as error:
@@ -322,19 +309,12 @@ class Coordinator:
     def _begin_drain(self) -> None:
         last = self._stop is not None or any(said["phase"] == "close" for said in self._roster.views().values())
         commits = self._commits
-        self._drains.drop_unless(self._may_be_continued)
+        restored = None if self._restore is None else self._restore.restored
+        self._drains.drop_unless(lambda identity: commits.may_be_continued(identity, restored))
         if commits.memory is not None and commits.memory == self._drains.last_done:
             commits.note_bucket(commits.memory)  # drained across the beginning of this attempt, which restored it
         self._drains.begin(commits.memory, commits.bucket, every=self._pacer.every.bucket, last=last)
         self._drains.assign(self._roster.members())
-
-    def _may_be_continued(self, identity: Identity) -> bool:
-        """False for a step of an older attempt that this one did not continue from, once it has committed itself."""
-        memory, epoch = self._commits.memory, self._attempt.epoch
-        restored = None if self._restore is None else self._restore.restored
-        if identity.epoch == epoch or memory is None or memory.epoch != epoch:
-            return True
-        return restored is not None and identity.step <= restored.step
 
     def _drain_done(self, drain: Drain) -> None:
         with self._lock:
@@ -349,18 +329,4 @@ class Coordinator:
             self._catalog.record(epoch, "durable", {"step": drain.identity.step})
             commits.durable_is_recorded = True
         if not in_doubt:  # else older steps may be the ones that are needed
-            self._collect(Terms(keep, epoch, newest=drain.identity))
-
-    def _collect(self, terms: Terms) -> None:
-        """Removes what the bucket's policy gives up; what stays for want of certainty is said once."""
-        try:
-            terms = replace(terms, set_aside=read_marks(self._catalog).holds)
-            outcome = self._collector.collect(terms, self._metrics)
-        except KtrainError as error:
-            outcome = Outcome(failure=error)
-        for step in [removal.step for removal in outcome.removed if removal.why != "never committed"]:
-            self._emit("collected", tier=contract.TIER_BUCKET, step=step)
-        reason = outcome.failure or next(iter(outcome.doubts), None)
-        if reason is not None and not self._keeps_all:
-            self._emit("notice", message=f"nothing more is removed from the bucket for now: {reason}")
-        self._keeps_all = reason is not None
+            self._sweep.collect(Terms(keep, epoch, newest=drain.identity))

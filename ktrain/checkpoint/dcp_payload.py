@@ -77,6 +77,7 @@ class Written:
             entries=layout.entries,
             objects={PART: {"kind": PART, "bytes": self.payload.bytes_names, **about}},
             origin={"ktrain": ktrain.__version__, "torch": torch.__version__},
+            format=catalog.format,
         )
         if self.keep_in_memory:
             keep_copy(public_url(word.url), manifest, self.payload.memory, num_kept=self.keep_in_memory)

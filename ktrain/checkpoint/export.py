@@ -21,7 +21,7 @@ from typing import Any
 from ktrain.base import ids, settings
 from ktrain.base.job import canonical_url, local_path
 from ktrain.checkpoint.catalog import RunCatalog
-from ktrain.checkpoint.stored import ProvenRanges, StoredCheckpoint, StoredTensor, assemble, ranges_of
+from ktrain.checkpoint.stored import ProvenRanges, StoredCheckpoint, StoredTensor, assemble, open_kept, ranges_of
 from ktrain.errors import CapacityError, ConfigError, NotFoundError, UnavailableError
 from ktrain.format import dtype as dtypes
 from ktrain.format.payload import lay_out
@@ -86,7 +86,7 @@ def export_run(
         max_shard_nbytes: for "hf", bytes of tensors in one file; a larger tensor has a file of its own.
 
     Raises:
-        NotFoundError: no such run, step or part.
+        NotFoundError: no such run, step or part, or it was collected in this moment.
         ConfigError: `out` is there already, or the form cannot hold a tensor. Nothing was written.
         CorruptionError: a byte cannot be proven; names it. Nothing is left at `out`.
     """
@@ -97,26 +97,32 @@ def export_run(
     _require_free(target)
     catalog = RunCatalog.open(canonical_url(os.fspath(run)), timeouts=settings.timeouts(), create=False)
     try:
-        stored = StoredCheckpoint.open(catalog, step)
-        if chosen is ExportForm.DCP:
-            from ktrain.checkpoint.torch_files import write_dcp
-
-            with _new_folder(target) as folder:
-                names, tensors, left_out = write_dcp(stored, part, folder)
-            return _exported(stored, chosen, target, names, tensors, left_out)
-        found = _module(stored, part)
-        _require_storable(found.tensors)
-        with ProvenRanges(stored, ranges_of(found.tensors)) as proven:
-            if chosen is ExportForm.SAFETENSORS:
-                with _new_file(target) as path:
-                    _write_file(path, found.tensors, proven, {**found.aliases, **_FOR_TORCH})
-                names = [target.name]
-            else:
-                with _new_folder(target) as folder:
-                    names = _write_hf(folder, found.tensors, proven, max_shard_nbytes)
-        return _exported(stored, chosen, target, names, found.tensors, found.left_out)
+        with open_kept(catalog, step, timeouts=settings.timeouts()) as stored:
+            names, held = _write(stored, chosen, part, target, max_shard_nbytes)
+        return _exported(stored, chosen, target, names, held.tensors, held.left_out)
     finally:
         catalog.tier.close()
+
+
+def _write(
+    stored: StoredCheckpoint, form: ExportForm, part: str | None, target: Path, max_shard_nbytes: int
+) -> tuple[Sequence[str], _Part]:
+    """Writes the files; returns their names and what they hold."""
+    if form is ExportForm.DCP:
+        from ktrain.checkpoint.torch_files import write_dcp
+
+        with _new_folder(target) as folder:
+            names, tensors, left_out = write_dcp(stored, part, folder)
+        return names, _Part(tensors, {}, tuple(left_out))
+    found = _module(stored, part)
+    _require_storable(found.tensors)
+    with ProvenRanges(stored, ranges_of(found.tensors)) as proven:
+        if form is ExportForm.HF:
+            with _new_folder(target) as folder:
+                return _write_hf(folder, found.tensors, proven, max_shard_nbytes), found
+        with _new_file(target) as path:
+            _write_file(path, found.tensors, proven, {**found.aliases, **_FOR_TORCH})
+        return [target.name], found
 
 
 def _exported(

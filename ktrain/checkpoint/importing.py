@@ -201,6 +201,7 @@ def _write(catalog: RunCatalog, step: int, layout: Layout, about: dict[str, Any]
         entries=layout.entries,
         objects=about,
         origin={"ktrain": ktrain.__version__},
+        format=catalog.format,
     )
     data, name = manifest.to_bytes(), records.manifest_name(step, epoch, drain.write_id, 0)
     catalog.tier.write(name, data, deadline=catalog.transfer_deadline(len(data)))

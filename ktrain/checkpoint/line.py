@@ -10,6 +10,7 @@ import json
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -124,14 +125,18 @@ class _Head:
     def __init__(self, run: str, topology: Topology, timeouts: Timeouts) -> None:
         self._timeouts = timeouts
         self._catalog = RunCatalog.open(run, timeouts=timeouts)
-        self._holder = Holder(self._catalog.tier, local_path=local_path(run), timeouts=timeouts)
         self._world_size = topology.world_size
         self.token = ids.random_id(16)
         self.nonce = ids.random_id()
-        self.epoch = self._catalog.next_epoch(
-            {"by": ids.process_name(), "world_size": topology.world_size, "nonce": self.nonce}
-        )
-        self._log = open_log(run, self._catalog.tier, timeouts=timeouts)
+        with ExitStack() as undo:  # a store that fails in between must not leave us holding the run
+            undo.callback(self._catalog.tier.close)
+            undo.callback(Holder(self._catalog.tier, local_path=local_path(run), timeouts=timeouts).close)
+            self.epoch = self._catalog.next_epoch(
+                {"by": ids.process_name(), "world_size": topology.world_size, "nonce": self.nonce}
+            )
+            self._log = open_log(run, self._catalog.tier, timeouts=timeouts)
+            undo.callback(self._log.close)
+            self._held = undo.pop_all()
         self._coordinator = Coordinator(self._catalog, timeouts=timeouts, emit=self._log.emit)
         self.handlers = {**self._coordinator.handlers(), "failed": self.note_failure}
         self._failed = False  # a rank's failure is recorded: the first word on the end of this attempt
@@ -179,8 +184,7 @@ class _Head:
         self._coordinator.close()
         if not self._failed:
             self._record_end({"outcome": outcome})
-        self._log.close()
-        self._holder.close()
+        self._held.close()  # the log's last words first, the store last
 
     def _all_closed(self) -> bool:
         progress = self._coordinator.progress()
@@ -244,7 +248,10 @@ class PlainLine:
             ) from error
         word = json.loads(store.get(key))
         catalog = RunCatalog.open(run, timeouts=self._timeouts, create=False)
-        starts = {attempt.epoch: attempt.start for attempt in catalog.attempts()}
+        try:
+            starts = {attempt.epoch: attempt.start for attempt in catalog.attempts()}
+        finally:
+            catalog.tier.close()
         if (starts.get(word["epoch"]) or {}).get("nonce") != word["nonce"]:
             raise ConfigError(
                 f"rank {topology.rank}: {run} is not the same directory as on rank 0; name a run that all nodes share"

@@ -181,6 +181,11 @@ class LogReader:
         """
         return self._read_file(self._path) if self._path is not None else self._read_objects()
 
+    def close(self) -> None:
+        """Lets go of the store. Idempotent."""
+        if self._tier is not None:
+            self._tier.close()
+
     def _read_file(self, path: Path) -> list[Event]:
         try:
             with open(path / contract.EVENTS_FILE, "rb") as file:

@@ -30,6 +30,7 @@ from ktrain.tier.disk import NodeDisk, open_disk
 
 _LOG = logging.getLogger(__name__)
 _EVENTS_PER_BEAT = 500
+_PASSED_ON = ("step", "phase", "closed", "stop_ack", "stop_wanted", "restore", "policies")  # of a pulse, to the head
 _MEMORY_TIERS = (contract.TIER_MEMORY, contract.TIER_PEER)
 _DAMAGED = (ProblemKind.UNREADABLE, ProblemKind.FOREIGN, ProblemKind.SHORT)
 
@@ -41,6 +42,15 @@ class _Rank:
     heard_s: float
     moved_s: float
     said: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self, now_s: float) -> dict[str, Any]:
+        """What the head is to know of it."""
+        return {
+            **{name: self.said[name] for name in _PASSED_ON},
+            "cadence": self.said.get("cadence"),
+            "silent_s": now_s - self.heard_s,
+            "moved_s": now_s - self.moved_s,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +133,8 @@ class NodeKeeper:
         self._carrier.close()
         if self._transport is not None:
             self._transport.close()
+        if self._disk is not None:
+            self._disk.close()
         if self._volume is not None:
             self._volume.close()
 
@@ -253,21 +265,7 @@ class NodeKeeper:
                 "held": [[entry.rank, entry.identity.to_json()] for entry in held],
                 "on_disk": [[rank, identity.to_json()] for rank, identity in self._carrier.on_disk],
                 "manifests": manifests,
-                "ranks": {
-                    str(rank): {
-                        "step": known.said["step"],
-                        "phase": known.said["phase"],
-                        "closed": known.said["closed"],
-                        "stop_ack": known.said["stop_ack"],
-                        "cadence": known.said.get("cadence"),
-                        "restore": known.said["restore"],
-                        "stop_wanted": known.said["stop_wanted"],
-                        "policies": known.said["policies"],
-                        "silent_s": now - known.heard_s,
-                        "moved_s": now - known.moved_s,
-                    }
-                    for rank, known in self._ranks.items()
-                },
+                "ranks": {str(rank): known.to_json(now) for rank, known in self._ranks.items()},
                 "restore_round": self._restore_round,
                 "drained": self._drained.newest(),
                 "freed": self._freed.is_set(),
@@ -336,6 +334,7 @@ class NodeKeeper:
         if self._disk is not None:
             self._carrier.forget_disk()
             self._disk.remove()
+            self._disk.close()
             self._disk = None
         self._volume = None
         self._freed.set()

@@ -69,7 +69,19 @@ class Restorer:
         self._has_written = False
 
     def restore(self, faults: FaultPoints) -> int:
-        """Takes part in the agreement until every rank may apply; returns the step."""
+        """Takes part in the agreement until every rank may apply; returns the step. Once."""
+        try:
+            return self._restore(faults)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        self._drop()
+        self._tier.close()
+        if self._disk is not None:
+            self._disk.close()
+
+    def _restore(self, faults: FaultPoints) -> int:
         self._report("waiting")
         deadline = self._deadline()
         while True:
@@ -78,10 +90,8 @@ class Restorer:
                 continue
             state, number = RestoreState(word["state"]), int(word["round"])
             if state is RestoreState.FAILED:
-                self._drop()
                 raise from_kind(word["error"]["kind"], f"{word['error']['message']}\n{self._consequence()}")
             if state is RestoreState.FRESH:
-                self._drop()
                 self._round = number
                 self._report("applied", tier="none", nbytes=0, wanted_nbytes=0, num_reads=0, wire_nbytes=0, seconds=0.0)
                 return 0

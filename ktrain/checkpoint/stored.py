@@ -8,15 +8,18 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy
 
+from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.lineage import on_line
+from ktrain.checkpoint.reading import reading
 from ktrain.errors import CorruptionError, NotFoundError
 from ktrain.format.dtype import item_nbytes
 from ktrain.format.manifest import Manifest, bad_ranges_in
@@ -59,7 +62,15 @@ class StoredCheckpoint:
             NotFoundError: there is none.
             CorruptionError: a manifest is not the one that was committed.
         """
-        commit = choose_commit(catalog, step)
+        return cls.of(catalog, choose_commit(catalog, step))
+
+    @classmethod
+    def of(cls, catalog: RunCatalog, commit: CommitRecord) -> StoredCheckpoint:
+        """The checkpoint of a record.
+
+        Raises:
+            CorruptionError: a manifest is not the one that was committed.
+        """
         with ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="ktrain-manifests") as pool:
             manifests = pool.map(lambda files: catalog.read_manifest(commit, files), commit.ranks)
             return cls(catalog, commit, {manifest.rank: manifest for manifest in manifests})
@@ -80,6 +91,20 @@ class StoredCheckpoint:
                     rows.append((rank, entry))
         tensors = [_tensor(name, rows) for name, rows in found.items()]
         return sorted(tensors, key=lambda tensor: (tensor.entries[0][0], tensor.entries[0][1].begin))
+
+
+@contextmanager
+def open_kept(catalog: RunCatalog, step: int | None, *, timeouts: Timeouts) -> Iterator[StoredCheckpoint]:
+    """Like `StoredCheckpoint.open`; collectors are kept off the checkpoint within the block, where the run lets us.
+
+    Raises:
+        NotFoundError: there is none, or it was collected in this moment.
+    """
+    commit = choose_commit(catalog, step)
+    with reading(catalog, commit.identity.step, timeouts=timeouts):
+        if commit not in catalog.listing().commits:
+            raise NotFoundError(f"run {catalog.tier.url}: {commit.identity} was collected just now; try again")
+        yield StoredCheckpoint.of(catalog, commit)
 
 
 def choose_commit(catalog: RunCatalog, step: int | None) -> CommitRecord:

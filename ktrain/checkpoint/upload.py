@@ -15,7 +15,7 @@ from ktrain.base.faults import FaultPoints
 from ktrain.base.pace import Pace
 from ktrain.base.retry import RetryBudget
 from ktrain.base.settings import Timeouts
-from ktrain.errors import KtrainError, NotFoundError
+from ktrain.errors import KtrainError, NotFoundError, UnavailableError
 from ktrain.format import record as records
 from ktrain.format.digest import digest_text
 from ktrain.format.manifest import Identity, Manifest, bad_ranges
@@ -112,6 +112,7 @@ class Uploader:
         self._clock = clock
         self._pace = Pace(settings.drain_bytes_per_s(), clock)
         self._tier: Tier | None = None
+        self._is_closed = False
         self._work: _Work | None = None
         self._lock = threading.Lock()  # guards counts: of faults in a plan, of bytes sent
 
@@ -134,6 +135,13 @@ class Uploader:
             num_threads=work.num_at_once,
             name=f"ktrain-drain step {work.identity.step}",
         )
+
+    def close(self) -> None:
+        """Lets go of the store: an upload that still runs fails with its next call. Idempotent."""
+        with self._lock:
+            self._is_closed = True
+            if self._tier is not None:
+                self._tier.close()
 
     def _upload(self, work: _Work, rank: int, volume: NodeVolume | None, faults: FaultPoints) -> None:
         """Payload, then manifest, straight from the slot, which stays under lease meanwhile; then the report."""
@@ -221,6 +229,8 @@ class Uploader:
 
     def _open_tier(self) -> Tier:
         with self._lock:
+            if self._is_closed:
+                raise UnavailableError(f"bucket of {self._node}: this node's uploads have ended")
             if self._tier is None:
                 self._tier = open_tier(self._run_url, timeouts=self._timeouts)
             return self._tier

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -132,22 +132,19 @@ class Head:
         self._stop: str | None = self._saved.get("stop")
         self._catalog = RunCatalog.open(spec.run, timeouts=self._timeouts, clock=clock)
         with ExitStack() as undo:  # a store that fails in between must not leave us holding the run
-            self._holder = self._hold()
-            undo.callback(self._holder.close)
+            undo.callback(self._catalog.tier.close)
+            holder = Holder(self._catalog.tier, local_path=local_path(spec.run), timeouts=self._timeouts, clock=clock)
+            undo.callback(holder.close)
             self._fired = self._read_fired()
             self._events = log.open_log(spec.run, self._catalog.tier, timeouts=self._timeouts, clock=clock)
             undo.callback(self._events.close)
             self._coordinator = Coordinator(self._catalog, timeouts=self._timeouts, emit=self._events.emit, clock=clock)
             self._machine = self._make_machine()
-            undo.pop_all()
+            self._held = undo.pop_all()
         self._server = Server(self._handlers(), address="tcp:127.0.0.1:0", token=work.read_token())
         self._wire = self._make_wire()
 
     # Start
-
-    def _hold(self) -> Holder:
-        path = local_path(self._spec.run)
-        return Holder(self._catalog.tier, local_path=path, timeouts=self._timeouts, clock=self._clock)
 
     def _read_saved(self) -> dict[str, Any]:
         """What the last head of this launch left; empty for the first one."""
@@ -165,8 +162,8 @@ class Head:
 
     def _read_fired(self) -> Counter[str]:
         """Faults that were injected already in the life of the run: each fires once."""
-        reader = log.LogReader(self._spec.run, timeouts=self._timeouts, clock=self._clock)
-        return Counter(event.fields["spec"] for event in reader.read_new() if event.kind == "fault_injected")
+        with closing(log.LogReader(self._spec.run, timeouts=self._timeouts, clock=self._clock)) as reader:
+            return Counter(event.fields["spec"] for event in reader.read_new() if event.kind == "fault_injected")
 
     def _make_machine(self) -> Machine:
         attempts = self._catalog.attempts()
@@ -398,8 +395,7 @@ class Head:
         if self._wire is not None:
             self._wire.close()
         self._coordinator.close()
-        self._events.close()
-        self._holder.close()
+        self._held.close()  # the log's last words first, the store last
         atomic.write_json(self._work.verdict, {"launch_id": self._spec.launch_id, **fields})
         self._server.close()
         return verdict.exit_code

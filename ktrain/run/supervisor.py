@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -342,10 +343,10 @@ class Supervisor:
 
         deadline = Deadline.after(self._timeouts.storage_s)
         try:
-            tier = open_tier(self._spec.run, timeouts=self._timeouts)
-            for rank in group.ranks:
-                name = f"{contract.LOGS_DIR}/attempt-{group.epoch}/rank-{rank}.log"
-                tier.write(name, log_path(group.folder, rank).read_bytes(), deadline=deadline)
+            with closing(open_tier(self._spec.run, timeouts=self._timeouts)) as tier:
+                for rank in group.ranks:
+                    name = f"{contract.LOGS_DIR}/attempt-{group.epoch}/rank-{rank}.log"
+                    tier.write(name, log_path(group.folder, rank).read_bytes(), deadline=deadline)
         except (KtrainError, OSError) as error:
             _LOG.warning("logs of attempt %d: not kept: %s", group.epoch, error)
 

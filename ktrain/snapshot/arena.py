@@ -68,7 +68,7 @@ class NodeVolume:
         calls: the border to the system, replaced in tests.
 
     Raises:
-        ConfigError: a name is no plain name, or a folder on the way belongs to another user.
+        ConfigError: a name is no plain name, the URI holds a secret, or a folder on the way belongs to another user.
         ConflictError: the folder is another run's, or is being removed.
     """
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ktrain.base import atomic, contract
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
+from ktrain.base.urls import require_public
 from ktrain.errors import CapacityError, ConfigError, ConflictError, CorruptionError
 from ktrain.snapshot.inventory import Inventory
 from ktrain.snapshot.slots import Held, translated, try_flock
@@ -146,8 +147,9 @@ def claim_folder(folder: Path, *, run: str, node: str, uri: str) -> None:
 
     Raises:
         ConflictError: it is another's.
-        ConfigError: a newer ktrain laid it out.
+        ConfigError: a newer ktrain laid it out, or the URI holds a secret.
     """
+    require_public(uri)
     found = try_read_record(folder)
     if found is None:
         record = {"format": _FORMAT, "run": run, "node": node, "uri": uri}

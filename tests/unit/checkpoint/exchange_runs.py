@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import ktrain
+from ktrain.base import contract
+from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 
 
 class Tied(nn.Module):
@@ -52,7 +54,16 @@ def make_run(folder: Path, steps: int = 2) -> tuple[str, Tied, torch.optim.Optim
         for step in range(steps):
             train(model, optimizer)
             ckpt.step(step + 1)
+            _await_committed(ckpt, step + 1)
     return run, model, optimizer
+
+
+def _await_committed(ckpt: ktrain.Checkpointer, step: int) -> None:
+    """The bucket takes the newest step only: the next one must not overtake this one."""
+    deadline = Deadline.after(60)
+    while ckpt.committed.get(contract.TIER_BUCKET) != step:
+        assert not deadline.expired(), f"step {step} is not committed: {ckpt.committed}"
+        SYSTEM_CLOCK.sleep(0.01)
 
 
 def plain_tensors(model: Tied) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ from ktrain.state.topology import Topology
 from ktrain.state.train_state import TrainState
 from ktrain.testing.fake_bucket import FakeBucket
 from ktrain.testing.tier_conformance import soon
-from ktrain.tier.disk import NodeDisk
+from ktrain.tier.disk import NodeDisk, payload_name
 from ktrain.tier.files import FileTier
 
 Snapshots = Mapping[int, tuple[Manifest, bytes]]
@@ -109,9 +109,13 @@ class Shelves:
         self.volume = NodeVolume(self.folder / "volume", node=NODE, run=self.run)
         self.disk = NodeDisk(self.folder / "disk", run=self.run, node=NODE, timeouts=DISK_TIMEOUTS)
 
-    def put(self, tier: str, snapshots: Snapshots) -> dict[int, Copy]:
-        """Stores the snapshots in a tier; their copies by rank. A peer's are taken to be pulled already."""
-        for rank, (manifest, payload) in snapshots.items():
+    def put(self, tier: str, snapshots: Snapshots, *, bad_at: int | None = None) -> dict[int, Copy]:
+        """Stores the snapshots in a tier; their copies by rank. A peer's are taken to be pulled already.
+
+        `bad_at`: a byte that goes bad there. On disk it does so after it was stored, for what is stored is proven.
+        """
+        for rank, (manifest, good) in snapshots.items():
+            payload = good if bad_at is None else flipped(good, bad_at)
             if tier in (contract.TIER_MEMORY, contract.TIER_PEER):
                 writer = self.volume.acquire(rank, len(payload), protect=(), limit=2)
                 assert writer is not None
@@ -119,7 +123,9 @@ class Shelves:
                     writer.memory[:] = payload
                     writer.seal(manifest)
             elif tier == contract.TIER_DISK:
-                self.disk.store(manifest, payload)
+                self.disk.store(manifest, good)
+                if bad_at is not None:
+                    self.disk.tier.write(payload_name(manifest.identity, rank), payload, deadline=soon())
             else:
                 self.bucket.write(bucket_name(manifest), payload, deadline=soon())
         place = WRITE_ID if tier == contract.TIER_BUCKET else NODE
@@ -141,6 +147,11 @@ class Shelves:
         self.volume.close()
         self.disk.close()
         self.bucket.close()
+
+
+def flipped(payload: bytes, at: int) -> bytes:
+    """The payload with one bit changed."""
+    return payload[:at] + bytes([payload[at] ^ 4]) + payload[at + 1 :]
 
 
 def bucket_name(manifest: Manifest) -> str:

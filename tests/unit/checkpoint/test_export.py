@@ -6,16 +6,27 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from ktrain.abc.tier import Tier
+from ktrain.checkpoint.collect import Collector
 from ktrain.checkpoint.export import INDEX_FILE, Exported, export_run
+from ktrain.checkpoint.removal import Terms
+from ktrain.checkpoint.retention import Latest
 from ktrain.errors import ConfigError, CorruptionError, NotFoundError
+from ktrain.format.shard import Box, Role, Shard
+from ktrain.testing.fake_bucket import FakeBucket
+from ktrain.testing.fake_clock import FakeClock
+from ktrain.testing.tier_conformance import soon
+from ktrain.testing.tier_url import publish, withdraw
+from tests.unit.checkpoint.builders import RUN, TIMEOUTS, catalog, identity, put_tensors
 from tests.unit.checkpoint.exchange_runs import Tied, WithExtra, make_run, plain_tensors, train
+from tests.unit.checkpoint.meddler import Meddler
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +173,52 @@ def test_export_of_a_changed_byte_names_it_and_leaves_nothing(form: str, tmp_pat
         export_run(run, tmp_path / "out", form=form)
 
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.fixture
+def two_steps() -> FakeBucket:
+    """A run with steps 10 and 20 in a store, of which a collector that keeps one would remove step 10."""
+    bucket = FakeBucket()
+    bucket.write("run.json", json.dumps({"format": 1, "id": RUN}).encode(), deadline=soon())
+    weight = Shard("model/weight", "uint8", (4,), Box.whole((4,)), Role.REPLICATED)
+    about = {"model": {"kind": "module", "keys": ["weight"]}}
+    for step in (10, 20):
+        put_tensors(bucket, identity(step, world_size=1), [[(weight, bytes([step] * 4))]], about)
+    return bucket
+
+
+def collect(bucket: FakeBucket) -> None:
+    Collector(catalog(bucket), timeouts=TIMEOUTS, clock=FakeClock()).collect(Terms(Latest(1), 9))
+
+
+def steps(bucket: FakeBucket) -> list[int]:
+    return [commit.identity.step for commit in catalog(bucket).listing().commits]
+
+
+def test_export_keeps_collectors_off_what_it_reads_and_no_longer(two_steps: FakeBucket, tmp_path: Path) -> None:
+    meddler = Meddler(two_steps, "read_range", "*rank-00000.safetensors", lambda: collect(two_steps), when="before")
+    url = publish(cast(Tier, meddler))
+
+    export_run(url, tmp_path / "out", form="safetensors", step=10)
+
+    assert meddler.has_acted and steps(two_steps) == [10, 20]
+    assert load_file(tmp_path / "out")["weight"].tolist() == [10] * 4
+    collect(two_steps)
+    assert steps(two_steps) == [20]
+    withdraw(url)
+
+
+def test_export_of_what_is_collected_meanwhile_says_so_and_leaves_nothing(
+    two_steps: FakeBucket, tmp_path: Path
+) -> None:
+    meddler = Meddler(two_steps, "write", "marks/*", lambda: collect(two_steps), when="before")
+    url = publish(cast(Tier, meddler))
+
+    with pytest.raises(NotFoundError, match="step 10.* was collected just now"):
+        export_run(url, tmp_path / "out", form="safetensors", step=10)
+
+    assert meddler.has_acted and list(tmp_path.iterdir()) == []
+    withdraw(url)
 
 
 @pytest.mark.parametrize(

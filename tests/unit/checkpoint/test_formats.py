@@ -12,9 +12,12 @@ from ktrain.base.settings import Timeouts
 from ktrain.checkpoint import formats
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.commit import commit_drain
+from ktrain.checkpoint.dcp_attempt import Save, Word
+from ktrain.checkpoint.dcp_payload import Payload, Written
 from ktrain.errors import ConfigError, CorruptionError, KtrainError, UnavailableError
 from ktrain.format import document
 from ktrain.format.manifest import Manifest
+from ktrain.format.payload import lay_out
 from ktrain.snapshot.arena import NodeVolume
 from ktrain.testing.fake_bucket import FakeBucket
 from ktrain.testing.fake_clock import FakeClock
@@ -96,6 +99,15 @@ def test_record_is_written_in_the_version_of_the_run() -> None:
     with pytest.raises(KtrainError, match=BOTH):  # it obeys, and has no writer for it
         commit_drain(newer, drain, clock=FakeClock(), faults=QUIET)
     assert newer.listing().commits == ()
+
+
+def test_manifest_of_a_dcp_save_is_written_in_the_version_of_the_run() -> None:
+    newer = RunCatalog(FakeBucket(), RUN, timeouts=TIMEOUTS, clock=FakeClock(), format=NEXT)
+    word, layout = Word("memory://run", RUN, epoch=1, nonce="0a", world_size=1), lay_out([])
+    written = Written(word, Save(10, 1), Payload(layout, memoryview(layout.header), (0,), []), keep_in_memory=0)
+    with pytest.raises(KtrainError, match=BOTH):
+        written.write_manifest(newer, {})
+    assert newer.tier.list("", deadline=newer.transfer_deadline(0)) == []
 
 
 def test_ranks_are_told_the_version_of_the_run(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from ktrain.native import Runs
 from ktrain.testing.fake_bucket import FakeBucket
 from ktrain.testing.faulty_tier import Fault, FaultyTier, TierFault
 from ktrain.testing.tier_conformance import soon
-from tests.unit.checkpoint.shelves import CountingTier, Shelves, Snapshots, bucket_name, file_bucket, shelves
+from tests.unit.checkpoint.shelves import CountingTier, Shelves, Snapshots, bucket_name, file_bucket, flipped, shelves
 
 CHUNK = 4096
 NBYTES = 100_000
@@ -65,10 +65,6 @@ def made(tmp_path: Path, seed: int) -> Iterator[tuple[Shelves, Snapshots]]:
         yield shelf, snapshots
 
 
-def flipped(payload: bytes, at: int) -> bytes:
-    return payload[:at] + bytes([payload[at] ^ 4]) + payload[at + 1 :]
-
-
 @pytest.mark.parametrize("tier", TIERS)
 def test_source_brings_runs_and_views_from_every_tier(made: tuple[Shelves, Snapshots], tier: str) -> None:
     shelf, snapshots = made
@@ -89,9 +85,8 @@ def test_source_brings_runs_and_views_from_every_tier(made: tuple[Shelves, Snaps
 @pytest.mark.parametrize("tier", TIERS)
 def test_source_with_a_bad_chunk_writes_none_of_it_and_names_it(made: tuple[Shelves, Snapshots], tier: str) -> None:
     shelf, snapshots = made
-    manifest, payload = snapshots[0]
-    place = Place(payload)
-    copies = shelf.put(tier, {0: (manifest, flipped(payload, 45_000))})
+    place = Place(snapshots[0][1])
+    copies = shelf.put(tier, snapshots, bad_at=45_000)
     with pytest.raises(CorruptionError, match="bytes 40960 to 45056 differ"):
         shelf.source(snapshots, {0: [copies[0]]}).fetch({}, into={0: place.runs}, deadline=soon())
     (failure,) = shelf.failures
@@ -107,9 +102,9 @@ def test_source_with_a_bad_chunk_writes_none_of_it_and_names_it(made: tuple[Shel
 @pytest.mark.parametrize("tier", TIERS)
 def test_source_takes_the_next_copy_where_one_is_bad_in_the_middle(made: tuple[Shelves, Snapshots], tier: str) -> None:
     shelf, snapshots = made
-    manifest, payload = snapshots[0]
+    payload = snapshots[0][1]
     place = Place(payload)
-    (bad,) = shelf.put(tier, {0: (manifest, flipped(payload, 45_000))}).values()
+    (bad,) = shelf.put(tier, snapshots, bad_at=45_000).values()
     next_tier = contract.TIER_DISK if tier == contract.TIER_BUCKET else contract.TIER_BUCKET
     (good,) = shelf.put(next_tier, snapshots).values()
     source = shelf.source(snapshots, {0: [bad, good]})

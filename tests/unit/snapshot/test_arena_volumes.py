@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ktrain.errors import CapacityError, ConflictError
+from ktrain.errors import CapacityError, ConfigError, ConflictError
 from ktrain.snapshot.arena import KEPT_SLOTS, NodeVolume, list_volumes, remove_volume, required_nbytes
 from tests.unit.snapshot.builders import RUN, identity, save, volume_at
 
@@ -27,6 +27,16 @@ def test_list_volumes_names_every_run_and_node(tmp_path: Path) -> None:
     assert [held.identity.step for held in found[0].held] == [10, 20]
     assert found[0].nbytes >= 2 * found[0].held[0].nbytes
     assert (found[1].held, found[1].nbytes) == ((), 0)
+
+
+@pytest.mark.parametrize("uri", ["s3://me:hunter2@bucket/net-a", "https://host/net-a?signature=hunter2"])
+def test_volume_of_a_uri_with_credentials_is_refused_and_writes_none_of_it(tmp_path: Path, uri: str) -> None:
+    with pytest.raises(ConfigError, match="without password and query") as caught:
+        volume_at(tmp_path, uri=uri)
+    assert "hunter2" not in str(caught.value)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
+    with volume_at(tmp_path, uri="s3://bucket/net-a"):  # nothing is held or claimed
+        assert [info.uri for info in list_volumes(tmp_path)] == ["s3://bucket/net-a"]
 
 
 def test_list_volumes_without_a_root_is_empty(tmp_path: Path) -> None:
