@@ -248,6 +248,14 @@ class RunCatalog:
             raise CorruptionError(f"{name}: it belongs to run {identity.run}, this is run {self.run_id}")
         return commit
 
+    def read_commit(self, name: str) -> CommitRecord:
+        """The commit record of this name.
+
+        Raises:
+            NotFoundError, CorruptionError: there is none, or none that counts.
+        """
+        return self._parse_commit(name, self.tier.read(name, deadline=self._deadline()))
+
     def read_manifest(self, commit: CommitRecord, files: RankFiles) -> Manifest:
         """The manifest of one rank, proven against the commit record.
 

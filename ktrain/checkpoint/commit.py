@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from ktrain.base.clock import Clock
 from ktrain.base.faults import FaultPoints
-from ktrain.checkpoint.catalog import RunCatalog
+from ktrain.checkpoint.catalog import RunCatalog, commit_path
 from ktrain.checkpoint.drain import Drain
 from ktrain.checkpoint.marks import doomed_name, write_of
 from ktrain.errors import ConflictError, CorruptionError, NotFoundError
@@ -46,10 +46,20 @@ def commit_drain(
     )
     prove(catalog, commit)
     faults.reached("commit.begin", step=identity.step)
-    catalog.write_commit(commit)
+    if not (drain.is_adopted and _is_written(catalog, commit)):
+        catalog.write_commit(commit)
     require_untouched(catalog, commit)
     faults.reached("commit.record", step=identity.step)
     return commit
+
+
+def _is_written(catalog: RunCatalog, commit: CommitRecord) -> bool:
+    """Whether the head that began this drain has committed it: what is good is never written again."""
+    try:
+        found = catalog.read_commit(commit_path(commit))
+    except (NotFoundError, CorruptionError):
+        return False
+    return (found.identity, found.ranks) == (commit.identity, commit.ranks)
 
 
 def prove(catalog: RunCatalog, commit: CommitRecord) -> None:

@@ -25,6 +25,7 @@ class Drain:
     """One step on its way into the bucket, under a name that no other step or try has.
 
     Attributes:
+        is_adopted: another head began it, and may have committed it before it died.
         takes_over: another keeper may upload what the first one did not: the store shows objects whole or not at all.
         uploaders: rank -> the instance of the keeper that uploads its files now.
         again: ranks that another instance may have uploaded in part.
@@ -35,6 +36,7 @@ class Drain:
     started_s: float  # on the head's monotonic clock
     write_id: str = field(default_factory=ids.random_id)
     takes_over: bool = True
+    is_adopted: bool = False
     files: dict[int, RankFiles] = field(default_factory=dict)
     plan_digests: dict[int, str] = field(default_factory=dict)
     failure: str | None = None
@@ -167,6 +169,7 @@ class DrainSchedule:
                 memory, self._clock.monotonic(), write_id=write_id or ids.random_id(), takes_over=self._takes_over
             )
             if write_id is not None:
+                self.current.is_adopted = True
                 self.current.again = set(range(memory.world_size))
             self._own.add(self.current.write_id)
             self._heard = {}

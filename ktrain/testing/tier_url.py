@@ -42,6 +42,7 @@ class TierFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     protocol = PROTOCOL
     cachable = False
+    shows_whole = True  # as S3 does; another client of fsspec says nothing on it
 
     def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
         root, tier, folder, deadline = _find(path)

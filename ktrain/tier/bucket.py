@@ -74,6 +74,7 @@ class BucketTier:
         self._root = str(filesystem._strip_protocol(url)).rstrip("/")
         self._new = _factory(url, filesystem, timeouts)
         self._is_async = bool(filesystem.async_impl)
+        self._shows_whole = getattr(filesystem, "shows_whole", self._protocol in (*_S3, "memory"))
         self._calls = BoundedCalls()
         self._lock = threading.Lock()
         self._idle: list[Connection] = []  # guarded by _lock
@@ -92,7 +93,7 @@ class BucketTier:
     @property
     def shows_whole(self) -> bool:
         """True where an object is seen whole or not at all, so that writing equal bytes twice is seen by nobody."""
-        return self._protocol in (*_S3, "memory")
+        return bool(self._shows_whole)
 
     def write(self, name: str, data: Buffer, *, deadline: Deadline) -> None:
         self._write(name, memoryview(data).cast("B"), None, deadline)

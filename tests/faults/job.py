@@ -319,6 +319,10 @@ def kind_of(name: str) -> str:
     head, _, last = name.rpartition("/")
     if name == contract.RUN_FILE:
         return "run"
+    if head in (contract.MARKS_DIR, contract.QUARANTINE_DIR):
+        return "mark"
+    if name in (contract.MARKS_DIR, contract.QUARANTINE_DIR):
+        return name
     if head == contract.ATTEMPTS_DIR:
         return f"attempt {last.removesuffix('.json').rpartition('-')[2]}"
     if last.startswith("commit-"):

@@ -59,6 +59,10 @@ _KINDS = {
     Fault.LATE_REPLY: "deadline",
     Fault.NO_SPACE: "capacity",
 }
+HIDDEN = (
+    "a store that does not list what it took breaks the contract of a tier; nothing else names the steps that are set "
+    "aside, one may be used or collected like any other"
+)
 _SILENT = (Fault.FLIP_BIT, Fault.TRUNCATE)
 _DEATHS = (Fault.KILLED, Fault.KILLED_AFTER)
 _OBJECTS = {
@@ -68,6 +72,9 @@ _OBJECTS = {
     "data": "checkpoints/step-*",
     "checkpoints": "checkpoints",
     "attempts": "attempts",
+    "quarantine": "quarantine",
+    "marks": "marks",
+    "mark": "marks/doomed-*",
     **{f"attempt {part}": f"attempts/*-{part}.json" for part in ("start", "restored", "committed", "durable")},
 }
 
@@ -95,6 +102,7 @@ START = (
 )
 PLAN = (
     Point("list", "attempts", "list the attempts again", nth=2),
+    Point("list", "quarantine", "list what is set aside"),
     Point("list", "checkpoints", "list the checkpoints"),
     Point("list", "data", "list one step"),
     Point("read", "record", "read the newest record", nth=2),
@@ -111,20 +119,30 @@ COMMIT = (
     Point("read", "manifest", "read a manifest back"),
     Point("write", "record", "write the record"),
     Point("read", "record", "read the record back"),
+    Point("read", "mark", "read whether a collector took its files"),
+    Point("list", "data", "list the payloads once more", nth=2),
 )
 FIRST = (
     Point("write", "attempt committed", "note the first commit"),
     Point("write", "attempt durable", "note the first durable commit"),
 )
 COLLECT = (
+    Point("list", "quarantine", "list what is set aside"),
     Point("list", "checkpoints", "list the checkpoints"),
     Point("read", "record", "read a record"),
     Point("list", "attempts", "list the attempts"),
     Point("read", "attempt restored", "read an attempt"),
+    Point("list", "marks", "list the marks"),
+    Point("list", "data", "list the newest's payloads", nth=5),
     Point("read", "manifest", "read the newest's manifest"),
+    Point("list", "attempts", "list the attempts before anything goes", nth=2),
+    Point("write", "mark", "write the mark of a removal"),
+    Point("list", "marks", "list the marks again", nth=2),
+    Point("list", "attempts", "list the attempts before a removal", nth=3),
     Point("delete", "record", "delete a record"),
     Point("delete", "payload", "delete a payload"),
     Point("delete", "manifest", "delete a manifest"),
+    Point("delete", "mark", "delete the mark"),
 )
 
 
@@ -162,7 +180,8 @@ def _case(
     if isinstance(end, Stopped):
         lost = end.kind == "corruption"
         words = ("no commit record can be read", "nothing was deleted") if lost else ("bucket tier", point.what[:7])
-    return Case(NAMES[fault], "bucket", phase, point.words, play, end, seen, how, words=words, **fields)  # type: ignore[arg-type]
+    how, gap = ("", how) if how == HIDDEN else (how, "")
+    return Case(NAMES[fault], "bucket", phase, point.words, play, end, seen, how, gap, words, **fields)  # type: ignore[arg-type]
 
 
 # Plays
@@ -199,10 +218,13 @@ def _train_under(point: Point, fault: Fault) -> Callable[[Job], None]:
 
 def _collect_under(point: Point, fault: Fault) -> Callable[[Job], None]:
     def play(job: Job) -> None:
-        job.when_committed = lambda: point.fail(job, fault)
+        def fail_once() -> None:
+            job.when_committed = lambda: None
+            point.fail(job, fault)
+
+        job.when_committed = fail_once
         job.save_until_drained(NEXT)
         job.turn(2)
-        job.when_committed = lambda: None
         job.lose_all()
 
     return play
@@ -223,6 +245,8 @@ def _at_start(point: Point, fault: Fault) -> tuple[Resumed | Stopped, frozenset[
 
 def _at_plan(point: Point, fault: Fault) -> tuple[Resumed | Stopped, frozenset[Alarm], str]:
     again = "asked again until the patience ends"
+    if point.what == "quarantine" and fault in (Fault.NOT_FOUND, Fault.LAGGING):
+        return Resumed(NEWEST, BUCKET), frozenset(), HIDDEN
     if point.what == "checkpoints" and fault in (Fault.NOT_FOUND, Fault.LAGGING):
         return Stopped("corruption"), frozenset(), ""
     if point.what in ("record", "manifest", "payload") and fault in (*_SILENT, Fault.NOT_FOUND):
@@ -240,8 +264,12 @@ def _at_save(point: Point, fault: Fault) -> tuple[Resumed | Stopped, frozenset[A
         return Resumed(NEXT, BUCKET), frozenset(), "a new agent or head takes over; the drain is made again"
     if fault is Fault.SLOW:
         return Resumed(NEXT, BUCKET), frozenset(), "nothing waits for it but the drain"
+    if point.what == "mark" and fault in (Fault.NOT_FOUND, *_SILENT):
+        return Resumed(NEXT, BUCKET), frozenset(), "that there is no mark is what a commit needs"
     if (point.what, fault) == ("payload", Fault.FLIP_BIT):  # the store keeps other bytes than it was given
         return Resumed(NEWEST, BUCKET), frozenset({("bad_copy", "bucket", 0, NEXT)}), ""
+    if point.what in ("payload", "manifest") and point.operation == "write" and fault not in _SILENT:
+        return Resumed(NEXT, BUCKET), frozenset(), "the other node, which holds the snapshot too, takes over"
     if (point.operation, point.what) == ("write", "record"):
         if fault in (Fault.LOST_REPLY, Fault.LATE_REPLY):
             return Resumed(NEXT, BUCKET), frozenset(), "read back: the record is there"
@@ -256,13 +284,30 @@ def _at_collect(point: Point, fault: Fault) -> tuple[Resumed | Stopped, frozense
         return end, frozenset(), "the next head collects after its next commit"
     if fault is Fault.SLOW:
         return end, frozenset(), "nothing waits for it"
-    if fault in (Fault.NOT_FOUND, Fault.LAGGING, *_SILENT) and point.what != "record":
-        return end, frozenset(), "what cannot be told is not deleted"
-    if fault in _SILENT or (point.operation, fault) == ("delete", Fault.NOT_FOUND):
-        return end, frozenset(), "a record that proves nothing stays, and counts for nothing"
-    if point.what == "manifest" and point.operation == "read":
-        return end, frozenset(), "nothing is deleted before the newest is proven"
-    return end, NOTICE, ""
+    how = _harmless_at_collect(point, fault)
+    return end, frozenset() if how else NOTICE, how
+
+
+def _harmless_at_collect(point: Point, fault: Fault) -> str:
+    """Why nothing is said; empty where the collection is in doubt, which is."""
+    answers = {
+        ("list", "quarantine"): HIDDEN,
+        ("list", "marks"): "the marks are read twice before anything goes",
+        ("list", "checkpoints"): "what cannot be told is not deleted",
+        ("list", "attempts"): "the attempts are read three times before anything goes",
+        ("delete", "record"): "a record that proves nothing stays, and counts for nothing",
+        ("delete", "mark"): "the next collection takes it for half a removal, and ends that",
+    }
+    if fault in (Fault.NOT_FOUND, Fault.LAGGING) and point.operation in ("list", "delete"):
+        left = "data without a record are nothing" if point.operation == "delete" else ""
+        return answers.get((point.operation, point.what), left)
+    if fault in _SILENT and point.what == "record":
+        return "a record that proves nothing stays, and counts for nothing"
+    if fault in _SILENT and (point.operation, point.what) == ("write", "mark"):
+        return "a mark counts by its name alone"
+    if (point.what, fault) == ("attempt restored", Fault.FLIP_BIT):
+        return "no decision rests on the words that the bit is in"
+    return ""
 
 
 # A store that stays away

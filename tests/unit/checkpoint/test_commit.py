@@ -138,3 +138,19 @@ def test_commit_error_names_the_object_and_both_sizes(bucket: FakeBucket) -> Non
     nbytes = drain.files[0].nbytes
     with pytest.raises(CorruptionError, match=rf"expected {nbytes} bytes in .*rank-00000.*found {nbytes - 1}"):
         commit(bucket, drain)
+
+
+@pytest.mark.parametrize("spoil", [None, flip, lambda data: data[:-9]], ids=["good", "flipped", "torn"])
+def test_commit_of_an_adopted_drain_writes_no_good_record_again(
+    bucket: FakeBucket, spoil: Callable[[bytes], bytes] | None
+) -> None:
+    drain = upload(bucket, identity(10))
+    commit(bucket, drain)
+    (name,) = [name for name in bucket.objects if "/commit-" in name]
+    if spoil is not None:
+        bucket.objects[name] = spoil(bucket.objects[name])
+    store = FaultyTier(bucket)
+    drain.is_adopted = True
+    commit(store, drain)
+    assert (("write", name) in store.calls) == (spoil is not None)
+    assert committed(bucket) == [(10, 1)]

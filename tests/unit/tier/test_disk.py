@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 
 from ktrain import native
+from ktrain.abc.proven import BadBytes, ProvesWrites
+from ktrain.base.clock import Deadline
 from ktrain.base.settings import Timeouts
 from ktrain.errors import ConfigError, NotFoundError
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.format.payload import CHUNK_NBYTES, lay_out
 from ktrain.format.shard import Box, Role, Shard
+from ktrain.testing.faulty_tier import FaultyTier
 from ktrain.tier.disk import NodeDisk, open_disk, payload_name
 
 RUN = "ab" * 16
@@ -64,6 +67,17 @@ def test_node_disk_with_torn_manifest_offers_the_others(disk: NodeDisk) -> None:
     again = NodeDisk(disk.path.parents[1], run=RUN, node="node-0", timeouts=Timeouts())
     assert [identity.step for _, identity in again.scan()] == [10]
     assert list(again.damaged) == [(20, 1, 0)]  # named, so that nobody wonders where it went
+
+
+@pytest.mark.parametrize("proves", [True, False])
+def test_store_of_bytes_that_differ_from_their_proof_is_refused(disk: NodeDisk, proves: bool) -> None:
+    manifest, payload = snapshot(10)
+    if not proves:
+        disk.tier = FaultyTier(disk.tier)
+    assert isinstance(disk.tier, ProvesWrites) == proves
+    with pytest.raises(BadBytes):
+        disk.store(manifest, payload[:-1] + bytes([payload[-1] ^ 1]))
+    assert disk.scan() == [] and disk.tier.list("", deadline=Deadline.after(10.0)) == []
 
 
 def test_node_disk_of_another_run_is_not_offered(disk: NodeDisk) -> None:
