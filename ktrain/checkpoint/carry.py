@@ -18,7 +18,7 @@ from ktrain.base.clock import Clock, Deadline
 from ktrain.base.faults import FaultPoints
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.upload import Uploader, refuse_slot
-from ktrain.errors import ConflictError, CorruptionError, KtrainError, NotFoundError, UnavailableError
+from ktrain.errors import CapacityError, ConflictError, CorruptionError, KtrainError, NotFoundError, UnavailableError
 from ktrain.format.manifest import Identity
 from ktrain.snapshot.arena import NodeVolume
 from ktrain.tier.disk import NodeDisk
@@ -80,6 +80,7 @@ class Carrier:
         self._closed = threading.Event()
         self._disk_failed = False
         self._not_kept: dict[int, Identity] = {}  # rank -> the replica that was said to be missing
+        self._no_room_until: dict[int, float] = {}  # rank -> until when a lack of room is nothing to be said
         self.on_disk: Sequence[tuple[int, Identity]] = ()  # replaced whole
         self._wakes = {"drain": threading.Event(), "disk": threading.Event(), "pull": threading.Event()}
         self._pull_lock = threading.Lock()  # one pull at a time: bounded chunks in flight
@@ -203,15 +204,27 @@ class Carrier:
             return False
         except KtrainError as error:
             _LOG.warning("replica of rank %d step %d from %s: %s", rank, identity.step, owner, error)
-            if self._not_kept.get(rank) != identity:  # said once; it is tried until a newer step is wanted
-                self._not_kept[rank] = identity
-                fields = {"rank": rank, "step": identity.step, "tier": contract.TIER_PEER}
-                self._emit("save_skipped", reason=f"{self._node} cannot keep it: {error}", **fields)
+            self._say_not_kept(rank, identity, error)
             return False
+        self._no_room_until.pop(rank, None)
         seconds = self._clock.monotonic() - started
         fields = {"rank": rank, "step": identity.step, "source": owner, "target": self._node}
         self._emit("replicated", nbytes=wire_nbytes, seconds=seconds, **fields)
         return True
+
+    def _say_not_kept(self, rank: int, identity: Identity, error: KtrainError) -> None:
+        """Once for each replica; it is tried until a newer step is wanted.
+
+        Slots are often in use for a moment, between a commit and the news of it. A lack of room is said where nothing
+        of the rank could be kept from one try to the next, be it of the same step or of a newer one.
+        """
+        now = self._clock.monotonic()
+        if isinstance(error, CapacityError) and now < self._no_room_until.setdefault(rank, now + self._timeouts.call_s):
+            return
+        if self._not_kept.get(rank) != identity:
+            self._not_kept[rank] = identity
+            fields = {"rank": rank, "step": identity.step, "tier": contract.TIER_PEER}
+            self._emit("save_skipped", reason=f"{self._node} cannot keep it: {error}", **fields)
 
     def pull(self, rank: int, identity: Identity, owner: str, deadline: Deadline) -> int:
         """Brings a snapshot of another node into the own volume; returns the bytes that crossed the wire."""

@@ -38,6 +38,16 @@ class Commits:
         """Tier -> newest committed identity; tiers without one are absent."""
         return dict(self._newest)
 
+    def needed(self) -> list[Identity]:
+        """What no node may overwrite: the newest of each tier.
+
+        Not one among peers that the bucket has left behind: where nodes hold replicas of different steps beside it, no
+        slot would be free for a newer one, and there would never be a newer commit among peers.
+        """
+        peer, bucket = self._newest.get(contract.TIER_PEER), self.bucket
+        is_passed = peer is not None and bucket is not None and (peer.step, peer.epoch) < (bucket.step, bucket.epoch)
+        return [identity for tier, identity in self._newest.items() if tier != contract.TIER_PEER or not is_passed]
+
     def to_json(self) -> dict[str, list[int]]:
         """Tier -> [step, epoch]."""
         return {tier: [identity.step, identity.epoch] for tier, identity in self._newest.items()}

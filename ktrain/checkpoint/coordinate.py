@@ -239,7 +239,7 @@ class Coordinator:
 
     def _protected(self) -> list[tuple[int, int]]:
         """(step, epoch) of the snapshots that no node may overwrite now."""
-        needed = list(self._commits.all().values())
+        needed = self._commits.needed()
         if self._drains.current is not None:
             needed.append(self._drains.current.identity)
         if self._restore is not None and self._restore.needed is not None:

@@ -293,7 +293,7 @@ class NodeKeeper:
         if self.on_wire is not None and answer["wire"] is not None:
             self.on_wire(answer["wire"])
         if self._volume is not None and answer["committed"]:
-            _announce(self._volume, answer["committed"])
+            _announce(self._volume, answer)
         if fresh_manifests and self._wanted_manifests:
             self._wake.set()
         self._carrier.want(
@@ -395,9 +395,11 @@ def _manifest_text(want: dict[str, Any], volume: NodeVolume | None, disk: NodeDi
         return None
 
 
-def _announce(volume: NodeVolume, committed: Mapping[str, Any]) -> None:
-    """Writes what is committed in memory where the volume does not say so; one that is damaged is mended."""
-    wanted = {tier: (int(at[0]), int(at[1])) for tier, at in committed.items() if tier in _MEMORY_TIERS}
+def _announce(volume: NodeVolume, answer: Mapping[str, Any]) -> None:
+    """Writes what is committed in memory, and needed, where the volume does not say so; a damaged word is mended."""
+    needed = [(int(step), int(epoch)) for step, epoch in answer["protect"]]
+    committed = {tier: (int(at[0]), int(at[1])) for tier, at in answer["committed"].items() if tier in _MEMORY_TIERS}
+    wanted = {tier: at for tier, at in committed.items() if at in needed}
     try:
         if volume.committed() == wanted:
             return

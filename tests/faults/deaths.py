@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from ktrain.errors import UnavailableError
 from ktrain.snapshot.slots import SlotCalls
 from ktrain.testing.faulty_tier import Killed
+from ktrain.testing.local_transport import LocalWire
 from tests.faults.job import NEWEST, Alarm, Job, Resumed, ThreadDied, WorkerDied
 from tests.faults.model import Case
 
@@ -158,6 +159,19 @@ def _agent_while_replicating() -> Iterator[Case]:
 
     how = "no replica is asked of a node without a wire; that it is gone is said by the wire's keeper"
     yield Case("network cut", "peer", "replicate", "a node that no other reaches", cut, Resumed(NEXT, BUCKET), how=how)
+
+    def cut_for_a_save(job: Job) -> None:
+        job.wire.before_piece = lambda node, begin, end: _unreachable(node, begin, end) if node == "node-0" else None
+        job.save(NEXT)
+        job.turn(8)
+        job.wire.before_piece = LocalWire().before_piece
+        for step in (40, 50):
+            job.save(step)
+            job.turn(40)
+        job.lose_node(0)
+
+    point = "one node's pulls during one save; two saves later the other node is lost"
+    yield Case("network cut", "peer", "replicate", point, cut_for_a_save, Resumed(50, ("peer", "memory")), seen)
 
     def cut_for_good(job: Job) -> None:
         job.lose_node(0)
