@@ -10,8 +10,9 @@ PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-inp
 NATIVE := $(shell find native -type f -not -path 'native/tests/*' 2>/dev/null)
 PACKAGES := $(VENV)/.packages-installed
 BUILT := $(VENV)/.native-built
+MODULES := $(VENV)/.modules
 
-.PHONY: setup demo test lint format chaos fault-matrix bench bench-gpu bench-rival native-test clean
+.PHONY: setup demo test lint format chaos fault-matrix bench bench-gpu bench-rival native-test clean FORCE
 .DELETE_ON_ERROR:
 
 setup: $(BUILT)
@@ -35,7 +36,11 @@ $(PACKAGES): pyproject.toml constraints.txt | $(BIN)/python
 	  print(*p["build-system"]["requires"], *p["project"]["dependencies"], *(d for e in sys.argv[1].split(",") for d in extras[e]), "cmake", "ninja")' $(EXTRAS))
 	@touch $@
 
-$(BUILT): $(PACKAGES) $(NATIVE)
+# An editable install knows modules by name: one that is new, or became a package, needs another.
+$(MODULES): FORCE | $(PACKAGES)
+	@find ktrain -name '*.py' | sort | cmp -s - $@ || find ktrain -name '*.py' | sort > $@
+
+$(BUILT): $(PACKAGES) $(NATIVE) $(MODULES)
 	$(PIP) install --constraint constraints.txt --no-build-isolation --no-deps --editable .
 	@touch $@
 
