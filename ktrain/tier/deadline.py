@@ -79,7 +79,8 @@ class BoundedCalls:
             returned = SYSTEM_CLOCK.wait(call.done, deadline.remaining_s())
         finally:  # also when the wait itself is interrupted
             if not returned:
-                call.given_up = True
+                with self._changed:
+                    call.given_up, call.error = True, None
         if not returned:
             _LOG.warning("%s: not done within %g s, left behind", what, deadline.total_s)
             raise DeadlineError(
@@ -129,7 +130,9 @@ class BoundedCalls:
         try:
             call.result = work(call)
         except BaseException as error:  # noqa: BLE001 -- top of a thread: the caller gets whatever happened
-            call.error = error
+            with self._changed:
+                if not call.given_up:  # else nobody asks, and the error would hold the buffer: it knows this frame
+                    call.error = error
             if call.given_up:
                 _LOG.debug("%s: ended after it was given up: %s", call.what, error)
         finally:

@@ -136,3 +136,28 @@ def test_call_that_fails_lets_go_of_the_callers_buffer_at_once() -> None:
         assert watched() is None
     finally:
         gc.enable()
+
+
+def test_call_that_fails_after_it_was_given_up_lets_go_of_the_callers_buffer(gate: threading.Event) -> None:
+    class Buffer(bytearray):
+        """One that can be watched."""
+
+    buffer = Buffer(8)
+
+    def fail(call: Call, data: Buffer = buffer) -> None:
+        gate.wait(30)
+        raise UnavailableError(f"{call.what}: {len(data)} bytes were not taken")
+
+    watched = weakref.ref(buffer)
+    gc.disable()
+    try:
+        with contextlib.suppress(DeadlineError):
+            BoundedCalls().run("write", fail, deadline=Deadline.after(0.05))
+        left = [thread for thread in threading.enumerate() if thread.name == "ktrain-tier: write"]
+        gate.set()
+        for thread in left:
+            thread.join(10)
+        del buffer, fail, thread, left
+        assert watched() is None
+    finally:
+        gc.enable()
