@@ -10,6 +10,14 @@ from ktrain.format.manifest import Manifest
 from ktrain.native import Runs
 
 
+def copies_beside(rank: int) -> int:
+    """Stands for the copies that lie beside a rank's share, wherever a source speaks of a saved rank; undoes itself.
+
+    Shares are named by their ranks, from 0 on; copies (ADR 0015) by what is below.
+    """
+    return -1 - rank
+
+
 class SnapshotSource(Protocol):
     """The ranks' snapshots of one checkpoint, wherever they lie (own memory, a peer, disk, a bucket).
 

@@ -168,8 +168,9 @@ class Carrier:
 
     def _store(self, disk: NodeDisk, volume: NodeVolume, rank: int, identity: Identity) -> None:
         started = self._clock.monotonic()
+        nbytes = self._store_copies(disk, volume, rank, identity)  # before the share, which makes the snapshot count
         with volume.open(rank, identity) as slot:
-            nbytes = slot.manifest.nbytes
+            nbytes += slot.manifest.nbytes
             try:
                 disk.store(slot.manifest, slot.memory)
             except BadBytes as error:
@@ -177,6 +178,20 @@ class Carrier:
                 raise
         fields = {"rank": rank, "step": identity.step, "tier": contract.TIER_DISK}
         self._emit("drained", nbytes=nbytes, seconds=self._clock.monotonic() - started, **fields)
+
+    def _store_copies(self, disk: NodeDisk, volume: NodeVolume, rank: int, identity: Identity) -> int:
+        """The copies beside a share go along, because no other node can read this disk; bad ones are left out."""
+        try:
+            with volume.copies.open(rank, identity) as copies:
+                disk.copies.store(copies.manifest, copies.memory)
+                return copies.manifest.nbytes
+        except NotFoundError:
+            return 0
+        except (CorruptionError, BadBytes) as error:
+            volume.copies.discard(rank, identity)
+            where = {"step": identity.step, "rank": rank, "tier": contract.TIER_MEMORY, "where": self._node}
+            self._emit("bad_copy", reason=f"copies beside its share: {error}", **where)
+            return 0
 
     # Pull
 

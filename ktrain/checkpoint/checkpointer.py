@@ -130,11 +130,12 @@ class Checkpointer:
 
     def _restore(self) -> int:
         self._pulse.note_phase("restore")
+        run_id, format = self._join()
         saver = self._saver = Saver(
             self._state, self._topology, self._policies.keep, line=self._line, pulse=self._pulse, faults=self._faults
         )
         saver.capture = self._capture
-        saver.open_volume(self.run, *self._join())
+        saver.open_volume(self.run, run_id, format)
         restorer = Restorer(self._state, self._topology, saver.volume, self._pulse, self._line.caller, self.run)
         saver.saved_step = restorer.restore(self._faults)
         return saver.saved_step
@@ -149,6 +150,7 @@ class Checkpointer:
             raise ConfigError(
                 f"Checkpointer: this process sees {self._topology.world_size} ranks, the head {answer['world_size']}"
             )
+        self._topology = self._topology.with_nodes(answer["node_sizes"])
         return str(answer["run"]), int(answer["format"])
 
     # Step

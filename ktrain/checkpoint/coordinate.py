@@ -30,8 +30,10 @@ from ktrain.checkpoint.removal import Terms
 from ktrain.checkpoint.roster import Attempt, Member, RankProgress, Roster
 from ktrain.checkpoint.sweep import BucketSweep
 from ktrain.errors import ConflictError, KtrainError
+from ktrain.format.record import Gap
 
 _LOG = logging.getLogger(__name__)
+_UNDIVIDED = "what the ranks stored does not make it whole; from now on every node stores all that its ranks hold"
 
 
 class Coordinator:
@@ -219,6 +221,7 @@ class Coordinator:
             "format": self._catalog.format,
             "epoch": attempt.epoch,
             "world_size": len(attempt.home),
+            "node_sizes": list(attempt.node_sizes),
             "ranks": list(attempt.nodes.get(member.node, ())),
             "committed": self._commits.to_json(),
             "protect": self._protected(),
@@ -303,6 +306,9 @@ class Coordinator:
         except KtrainError as error:
             with self._lock:
                 self._drains.failed(drain, f"{error.kind}: {error}")
+                if isinstance(error, Gap) and self._attempt.node_sizes:
+                    self._attempt = self._attempt.undivided()
+                    self._emit("notice", message=f"step {drain.identity.step}: {_UNDIVIDED}")
             return
         self._drain_done(drain)
 

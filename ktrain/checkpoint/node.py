@@ -192,6 +192,7 @@ class NodeKeeper:
                 "run": view.get("run"),
                 "format": view.get("format"),
                 "world_size": view.get("world_size"),
+                "node_sizes": view.get("node_sizes") if ready else None,
                 "committed": view.get("committed", {}),
                 "protect": view.get("protect", []),
                 "stop": view.get("stop") if ready else None,

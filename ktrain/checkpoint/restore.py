@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ktrain import device
+from ktrain.abc.source import copies_beside
 from ktrain.base import contract, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.base.control import Caller
@@ -16,7 +17,7 @@ from ktrain.checkpoint.agreement import RestoreState
 from ktrain.checkpoint.lineage import Copy
 from ktrain.checkpoint.pulse import Pulse
 from ktrain.checkpoint.source import Failure, NearestSource, Openers
-from ktrain.errors import ConfigError, CorruptionError, UnavailableError, from_kind
+from ktrain.errors import ConfigError, CorruptionError, KtrainError, UnavailableError, from_kind
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.snapshot.arena import NodeVolume
 from ktrain.state.apply import RestoreNeeds, apply, plan_restore
@@ -130,12 +131,66 @@ class Restorer:
         self._drop()
         started = self._clock.monotonic()
         manifests = {int(rank): Manifest.from_bytes(text.encode()) for rank, text in word["manifests"].items()}
-        copies = {int(rank): [Copy.from_json(value) for value in values] for rank, values in word["sources"].items()}
-        try:
-            needs = plan_restore(self._state, manifests, self._topology)
-        except ConfigError as error:
-            raise ConfigError(f"{error}\n{self._consequence()}") from error
-        openers = Openers(
+        places = {int(rank): [Copy.from_json(value) for value in values] for rank, values in word["sources"].items()}
+        identity = Identity.from_json(word["identity"])
+        bound = Deadline.after(self._timeouts.restore_s, self._clock)
+        beside = self._find_copies(identity)
+        while True:
+            try:
+                needs = plan_restore(
+                    self._state, manifests, self._topology, {rank: manifest for rank, (manifest, _) in beside.items()}
+                )
+            except ConfigError as error:
+                raise ConfigError(f"{error}\n{self._consequence()}") from error
+            except CorruptionError as error:  # it does not count, wherever it lies
+                said = [Failure(copy, True, str(error)).to_json() for copies in places.values() for copy in copies]
+                self._report("failed", copies=said)
+                return
+            source = NearestSource(
+                manifests | {copies_beside(rank): manifest for rank, (manifest, _) in beside.items()},
+                places | {copies_beside(rank): [copy] for rank, (_, copy) in beside.items()},
+                self._openers(),
+                self._refused,
+            )
+            self._has_written = True
+            try:
+                landing = land(needs.targets)
+                source.fetch(landing.views, into=landing.runs, deadline=bound)
+                break
+            except (CorruptionError, UnavailableError):
+                source.close()
+                bad = {copies_beside(failure.copy.rank) for failure in source.failures if failure.copy.rank < 0}
+                if not bad:
+                    self._report("failed", copies=[failure.to_json() for failure in source.failures])
+                    return
+                # Copies are an extra: what they had is read from the shares.
+                beside = {rank: found for rank, found in beside.items() if rank not in bad}
+        own = manifests.get(self._topology.rank) if identity.world_size == self._topology.world_size else None
+        digest = None if own is None else own.plan_digest
+        self._loaded = _Loaded(identity, needs, landing, source, self._clock.monotonic() - started, digest)
+        self._report("ready")
+
+    def _find_copies(self, identity: Identity) -> dict[int, tuple[Manifest, Copy]]:
+        """The copies beside shares of a snapshot that this node has, by rank: in memory, or else on its disk."""
+        found: dict[int, tuple[Manifest, Copy]] = {}
+        for tier, place in ((contract.TIER_MEMORY, self._volume), (contract.TIER_DISK, self._disk)):
+            if place is None or self._volume is None:
+                continue
+            try:
+                manifests, damaged = place.copies.find(identity)
+            except KtrainError as error:
+                self._pulse.emit("notice", message=f"restore of rank {self._topology.rank}: {tier}: {error}")
+                continue
+            for rank, manifest in manifests.items():
+                copy = Copy(tier, self._volume.node, copies_beside(rank), identity)
+                found.setdefault(rank, (manifest, copy))
+            for rank, reason in damaged.items():
+                copy = Copy(tier, self._volume.node, copies_beside(rank), identity)
+                self._refused(Failure(copy, True, reason))
+        return found
+
+    def _openers(self) -> Openers:
+        return Openers(
             volume=self._volume,
             disk=self._disk,
             tier=self._tier,
@@ -143,21 +198,6 @@ class Restorer:
             deadline_of=lambda nbytes: Deadline.after(self._timeouts.storage_s + nbytes / 1e6, self._clock),
             num_threads=self._topology.copy_threads,
         )
-        source = NearestSource(manifests, copies, openers, self._refused)
-        self._has_written = True
-        try:
-            landing = land(needs.targets)
-            bound = Deadline.after(self._timeouts.restore_s, self._clock)
-            source.fetch(landing.views, into=landing.runs, deadline=bound)
-        except (CorruptionError, UnavailableError):
-            source.close()
-            self._report("failed", copies=[failure.to_json() for failure in source.failures])
-            return
-        identity = Identity.from_json(word["identity"])
-        own = manifests.get(self._topology.rank) if identity.world_size == self._topology.world_size else None
-        digest = None if own is None else own.plan_digest
-        self._loaded = _Loaded(identity, needs, landing, source, self._clock.monotonic() - started, digest)
-        self._report("ready")
 
     def _pull(self, copy: Copy) -> int:
         """Has the node keeper bring a peer's copy into this node's volume; returns the bytes that crossed the wire."""
@@ -171,20 +211,25 @@ class Restorer:
         if not failure.corrupt:
             self._pulse.emit("notice", message=f"restore of rank {self._topology.rank}: {failure.reason}")
             return
+        is_beside = copy.rank < 0
+        rank = copies_beside(copy.rank) if is_beside else copy.rank
         self._pulse.emit(
             "bad_copy",
             step=copy.identity.step,
-            rank=copy.rank,
+            rank=rank,
             tier=copy.tier,
             where=copy.place,
-            reason=failure.reason,
+            reason=f"copies beside its share: {failure.reason}" if is_beside else failure.reason,
             begin=failure.begin,
             end=failure.end,
         )
-        if copy.tier == contract.TIER_MEMORY and self._volume is not None:
-            self._volume.discard(copy.rank, copy.identity, failure.reason)
-        elif copy.tier == contract.TIER_DISK and self._disk is not None:
-            self._disk.discard(copy.rank, copy.identity)
+        near = {contract.TIER_MEMORY: self._volume, contract.TIER_DISK: self._disk}.get(copy.tier)
+        if near is not None and is_beside:
+            near.copies.discard(rank, copy.identity)
+        elif isinstance(near, NodeVolume):
+            near.discard(rank, copy.identity, failure.reason)
+        elif near is not None:
+            near.discard(rank, copy.identity)
 
     def _apply(self, loaded: _Loaded) -> int:
         started = self._clock.monotonic()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ktrain.base.events import Event
@@ -13,16 +13,28 @@ from ktrain.replicate.placement import kept_for, ring
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """Which ranks run where in one attempt; `home` is the same by rank."""
+    """Which ranks run where in one attempt; `home` is the same by rank.
+
+    `node_sizes`: numbers of ranks of the nodes, in the order of their ranks, as ranks are to divide what several nodes
+    hold; empty where each node is to store all of it.
+    """
 
     epoch: int = 0
     nodes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     home: Mapping[int, str] = field(default_factory=dict)
+    node_sizes: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, epoch: int, assignment: Mapping[str, Sequence[int]]) -> Attempt:
         nodes = {node: tuple(ranks) for node, ranks in assignment.items()}
-        return cls(epoch, nodes, {rank: node for node, ranks in nodes.items() for rank in ranks})
+        blocks = sorted(ranks for ranks in nodes.values() if ranks)
+        is_in_blocks = [rank for block in blocks for rank in block] == list(range(sum(map(len, blocks))))
+        home = {rank: node for node, ranks in nodes.items() for rank in ranks}
+        return cls(epoch, nodes, home, tuple(map(len, blocks)) if is_in_blocks else ())
+
+    def undivided(self) -> Attempt:
+        """The same where each node stores all that its ranks hold."""
+        return replace(self, node_sizes=())
 
 
 @dataclass(frozen=True, slots=True)

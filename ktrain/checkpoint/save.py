@@ -10,7 +10,7 @@ import atexit
 import logging
 import queue
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,9 +26,10 @@ from ktrain.format import columns, document
 from ktrain.format.document import Written
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.format.payload import CHUNK_NBYTES, Layout
-from ktrain.snapshot.arena import NodeVolume, SlotWriter, required_nbytes
+from ktrain.snapshot.arena import KEPT_SLOTS, NodeVolume, Slots, SlotWriter, required_nbytes
+from ktrain.snapshot.payloads import SlotStager, SlotStaging, slot_nbytes
 from ktrain.snapshot.pinned import PinnedSlots
-from ktrain.snapshot.staging import Later, Stager, Staging
+from ktrain.snapshot.staging import Later
 from ktrain.snapshot.window import Window
 from ktrain.state.guard import UpdateGuard
 from ktrain.state.plan import SavePlan, plan_save
@@ -50,7 +51,7 @@ class _Snapshot:
     step: int
     plan: SavePlan
     writer: SlotWriter
-    staging: Staging
+    staging: SlotStaging
     window: Window
     stall_s: float = 0.0  # in `save`; what `window` adds comes later
     is_sealed: bool = False
@@ -80,9 +81,9 @@ class Saver:
         self._failure: str | None = None
         self._refused = False  # the volume is too small for all slots: said once, though single saves find room
         self._pinned = PinnedSlots()
-        self._stager = Stager(topology.copy_threads)
+        self._stager = SlotStager(topology.copy_threads)
         self._guard = UpdateGuard(state, self.wait_copied)
-        self._table: tuple[Layout, Written] | None = None
+        self._tables: dict[bool, tuple[Layout, Written]] = {}  # of the copies, and of the share
         self._turn = 0  # number of saves
         self._is_proven = False  # one window was watched as a whole, and nothing changed in it
         self._newest: _Snapshot | None = None  # from `save` until it has ended
@@ -137,18 +138,16 @@ class Saver:
 
     def _prepare(self, volume: NodeVolume, plan: SavePlan) -> None:
         self._prepared = True
-        local = self._topology.local_world_size
+        local, nbytes = self._topology.local_world_size, slot_nbytes(plan)
         kept = local if self._topology.world_size > local and self._line.has_launcher else 0
         try:
             required_nbytes(
-                plan.layout.nbytes,
-                ranks_per_node=local,
-                slots=self._num_slots,
-                kept_ranks=kept,
+                Slots(local, self._num_slots, nbytes),
+                Slots(kept, KEPT_SLOTS, plan.layout.nbytes),
                 free_nbytes=volume.free_nbytes(),
                 held_nbytes=volume.held_nbytes(),
             )
-            volume.prepare(self._topology.rank, plan.layout.nbytes, self._num_slots, self._pinned.pin)
+            volume.prepare(self._topology.rank, nbytes, self._num_slots, self._pinned.pin)
         except _TIER_FAILURES as error:
             self._fail(error)
             self._refused = True
@@ -165,6 +164,7 @@ class Saver:
         if not self._has_ended():
             return self._skip(step, "the snapshot before it is not sealed yet")
         self._faults.reached("save.begin", step=step, rank=rank)
+        self._look_at_nodes()
         plan = plan_save(self._state, self._topology)
         if not self._prepared:
             self._prepare(self.volume, plan)
@@ -179,6 +179,12 @@ class Saver:
         made.stall_s = self._clock.monotonic() - started
         self._work.put(made)
         return True
+
+    def _look_at_nodes(self) -> None:
+        """Takes the head's word on what the nodes divide: it is taken back where their shares did not make a whole."""
+        said = self._pulse.answer.get("node_sizes")  # None from a keeper that has not heard of this attempt yet
+        if said is not None and not said and self._topology.node_sizes:
+            self._topology = self._topology.with_nodes(())
 
     def wait_copied(self) -> None:
         """Returns when the state may change: all of it is copied, or the snapshot was given up for being late.
@@ -221,7 +227,7 @@ class Saver:
     def _begin(self, volume: NodeVolume, step: int, plan: SavePlan) -> _Snapshot | None:
         """Takes a slot and copies what may not wait; None where no slot is free."""
         protect = [(int(at), int(epoch)) for at, epoch in self._pulse.answer.get("protect", [])]
-        writer = volume.acquire(self._topology.rank, plan.layout.nbytes, protect=protect, limit=self._num_slots)
+        writer = volume.acquire(self._topology.rank, slot_nbytes(plan), protect=protect, limit=self._num_slots)
         if writer is None:
             return None
         self._turn += 1
@@ -234,7 +240,7 @@ class Saver:
             writer.abandon()
             raise
         # Without the tensors: those that wait are held by `staging` until they are copied.
-        made = _Snapshot(step, replace(plan, tensors=()), writer, staging, Window(self._clock))
+        made = _Snapshot(step, plan.without_tensors(), writer, staging, Window(self._clock))
         made.proves = staging.waits and not self._is_proven
         if not staging.waits:
             made.window.close(None)
@@ -275,13 +281,14 @@ class Saver:
             return
         chunks = staging.digest()
         self._faults.reached("save.staged", step=step, rank=rank)
-        made.writer.seal(self._manifest(step, made.plan, chunks))
+        plans = [made.plan] if made.plan.copies is None else [made.plan, made.plan.copies]
+        made.writer.seal(*(self._manifest(step, *each) for each in zip(plans, chunks, strict=True)))
         self._faults.reached("save.sealed", step=step, rank=rank)
         self.saved_step = step
         made.is_sealed = True
         self._recovered()
         self._pulse.note_sealed()
-        fields = {"rank": rank, "step": step, "tier": contract.TIER_MEMORY, "nbytes": made.plan.layout.nbytes}
+        fields = {"rank": rank, "step": step, "tier": contract.TIER_MEMORY, "nbytes": slot_nbytes(made.plan)}
         self._pulse.emit("snapshot", stall_s=made.stall_s + made.window.waited_s, **fields)
 
     def _copy_at_once(self, why: str) -> None:
@@ -304,7 +311,7 @@ class Saver:
             chunk_nbytes=CHUNK_NBYTES,
             chunks=chunks,
             entries=plan.layout.entries,
-            table=self._table_of(plan.layout),
+            table=self._table_of(plan),
             objects=plan.objects,
             origin={
                 "ktrain": ktrain.__version__,
@@ -315,11 +322,12 @@ class Saver:
             format=self._format,
         )
 
-    def _table_of(self, layout: Layout) -> Written:
+    def _table_of(self, plan: SavePlan) -> Written:
         """The manifest's table, made once as long as the layout stays: it takes a microsecond for each tensor."""
-        if self._table is None or self._table[0] is not layout:
-            self._table = layout, columns.write(layout.entries)
-        return self._table[1]
+        known = self._tables.get(plan.is_copies)
+        if known is None or known[0] is not plan.layout:
+            known = self._tables[plan.is_copies] = plan.layout, columns.write(plan.layout.entries)
+        return known[1]
 
     def _fail(self, error: Exception) -> None:
         """Says once that the memory tier fails; training goes on."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
+from ktrain.abc.source import copies_beside
 from ktrain.abc.tier import Tier
 from ktrain.base import contract
 from ktrain.base.clock import Deadline
@@ -33,6 +34,7 @@ from ktrain.format.manifest import Manifest
 from ktrain.native import NO_RUNS, Runs
 from ktrain.snapshot.arena import NodeVolume
 from ktrain.tier.disk import NodeDisk
+from ktrain.tier.disk import copies_name as disk_copies_name
 from ktrain.tier.disk import payload_name as disk_payload_name
 
 IN_FLIGHT_NBYTES = 256 << 20
@@ -92,6 +94,8 @@ class Openers:
 
     def open(self, copy: Copy, manifest: Manifest, tally: Tally) -> Reader:
         """The copy, opened where it lies; a peer's copy is pulled into this node's volume first."""
+        if copy.rank < 0:
+            return self._open_beside(copy, manifest)
         if copy.tier == contract.TIER_BUCKET:
             identity = copy.identity
             name = records.payload_name(identity.step, identity.epoch, copy.place, copy.rank)
@@ -106,6 +110,15 @@ class Openers:
         if copy.tier == contract.TIER_PEER:
             tally.wire_nbytes += self._pull(copy)
         return VolumeReader(self._volume.open(copy.rank, copy.identity), manifest, self._num_threads)
+
+    def _open_beside(self, copy: Copy, manifest: Manifest) -> Reader:
+        """Copies beside a share on this node's volume or disk."""
+        rank = copies_beside(copy.rank)
+        if copy.tier == contract.TIER_DISK and self._disk is not None:
+            name = disk_copies_name(copy.identity, rank)
+            return TierReader(Object(self._disk.tier, name, self._deadline_of), manifest, self._buffers)
+        assert self._volume is not None, "copies are looked for where there is a volume"
+        return VolumeReader(self._volume.copies.open(rank, copy.identity), manifest, self._num_threads)
 
 
 @dataclass(frozen=True, slots=True)

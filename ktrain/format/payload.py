@@ -99,6 +99,11 @@ def lay_out(shards: Sequence[Shard], *, metadata: Mapping[str, str] = _ABOUT) ->
     return Layout(header=data, entries=entries, nbytes=base + end)
 
 
+def copies_begin(share_nbytes: int, chunk_nbytes: int = CHUNK_NBYTES) -> int:
+    """The byte of a slot at which copies begin, behind a share of so many bytes: the next chunk border (ADR 0015)."""
+    return -(-share_nbytes // chunk_nbytes) * chunk_nbytes
+
+
 def shard_nbytes(shard: Shard) -> int:
     """Bytes of the shard's data."""
     return math.prod(shard.box.lengths) * dtypes.item_nbytes(shard.dtype)

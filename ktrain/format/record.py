@@ -27,6 +27,10 @@ _COMMIT = re.compile(
 _SEGMENT = re.compile(r"[0-9A-Za-z_=-][0-9A-Za-z._=-]*")
 
 
+class Gap(CorruptionError):
+    """Manifests that are good each, but do not make a checkpoint together."""
+
+
 @dataclass(frozen=True, slots=True)
 class RankFiles:
     """One rank's two objects and their digests; names are relative to RUN."""
@@ -144,10 +148,10 @@ def check_coverage(manifests: Sequence[Manifest]) -> None:
     """Proves that manifests make a checkpoint: one identity, every rank once, every tensor whole.
 
     Raises:
-        CorruptionError: something is missing or does not fit; says what.
+        Gap: something is missing or does not fit; says what.
     """
     if not manifests:
-        raise CorruptionError("checkpoint: expected the manifests of all ranks, found none; take another step")
+        raise Gap("checkpoint: expected the manifests of all ranks, found none; take another step")
     identity = manifests[0].identity
     for manifest in manifests:
         if manifest.identity != identity:
@@ -202,8 +206,8 @@ def _check_tensor(identity: Identity, shards: list[Shard], known: _Missing) -> N
         )
 
 
-def _gap(identity: Identity, problem: str) -> CorruptionError:
-    return CorruptionError(f"checkpoint {identity}: {problem}; take another step")
+def _gap(identity: Identity, problem: str) -> Gap:
+    return Gap(f"checkpoint {identity}: {problem}; take another step")
 
 
 def _rank_stem(step: int, epoch: int, write_id: str, rank: int) -> str:

@@ -1,7 +1,7 @@
 """A node's part of the memory tier: slots in files on a memory-backed volume, which outlive every process.
 
     <volume root>/<run id>/<node>/volume.json, volume.lock, committed.json
-                                  rank-00003/slot-0.safetensors, .manifest.json, .lock, .lease
+                                  rank-00003/slot-0.safetensors, .manifest.json, .copies.json, .lock, .lease
 
 A folder `rank-R` holds this node's copies of rank R's snapshots, its own and those kept for others alike.
 What is held is found by looking, never by asking. The rules of a single slot are in `ktrain.snapshot.slots`.
@@ -17,6 +17,7 @@ from pathlib import Path
 from ktrain.base import atomic, contract
 from ktrain.errors import CorruptionError, InternalError, NotFoundError
 from ktrain.format.manifest import Identity
+from ktrain.snapshot.copies import VolumeCopies
 from ktrain.snapshot.inventory import Inventory, ProblemKind, SlotProblem, age
 from ktrain.snapshot.slots import (
     Held,
@@ -26,10 +27,12 @@ from ktrain.snapshot.slots import (
     SlotReader,
     SlotWriter,
     is_full,
+    payload_nbytes,
     translated,
 )
 from ktrain.snapshot.volumes import (
     KEPT_SLOTS,
+    Slots,
     VolumeInfo,
     claim_folder,
     list_volumes,
@@ -48,6 +51,7 @@ __all__ = [
     "SlotProblem",
     "SlotReader",
     "SlotWriter",
+    "Slots",
     "VolumeInfo",
     "list_volumes",
     "remove_volume",
@@ -77,6 +81,7 @@ class NodeVolume:
         self.node = node
         self.run = run
         self._inventory = Inventory(self.path, run)
+        self.copies = VolumeCopies(self._inventory)
         self._calls = calls or SlotCalls()
         self._pid = os.getpid()
         self._lock = threading.Lock()  # guards _slots and _busy
@@ -221,7 +226,7 @@ class NodeVolume:
                 sealed = self._inventory.held(rank)
                 for slot in mine[:count]:
                     held = sealed.get(slot.files.index)
-                    if slot.mapped_nbytes != nbytes and (held is None or held.nbytes == nbytes):
+                    if slot.mapped_nbytes != nbytes and (held is None or payload_nbytes(slot.files) == nbytes):
                         slot.map(nbytes)
                         slot.prefault(threads)
                         mapped(slot.files.name, slot.view())

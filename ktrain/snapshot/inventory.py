@@ -15,7 +15,15 @@ from ktrain.base import contract
 from ktrain.errors import KtrainError
 from ktrain.format.digest import digest_text
 from ktrain.format.manifest import Identity, Manifest
-from ktrain.snapshot.slots import Held, SlotFiles, allocated_nbytes, slot_indices, translated, try_flock
+from ktrain.snapshot.slots import (
+    Held,
+    SlotFiles,
+    allocated_nbytes,
+    payload_nbytes,
+    slot_indices,
+    translated,
+    try_flock,
+)
 
 _RANK_FOLDER = re.compile(r"rank-([0-9]{5,})")
 _Stamp = tuple[int, int, int, int]
@@ -69,6 +77,10 @@ class Inventory:
     def all_slots(self) -> list[tuple[int, SlotFiles]]:
         """Every slot with its rank, in order."""
         return [(rank, files) for rank in self._ranks() for files in self.slots(rank)]
+
+    def ranks_with_copies(self) -> list[int]:
+        """The ranks with copies in a slot, of whichever snapshot."""
+        return sorted({rank for rank, files in self.all_slots() if files.copies.exists()})
 
     def allocated_nbytes(self) -> int:
         """Bytes that all payloads take from the file system, sealed or not."""
@@ -144,7 +156,7 @@ class Inventory:
         if (manifest.identity.run, manifest.rank) != (self.run, rank):
             message = f"holds rank {manifest.rank} of run {manifest.identity.run!r}"
             return SlotProblem(rank, files.name, ProblemKind.FOREIGN, message)
-        nbytes = _file_nbytes(files.payload)
+        nbytes = payload_nbytes(files)
         if nbytes < max(1, manifest.nbytes):
             message = f"expected a payload of {manifest.nbytes} bytes, found {nbytes}"
             return SlotProblem(rank, files.name, ProblemKind.SHORT, message)
@@ -158,14 +170,7 @@ class Inventory:
 def _stamp(files: SlotFiles) -> _Stamp:
     """Differs for every manifest that was ever sealed in a slot (each is a new file), and when bytes are lost."""
     stat = os.stat(files.manifest)
-    return stat.st_ino, stat.st_mtime_ns, stat.st_size, _file_nbytes(files.payload)
-
-
-def _file_nbytes(path: Path) -> int:
-    try:
-        return os.stat(path).st_size
-    except FileNotFoundError:
-        return 0
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size, payload_nbytes(files)
 
 
 def _try_read_manifest(files: SlotFiles) -> Manifest | None:

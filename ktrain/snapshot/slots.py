@@ -2,6 +2,10 @@
 
 Invariant: a manifest lies beside a payload only while the payload is whole and nobody writes into it.
 
+The payload of the manifest is the rank's share of the job. Behind it, from the next chunk border on, the file may have
+a second payload with a manifest of its own: copies, for this node alone (ADR 0015). They are an extra. A slot holds its
+snapshot with or without them, and they count only beside a share of the same snapshot.
+
 `slot-K.lock` is held exclusively by the process that has the slot mapped for writing, for as long as any
 mapping lives: in that process, in its forked children, and also while it is stopped. The system lets it go
 when the last of them is dead, and that is the proof of death. `slot-K.lease` is held shared by readers, and
@@ -22,9 +26,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ktrain import native
-from ktrain.errors import CapacityError, CorruptionError, ForbiddenError, InternalError, KtrainError, UnavailableError
+from ktrain.errors import (
+    CapacityError,
+    CorruptionError,
+    ForbiddenError,
+    InternalError,
+    KtrainError,
+    NotFoundError,
+    UnavailableError,
+)
 from ktrain.format.digest import digest_text
 from ktrain.format.manifest import Identity, Manifest
+from ktrain.format.payload import copies_begin
 
 _LOCK_TRIES = 3  # somebody who only looks holds a lock for microseconds; that is no writer
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM})
@@ -61,6 +74,11 @@ class SlotFiles:
     @property
     def manifest(self) -> Path:
         return self.folder / f"slot-{self.index}.manifest.json"
+
+    @property
+    def copies(self) -> Path:
+        """The manifest of the copies behind the payload."""
+        return self.folder / f"slot-{self.index}.copies.json"
 
     @property
     def unfinished_manifest(self) -> Path:
@@ -151,6 +169,14 @@ def allocated_nbytes(path: Path) -> int:
     """Bytes that the file takes from its file system; 0 where there is none."""
     try:
         return path.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
+
+
+def payload_nbytes(files: SlotFiles) -> int:
+    """The size of a slot's file; 0 where there is none."""
+    try:
+        return files.payload.stat().st_size
     except FileNotFoundError:
         return 0
 
@@ -251,22 +277,29 @@ class Slot:
         assert self._leased and self._payload_fd is not None
         self.files.manifest.unlink(missing_ok=True)
         self._calls.reached("unsealed")
+        self.files.copies.unlink(missing_ok=True)
         self.files.bad.unlink(missing_ok=True)
         self.files.reason.unlink(missing_ok=True)
         if os.fstat(self._payload_fd).st_size > self.mapped_nbytes:
             os.ftruncate(self._payload_fd, self.mapped_nbytes)
             self._calls.reached("cut")
 
-    def seal(self, data: bytes) -> None:
-        """Gives the manifest its name, in one step, after the payload is complete."""
+    def seal(self, data: bytes, copies: bytes | None = None) -> None:
+        """Gives the manifests their names, each in one step, after the payloads are complete: the share's last."""
+        if copies is not None:
+            self._write(copies, self.files.copies)
+            self._calls.reached("copies-sealed")
+        self._write(data, self.files.manifest)
+        self._calls.reached("sealed")
+
+    def _write(self, data: bytes, manifest: Path) -> None:
         try:
             self.files.unfinished_manifest.write_bytes(data)
         except OSError:
             self.files.unfinished_manifest.unlink(missing_ok=True)
             raise
         self._calls.reached("manifest-written")
-        os.replace(self.files.unfinished_manifest, self.files.manifest)
-        self._calls.reached("sealed")
+        os.replace(self.files.unfinished_manifest, manifest)
 
     def prefault(self, num_threads: int) -> None:
         """Makes every mapped page present; changes no byte."""
@@ -306,23 +339,26 @@ class SlotWriter:
     def slot(self) -> str:
         return self._slot.files.name
 
-    def seal(self, manifest: Manifest) -> Held:
+    def seal(self, manifest: Manifest, copies: Manifest | None = None) -> Held:
         """Makes the snapshot exist; the payload is complete before the call.
+
+        Args:
+            copies: of the payload that lies behind the share, from `copies_begin` on.
 
         Raises:
             CapacityError: the volume has no room for the manifest.
-            InternalError: the manifest is of another snapshot, or the writer has ended.
+            InternalError: a manifest is of another snapshot, or the writer has ended.
             In each case nothing is sealed and the slot is abandoned.
         """
         self._require_open()
-        found = (manifest.rank, manifest.identity.run, manifest.nbytes)
         expected = (self._rank, self._run, len(self.memory))
         try:
-            if found != expected:
+            found = (manifest.rank, manifest.identity.run, _slot_nbytes(manifest, copies))
+            if found != expected or (copies is not None and _is_of(copies) != _is_of(manifest)):
                 raise InternalError(f"seal {self.slot}: expected rank, run, bytes {expected}, found {found}")
-            data = manifest.to_bytes()
+            data, beside = manifest.to_bytes(), None if copies is None else copies.to_bytes()
             with translated(f"seal step {manifest.identity.step} of rank {self._rank} in {self.slot}"):
-                self._slot.seal(data)
+                self._slot.seal(data, beside)
         except KtrainError:
             self.abandon()
             raise
@@ -353,21 +389,51 @@ class SlotWriter:
         self.abandon()
 
 
-class SlotReader:
-    """A sealed snapshot under lease: nobody overwrites it until this is closed and all its views are gone."""
+def _slot_nbytes(manifest: Manifest, copies: Manifest | None) -> int:
+    """Bytes of a slot with these payloads."""
+    if copies is None:
+        return manifest.nbytes
+    return copies_begin(manifest.nbytes, manifest.chunk_nbytes) + copies.nbytes
 
-    def __init__(self, files: SlotFiles, manifest: Manifest, lease_fd: int) -> None:
+
+def _is_of(manifest: Manifest) -> tuple[int, Identity]:
+    return manifest.rank, manifest.identity
+
+
+def read_copies(files: SlotFiles, share: Manifest) -> Manifest:
+    """The manifest of the copies behind a share, while the slot is under lease.
+
+    Raises:
+        NotFoundError: there are none, or they are of another snapshot: whoever wrote the share knew nothing of copies.
+        CorruptionError: the manifest is damaged.
+    """
+    try:
+        copies = Manifest.from_bytes(files.copies.read_bytes())
+    except FileNotFoundError:
+        raise NotFoundError(f"{files.name}: it has no copies") from None
+    if _is_of(copies) != _is_of(share):
+        raise NotFoundError(f"{files.name}: its copies are of rank {copies.rank}, {copies.identity}")
+    return copies
+
+
+class SlotReader:
+    """A payload of a sealed slot under lease: nobody overwrites it until this is closed and all its views are gone.
+
+    `begin` is where the payload of the manifest begins in the slot's file.
+    """
+
+    def __init__(self, files: SlotFiles, manifest: Manifest, lease_fd: int, begin: int = 0) -> None:
         """Takes over `lease_fd`, also when it raises."""
         try:
             fd = os.open(files.payload, os.O_RDONLY | os.O_NOFOLLOW)
             try:
                 nbytes = os.fstat(fd).st_size
-                if nbytes < manifest.nbytes:
+                if nbytes < begin + manifest.nbytes:
                     raise CorruptionError(
-                        f"{files.payload}: expected a payload of {manifest.nbytes} bytes, found {nbytes}; "
-                        "try another copy"
+                        f"{files.payload}: expected a payload of {manifest.nbytes} bytes at byte {begin}, the file has "
+                        f"{nbytes}; try another copy"
                     )
-                mapping = mmap.mmap(fd, manifest.nbytes, access=mmap.ACCESS_READ)
+                mapping = mmap.mmap(fd, begin + manifest.nbytes, access=mmap.ACCESS_READ)
             finally:
                 os.close(fd)
         except BaseException:
@@ -376,7 +442,7 @@ class SlotReader:
         weakref.finalize(mapping, os.close, lease_fd).atexit = False
         self.manifest = manifest
         self.slot = files.name
-        self._memory: memoryview | None = memoryview(mapping)
+        self._memory: memoryview | None = memoryview(mapping)[begin:]
 
     @property
     def memory(self) -> memoryview:

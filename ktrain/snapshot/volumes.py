@@ -22,6 +22,7 @@ _LOCK_FILE = "volume.lock"  # held shared by every process that has the folder o
 _FORMAT = 1
 _OPEN_S = 5.0  # others hold the lock alone only to look, or while they remove the folder
 _PAGE = 4096
+_EXTRA = 16 * _PAGE
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
 
 
@@ -38,38 +39,43 @@ class VolumeInfo:
     live: bool
 
 
-def required_nbytes(
-    payload_nbytes: int,
-    *,
-    ranks_per_node: int,
-    slots: int,
-    kept_ranks: int,
-    free_nbytes: int,
-    held_nbytes: int,
-) -> int:
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """Slots of `nbytes` each: so many for each of some ranks."""
+
+    num_ranks: int
+    num_each: int
+    nbytes: int
+
+    @property
+    def room_nbytes(self) -> int:
+        """Bytes that they take with their manifests, whose size is bounded by that of what they describe."""
+        # A manifest takes under 250 bytes per tensor and 16 per chunk of 1 MiB; 64 KiB and a 2048th cover both.
+        return self.num_ranks * self.num_each * (_whole_pages(self.nbytes) + _whole_pages(self.nbytes // 2048) + _EXTRA)
+
+    def __str__(self) -> str:
+        return f"{self.num_ranks} ranks x {self.num_each} slots x {self.nbytes} bytes"
+
+
+def required_nbytes(own: Slots, kept: Slots, *, free_nbytes: int, held_nbytes: int) -> int:
     """Bytes that the slots of one node need in its volume.
 
     Args:
-        payload_nbytes: the largest payload of a rank.
-        ranks_per_node: ranks that run here.
-        slots: slots of each of them.
-        kept_ranks: ranks of other nodes whose snapshots are kept here, with `KEPT_SLOTS` slots each.
+        own: of the ranks that run here, for the largest of their snapshots.
+        kept: of ranks of other nodes whose snapshots are kept here.
         free_nbytes: what the file system has free, `NodeVolume.free_nbytes()`.
         held_nbytes: what this run's slots take already, `NodeVolume.held_nbytes()`; they are used again.
 
     Raises:
         CapacityError: the file system has less.
     """
-    # A manifest takes under 250 bytes per tensor and 16 per chunk of 1 MiB; 64 KiB and a 2048th cover both.
-    each = _whole_pages(payload_nbytes) + _whole_pages(payload_nbytes // 2048) + 16 * _PAGE
-    required = (ranks_per_node * slots + kept_ranks * KEPT_SLOTS) * each
+    required = own.room_nbytes + kept.room_nbytes
     lacking = required - free_nbytes - held_nbytes
     if lacking > 0:
         raise CapacityError(
-            f"memory tier: needs {required} bytes = ({ranks_per_node} ranks x {slots} slots + {kept_ranks} "
-            f"kept ranks x {KEPT_SLOTS} slots) x {each} bytes; the volume has {free_nbytes} bytes free and "
-            f"{held_nbytes} in slots of this run, {lacking} too few; make the volume larger, keep fewer "
-            "replicas or use fewer slots"
+            f"memory tier: needs {required} bytes for {own}, {kept} kept for other nodes, and their manifests; the "
+            f"volume has {free_nbytes} bytes free and {held_nbytes} in slots of this run, {lacking} too few; make the "
+            "volume larger, keep fewer replicas or use fewer slots"
         )
     return required
 

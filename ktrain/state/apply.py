@@ -9,7 +9,7 @@ from typing import Any
 from ktrain import native
 from ktrain.abc.source import SnapshotSource
 from ktrain.base.collector import without_collections
-from ktrain.errors import ConfigError
+from ktrain.errors import ConfigError, CorruptionError
 from ktrain.format.manifest import IMPORTED, Identity, Manifest
 from ktrain.state.landing import Landing
 from ktrain.state.parts import Context
@@ -40,22 +40,28 @@ class RestoreNeeds:
         return ranges_of(self.targets.values())
 
 
-def plan_restore(state: TrainState, manifests: Mapping[int, Manifest], topology: Topology) -> RestoreNeeds:
+def plan_restore(
+    state: TrainState,
+    manifests: Mapping[int, Manifest],
+    topology: Topology,
+    copies: Mapping[int, Manifest] | None = None,
+) -> RestoreNeeds:
     """What this rank needs of the checkpoint. Changes nothing.
 
     Args:
         manifests: all ranks' manifests of one checkpoint.
+        copies: manifests of copies at hand, by the saved rank that they lie beside.
 
     Raises:
         ConfigError: state and checkpoint do not fit; lists what is missing, unexpected or of another form.
+        CorruptionError: the checkpoint has not all of a tensor that this rank needs.
     """
     with without_collections():
-        return _plan(state, manifests, topology)
+        return _plan(state, Saved(manifests, topology, copies), topology)
 
 
-def _plan(state: TrainState, manifests: Mapping[int, Manifest], topology: Topology) -> RestoreNeeds:
-    saved = Saved(manifests, topology)
-    identity = manifests[saved.rank].identity
+def _plan(state: TrainState, saved: Saved, topology: Topology) -> RestoreNeeds:
+    identity = saved.identity
     wishes = Wishes(saved)
     context = Context(topology)
     absent = _compare_parts(state, saved, wishes)
@@ -72,6 +78,8 @@ def _plan(state: TrainState, manifests: Mapping[int, Manifest], topology: Topolo
             objects[part.name] = wishes.objects.get(part.name, about)
     if wishes.problems:
         raise _misfit(identity, wishes.problems)
+    if wishes.gaps:
+        raise CorruptionError(f"the checkpoint of {identity} is not whole:{_listed(wishes.gaps)}\nTake another step.")
     wishes.notices.extend(
         f"part {name!r} belongs to a rank; it was stored by {saved.world_size} ranks and there are "
         f"{topology.world_size} now, so it is made anew"
@@ -126,12 +134,16 @@ def _is_kind(name: str, about: Mapping[str, Any], expected: str, wishes: Wishes)
 
 
 def _misfit(identity: Identity, problems: list[str]) -> ConfigError:
-    listed = "".join(f"\n  {problem}" for problem in problems[:_MAX_LISTED])
-    more = f"\n  and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
     return ConfigError(
-        f"the checkpoint of {identity} does not fit the state:{listed}{more}\n"
+        f"the checkpoint of {identity} does not fit the state:{_listed(problems)}\n"
         "Make the state as it was when it was saved, or start a new run."
     )
+
+
+def _listed(problems: list[str]) -> str:
+    listed = "".join(f"\n  {problem}" for problem in problems[:_MAX_LISTED])
+    more = f"\n  and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
+    return listed + more
 
 
 def _seed(identity: Identity, topology: Topology) -> int:

@@ -18,7 +18,7 @@ from ktrain.format.shard import Box, Shard
 from ktrain.state.look import picker
 from ktrain.state.optimizer import OptimizerPart
 from ktrain.state.parts import Context, Known
-from ktrain.state.shares import Block, share_out
+from ktrain.state.shares import Block, find_place, share_out
 from ktrain.state.tensors import (
     PLAIN_TYPES,
     Leaf,
@@ -33,7 +33,13 @@ from ktrain.state.topology import Topology
 from ktrain.state.train_state import TrainState
 
 _Cut: TypeAlias = tuple[slice, ...]
-"""The part of a rank's local tensor that it stores, where other ranks of its node store the rest."""
+"""The part of a rank's local tensor that it stores, where other ranks store the rest."""
+
+_Rows: TypeAlias = "dict[Shard, tuple[int, _Cut | None]]"
+"""What goes into a payload: each shard with its leaf's index and its cut."""
+
+_Nodes: TypeAlias = tuple[tuple[int, ...], ...]
+"""Ranks by node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +68,11 @@ class Places:
 
 @dataclass(frozen=True, slots=True)
 class SavePlan:
-    """A rank's share of a snapshot.
+    """One payload of a rank: its share of a snapshot, or its copies of other ranks' shares.
 
     `tensors` are the local parts in the order of `layout.entries`, on the live storage, perhaps part of autograd and
-    not contiguous. `digest` is of all shards.
+    not contiguous. `digest` is of all shards. `copies` are what this rank stores for its own node alone (ADR 0015);
+    None where there is nothing of the kind, and in the copies themselves.
     """
 
     tensors: tuple[torch.Tensor, ...]
@@ -73,6 +80,12 @@ class SavePlan:
     objects: dict[str, Any]
     digest: str
     places: Places
+    copies: SavePlan | None = None
+    is_copies: bool = False
+
+    def without_tensors(self) -> SavePlan:
+        """The plan as it describes what was stored, which holds nothing of the state."""
+        return replace(self, tensors=(), copies=self.copies and self.copies.without_tensors())
 
     @property
     def items(self) -> tuple[Item, ...]:
@@ -82,19 +95,27 @@ class SavePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class _Payload:
+    """One payload of a plan, but for its tensors."""
+
+    stored: tuple[int, ...]  # indices of leaves, in the order of the layout
+    layout: Layout
+    digest: str
+    cuts: tuple[tuple[int, _Cut], ...]  # rows of the layout that are a part of their leaf's local tensor
+    places: Places = Places((), ())
+    stored_of: Callable[[Sequence[Any]], Sequence[Any]] = tuple  # takes the stored ones out of all
+
+
+@dataclass(frozen=True, slots=True)
 class _Memo:
     """What a plan computes from shapes and placements alone; kept while these stay the same."""
 
     topology: Topology
     signatures: tuple[tuple[Any, ...], ...]  # of all leaves
-    stored: tuple[int, ...]  # indices of leaves, in the order of the layout
-    layout: Layout
-    digest: str
-    cuts: tuple[tuple[int, _Cut], ...]  # rows of the layout that are a part of their leaf's local tensor
+    share: _Payload
+    copies: _Payload | None
     known: tuple[Known | None, ...] = ()  # of all parts, in their order
     num_leaves: tuple[int, ...] = ()  # of all parts
-    places: Places = Places((), ())
-    stored_of: Callable[[Sequence[Any]], Sequence[Any]] = tuple  # takes the stored ones out of all
 
     def fits(self, leaves: Sequence[Leaf], topology: Topology) -> bool:
         # One after the other: signatures of all leaves at once would keep the garbage collector busy.
@@ -106,8 +127,9 @@ class _Memo:
 def plan_save(state: TrainState, topology: Topology) -> SavePlan:
     """What this rank stores of the state as it is now. No communication; changes nothing.
 
-    Every node stores a whole copy of what its ranks hold, so that it restores from itself: what several ranks of
-    the node hold is divided between them, evenly, large tensors by rows.
+    What several ranks hold is divided between all of them, evenly, large tensors by rows: that is each rank's share of
+    the job. Beside it the ranks of a node keep copies of the rest of what they hold, divided between them as well, so
+    that a node restores from itself. Where the topology does not know all nodes, a node's ranks divide all they hold.
 
     Raises:
         ConfigError: a part holds something that cannot be stored; names it.
@@ -134,11 +156,20 @@ def _plan(state: TrainState, topology: Topology) -> SavePlan:
         num_leaves.append(len(found))
     if not isinstance(memo, _Memo) or not memo.fits(leaves, topology):
         memo = _make_memo(leaves, topology)
-    places = _find_places(state, known, num_leaves, memo.stored)
+    placed = [
+        payload
+        and replace(
+            payload,
+            places=_find_places(state, known, num_leaves, payload.stored),
+            stored_of=picker(payload.stored),
+        )
+        for payload in (memo.share, memo.copies)
+    ]
+    assert placed[0] is not None
     memo = state.memo = replace(
-        memo, known=tuple(known), num_leaves=tuple(num_leaves), places=places, stored_of=picker(memo.stored)
+        memo, known=tuple(known), num_leaves=tuple(num_leaves), share=placed[0], copies=placed[1]
     )
-    return _join(memo, [leaf.tensor for leaf in leaves], objects)
+    return _join_all(memo, [leaf.tensor for leaf in leaves], objects)
 
 
 def _try_plan_again(state: TrainState, topology: Topology, memo: _Memo) -> SavePlan | None:
@@ -159,16 +190,26 @@ def _try_plan_again(state: TrainState, topology: Topology, memo: _Memo) -> SaveP
                 return None
             found = [leaf.tensor for leaf in leaves]
         tensors.extend(found)
-    return _join(memo, tensors, objects)
+    return _join_all(memo, tensors, objects)
 
 
-def _join(memo: _Memo, tensors: Sequence[torch.Tensor], objects: dict[str, Any]) -> SavePlan:
-    mine = list(memo.stored_of(tensors))
+def _join_all(memo: _Memo, tensors: Sequence[torch.Tensor], objects: dict[str, Any]) -> SavePlan:
+    share = memo.share
+    plan = SavePlan(_join(share, tensors), share.layout, objects, share.digest, share.places)
+    if memo.copies is None:
+        return plan
+    beside = memo.copies
+    copies = SavePlan(_join(beside, tensors), beside.layout, {}, beside.digest, beside.places, is_copies=True)
+    return replace(plan, copies=copies)
+
+
+def _join(payload: _Payload, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    mine = list(payload.stored_of(tensors))
     if not PLAIN_TYPES.issuperset(map(type, mine)):
         mine = list(map(_part_of, mine))
-    for row, cut in memo.cuts:
+    for row, cut in payload.cuts:
         mine[row] = mine[row].detach()[cut]
-    return SavePlan(tuple(mine), memo.layout, objects, memo.digest, memo.places)
+    return tuple(mine)
 
 
 def _part_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -214,12 +255,18 @@ def _make_memo(leaves: Sequence[Leaf], topology: Topology) -> _Memo:
         require_storable(leaf.name, leaf.tensor)
     shards = [_shard(leaf) for leaf in leaves]
     _require_distinct(shards)
-    own = _own_shards(leaves, shards, topology)
-    layout = lay_out(list(own))
-    stored, cuts = zip(*(own[entry.shard] for entry in layout.entries), strict=True) if own else ((), ())
+    share, copies = _divide(leaves, shards, topology)
     return _Memo(
-        topology,
-        tuple(map(_signature, leaves)),
+        topology, tuple(map(_signature, leaves)), _make_payload(share), _make_payload(copies) if copies else None
+    )
+
+
+def _make_payload(rows: _Rows) -> _Payload:
+    """A payload of those rows, in the order of the leaves."""
+    rows = dict(sorted(rows.items(), key=lambda item: item[1][0]))
+    layout = lay_out(list(rows))
+    stored, cuts = zip(*(rows[entry.shard] for entry in layout.entries), strict=True) if rows else ((), ())
+    return _Payload(
         stored,
         layout,
         _digest([entry.shard for entry in layout.entries]),
@@ -239,36 +286,50 @@ def _has_bytes_here(shard: Shard) -> bool:
     return shard.box.numel > 0 or 0 in shard.global_shape
 
 
-def _here(leaf: Leaf, topology: Topology) -> tuple[int, ...]:
-    """The ranks of this node that hold the leaf's bytes."""
-    return tuple(rank for rank in leaf.holders if rank in topology.node_ranks)
+def _divide(leaves: Sequence[Leaf], shards: Sequence[Shard], topology: Topology) -> tuple[_Rows, _Rows]:
+    """What this rank stores as its share of the job, and as copies for its node.
 
-
-def _own_shards(
-    leaves: Sequence[Leaf], shards: Sequence[Shard], topology: Topology
-) -> dict[Shard, tuple[int, _Cut | None]]:
-    """What this rank stores, in the order of the leaves: each shard with its leaf's index and its cut.
-
-    What several ranks of this node hold is divided evenly between them. All of these see the same leaves, and so
-    come to the same cuts. A parameter and its optimizer state have one anchor and are cut alike.
+    What several ranks hold is divided evenly between them. All of these see the same leaves, and so come to the same
+    cuts. A parameter and its optimizer state have one anchor and are cut alike.
     """
-    own: dict[Shard, tuple[int, _Cut | None]] = {}
-    shared: dict[tuple[int, ...], dict[tuple[str, tuple[int, ...]], list[int]]] = {}
+    share: _Rows = {}
+    copies: _Rows = {}
+    nodes_of: dict[tuple[int, ...], _Nodes] = {}
+    shared: dict[_Nodes, dict[tuple[str, tuple[int, ...]], list[int]]] = {}
     for index, (leaf, shard) in enumerate(zip(leaves, shards, strict=True)):
-        here = _here(leaf, topology)
         if not _has_bytes_here(shard):
             continue
-        if len(here) > 1:
-            shared.setdefault(here, {}).setdefault((leaf.anchor, shard.box.lengths), []).append(index)
+        nodes = nodes_of.get(leaf.holders)
+        if nodes is None:
+            nodes = nodes_of[leaf.holders] = _dividing_nodes(leaf.holders, topology)
+        if sum(map(len, nodes)) > 1:
+            shared.setdefault(nodes, {}).setdefault((leaf.anchor, shard.box.lengths), []).append(index)
         else:
-            own[shard] = index, None
-    for holders, groups in shared.items():
+            share[shard] = index, None
+    for nodes, groups in shared.items():
         rows = sorted(groups.items())
         blocks = [Block(key[1], sum(leaves[i].tensor.dtype.itemsize for i in indices)) for key, indices in rows]
-        share = share_out(blocks, len(holders), holders.index(topology.rank))
-        for (_, indices), boxes in zip(rows, share, strict=True):
-            own.update((_part(shards[i], box), (i, _cut(shards[i], box))) for i in indices for box in boxes)
-    return dict(sorted(own.items(), key=lambda item: item[1][0]))
+        place = find_place(nodes, topology.rank)
+        before, after = place.share - place.begin, place.end - place.share - 1
+        for into, first, num in (
+            (share, place.share, 1),
+            (copies, place.begin, before),
+            (copies, place.share + 1, after),
+        ):
+            for (_, indices), boxes in zip(rows, share_out(blocks, place.num_shares, first, num), strict=True):
+                into.update((_part(shards[i], box), (i, _cut(shards[i], box))) for i in indices for box in boxes)
+    return share, copies
+
+
+def _dividing_nodes(holders: Sequence[int], topology: Topology) -> _Nodes:
+    """The holders that divide their bytes, by node: all, or where nodes have not equally many, those of this node.
+
+    Ranks that divide something must agree on it, and so on what lies beside it in one row.
+    """
+    nodes = topology.by_node(holders)
+    if len(set(map(len, nodes))) > 1:
+        nodes = tuple(ranks for ranks in nodes if topology.rank in ranks)
+    return nodes
 
 
 def _part(shard: Shard, inner: Box) -> Shard:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy
 import torch
 
-from ktrain.abc.source import SnapshotSource
+from ktrain.abc.source import SnapshotSource, copies_beside
 from ktrain.errors import CorruptionError, InternalError
 from ktrain.format import objects
 from ktrain.format.dtype import item_nbytes
-from ktrain.format.manifest import Manifest
+from ktrain.format.manifest import Identity, Manifest
 from ktrain.format.payload import Entry
 from ktrain.format.shard import Box, Role
 from ktrain.state.tensors import dtype_of
@@ -27,7 +27,10 @@ from ktrain.state.topology import Topology
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A box of a tensor and the saved entry it is read from, at these bytes of the saved rank's payload."""
+    """A box of a tensor and the saved entry it is read from, at these bytes of the saved rank's payload.
+
+    `rank` may stand for copies beside a rank's share (`copies_beside`).
+    """
 
     rank: int
     entry: Entry
@@ -55,9 +58,15 @@ _HOST = torch.device("cpu")
 
 
 class Saved:
-    """The manifests of a checkpoint, indexed for one restoring rank."""
+    """The manifests of a checkpoint, indexed for one restoring rank.
 
-    def __init__(self, manifests: Mapping[int, Manifest], topology: Topology) -> None:
+    `copies` are manifests of copies at hand, by the saved rank that they lie beside. What they have is read from them
+    rather than from another node; what they lack, or where they are left out, from shares.
+    """
+
+    def __init__(
+        self, manifests: Mapping[int, Manifest], topology: Topology, copies: Mapping[int, Manifest] | None = None
+    ) -> None:
         self._manifests = manifests
         self._topology = topology
         self.world_size = len(manifests)
@@ -65,9 +74,15 @@ class Saved:
         # On another world size what belongs to no rank in particular is rank 0's, as DDP does with buffers.
         self.rank = topology.rank if self.is_same_world else 0
         self._index: dict[str, list[tuple[int, Entry]]] = {}
-        for rank in sorted(manifests, key=self._distance):
-            for entry in manifests[rank].entries:
+        beside = {copies_beside(rank): manifest for rank, manifest in (copies or {}).items()}
+        every = {**manifests, **beside}
+        for rank in sorted(every, key=self._distance):
+            for entry in every[rank].entries:
                 self._index.setdefault(entry.shard.name, []).append((rank, entry))
+
+    @property
+    def identity(self) -> Identity:
+        return self._manifests[self.rank].identity
 
     def objects(self, part: str) -> dict[str, Any] | None:
         """The part's JSON as the rank that stands for this one saved it; None where there is no such part."""
@@ -117,8 +132,10 @@ class Saved:
         return own[:1] or joined or found[:1]
 
     def _distance(self, rank: int) -> tuple[bool, bool, int]:
-        """Order in which copies are read: this rank's own, its node's, then spread over the others."""
+        """Order in which payloads are read: this rank's own, its node's, then spread over the others."""
         me = self._topology.rank
+        if rank < 0:
+            return copies_beside(rank) != me, False, (copies_beside(rank) - me) % self.world_size
         size = self._manifests[rank].origin.get("local_world_size", 1)
         same_node = isinstance(size, int) and size > 0 and rank // size == me // size
         return rank != me, not same_node, (rank - me) % self.world_size
@@ -127,7 +144,8 @@ class Saved:
 class Wishes:
     """What a restore needs and everything that stands against it, gathered before anything is changed.
 
-    `notices` say in words what will not come out of the checkpoint.
+    `problems` say where state and checkpoint do not fit, `gaps` where the checkpoint lacks a part of what it has, and
+    `notices` what will not come out of it.
     """
 
     def __init__(self, saved: Saved) -> None:
@@ -135,6 +153,7 @@ class Wishes:
         self.targets: dict[str, Target] = {}
         self.objects: dict[str, Mapping[str, Any]] = {}  # by part, as it will be loaded; absent: as its rank stored it
         self.problems: list[str] = []
+        self.gaps: list[str] = []
         self.notices: list[str] = []
 
     def add(
@@ -146,7 +165,7 @@ class Wishes:
         into: torch.Tensor | None = None,
         device: torch.device = _HOST,
     ) -> None:
-        """Asks for a box of a saved tensor, read under `as_name`; what no rank stored becomes a problem.
+        """Asks for a box of a saved tensor, read under `as_name`; what no rank stored becomes a problem or gap.
 
         Args:
             into: the live local tensor of the box that will be filled.
@@ -158,7 +177,8 @@ class Wishes:
             self.targets[as_name or name] = Target(dtype, shape, box, pieces, into, device.type == "cpu")
         else:
             lacking = ", ".join(f"offsets {list(b.offsets)} lengths {list(b.lengths)}" for b in pieces[:3])
-            self.problems.append(f"{name}: no rank stored {lacking}")
+            where = self.problems if self.saved.shape_and_dtype(name) is None else self.gaps
+            where.append(f"{name}: no rank stored {lacking}")
 
     def add_whole(self, name: str, device: torch.device = _HOST) -> None:
         """Asks for a saved tensor, whole, to be created on the device."""

@@ -1,7 +1,8 @@
 """Which of several ranks stores what all of them hold: their bytes in a row, cut into even shares.
 
 Invariant: a pure function of what all holders see alike, in whole numbers, so that every one of them comes to the
-same cuts without a word between them; the shares are disjoint and make up everything.
+same cuts without a word between them; the shares are disjoint and make up everything, and what the ranks of any one
+of the nodes store as shares and copies makes up everything too (ADR 0015).
 """
 
 from __future__ import annotations
@@ -32,8 +33,31 @@ class Block:
         return math.prod(self.lengths)
 
 
-def share_out(blocks: Sequence[Block], num_shares: int, share: int) -> list[list[Box]]:
-    """What of each block one of the shares stores, as boxes of the block.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a rank stores of the even shares of a row: one for the job, and others as copies for its own node.
+
+    `begin` to `end` are both together; no other rank of the node stores any of them.
+    """
+
+    num_shares: int
+    share: int
+    begin: int
+    end: int
+
+
+def find_place(nodes: Sequence[Sequence[int]], rank: int) -> Place:
+    """A rank's place among all who divide the same bytes: by node, equally many on each, in the order of the ranks.
+
+    The ranks of a node divide the row between them; each part of it is divided once more between the nodes.
+    """
+    index = next(index for index, ranks in enumerate(nodes) if rank in ranks)
+    begin = nodes[index].index(rank) * len(nodes)
+    return Place(len(nodes[index]) * len(nodes), begin + index, begin, begin + len(nodes))
+
+
+def share_out(blocks: Sequence[Block], num_shares: int, share: int, num: int = 1) -> list[list[Box]]:
+    """What of each block one of the shares stores, or several in a row, as boxes of the block.
 
     The blocks' bytes lie in a row in the order given. A cut between two shares goes to the nearest border of a
     block, or, where that is too far for even shares, between two rows of a block (of the first dimension that has
@@ -43,14 +67,14 @@ def share_out(blocks: Sequence[Block], num_shares: int, share: int) -> list[list
     total = ends[-1] if ends else 0
     slack = max(total // (_SLACK_DIVISOR * num_shares), _MIN_SLACK_NBYTES)
     low = _cut(blocks, ends, total * share // num_shares, slack) if share else (0, 0)
-    last = share + 1 == num_shares
-    high = (len(blocks), 0) if last else _cut(blocks, ends, total * (share + 1) // num_shares, slack)
+    last = share + num == num_shares
+    high = (len(blocks), 0) if last else _cut(blocks, ends, total * (share + num) // num_shares, slack)
     found = []
     for index, block in enumerate(blocks):
         begin = 0 if index > low[0] else low[1] if index == low[0] else block.numel
         end = block.numel if index < high[0] else high[1] if index == high[0] else 0
         if block.numel == 0:  # there is nothing to divide, and it is stored once all the same
-            found.append([Box.whole(block.lengths)] if share == 0 else [])
+            found.append([Box.whole(block.lengths)] if share == 0 and num else [])
         else:
             found.append(_boxes(block.lengths, begin, end) if begin < end else [])
     return found

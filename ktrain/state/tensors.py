@@ -23,7 +23,7 @@ PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 class Leaf:
     """A tensor of a part, live, under the name it is stored by.
 
-    `holders` are the ranks that hold these same bytes; one of each node stores them. `anchor` is the name
+    `holders` are the ranks that hold these same bytes, sorted; they divide them. `anchor` is the name
     whose owner stores this leaf too, so that a parameter and its optimizer state stay together.
     """
 

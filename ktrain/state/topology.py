@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 
 import torch.distributed as dist
 
@@ -13,12 +16,17 @@ from ktrain.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """A rank, its world and its node. Ranks of a node are consecutive, as torch's launchers number them."""
+    """A rank, its world and its node. Ranks of a node are consecutive, as torch's launchers number them.
+
+    `node_sizes` are the numbers of ranks of all nodes, in the order of their ranks; empty where they are not known, and
+    then a node stores whatever its ranks hold by itself (ADR 0015).
+    """
 
     rank: int
     world_size: int
     local_rank: int = 0
     local_world_size: int = 1
+    node_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size or not 0 <= self.local_rank < self.local_world_size:
@@ -49,6 +57,21 @@ class Topology:
         """All ranks of this rank's node."""
         first = self.rank - self.local_rank
         return range(first, first + self.local_world_size)
+
+    def with_nodes(self, node_sizes: Sequence[int]) -> Topology:
+        """The same rank, told of all nodes; of none where this rank's own node is not one of them."""
+        first = self.rank - self.local_rank
+        starts = dict(zip(accumulate(node_sizes, initial=0), node_sizes, strict=False))
+        fits = sum(node_sizes) == self.world_size and starts.get(first) == self.local_world_size
+        return replace(self, node_sizes=tuple(node_sizes) if fits else ())
+
+    def by_node(self, ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """Some ranks, sorted, by node, without nodes that have none; of this node alone where others are not known."""
+        if not self.node_sizes:
+            here = tuple(rank for rank in ranks if rank in self.node_ranks)
+            return (here,) if here else ()
+        ends = list(accumulate(self.node_sizes))
+        return tuple(tuple(group) for _, group in groupby(ranks, key=lambda rank: bisect_right(ends, rank)))
 
     @property
     def copy_threads(self) -> int:

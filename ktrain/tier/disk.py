@@ -37,6 +37,7 @@ class NodeDisk:
         self._timeouts = timeouts
         self._clock = clock
         self._known: dict[str, Manifest] = {}  # by name; a manifest is never rewritten with other bytes
+        self.copies = DiskCopies(self)
         self.damaged: dict[tuple[int, int, int], str] = {}  # (step, epoch, rank) that `scan` left out -> why
 
     def _deadline(self, nbytes: int = 0) -> Deadline:
@@ -51,7 +52,20 @@ class NodeDisk:
             UnavailableError, DeadlineError: it could not be written; it does not count.
         """
         identity, rank = manifest.identity, manifest.rank
-        name, deadline = payload_name(identity, rank), self._deadline(manifest.nbytes)
+        self.write_proven(payload_name(identity, rank), manifest, payload)
+        self.write_manifest(_manifest_name(identity, rank), manifest)
+
+    def write_manifest(self, name: str, manifest: Manifest) -> None:
+        """Writes one manifest, which makes its payload count."""
+        self.tier.write(name, manifest.to_bytes(), deadline=self._deadline())
+
+    def delete(self, name: str) -> None:
+        """Removes one object; one that is not there is fine."""
+        self.tier.delete(name, deadline=self._deadline())
+
+    def write_proven(self, name: str, manifest: Manifest, payload: Buffer) -> None:
+        """Writes one payload, every chunk proven on its way."""
+        rank, deadline = manifest.rank, self._deadline(manifest.nbytes)
         if isinstance(self.tier, ProvesWrites):
             terms = Terms(Chunks(manifest.chunk_nbytes, manifest.chunks), Pace(None))
             self.tier.write_proven(name, payload, terms, deadline=deadline)
@@ -59,7 +73,6 @@ class NodeDisk:
             for begin, end in bad_ranges(manifest, payload):
                 raise BadBytes(f"rank {rank}: bytes {begin} to {end} differ from the digest", begin, end)
             self.tier.write(name, payload, deadline=deadline)
-        self.tier.write(_manifest_name(identity, rank), manifest.to_bytes(), deadline=self._deadline())
 
     def scan(self) -> list[tuple[int, Identity]]:
         """(rank, identity) of every snapshot whose manifest can be read; payloads are not touched."""
@@ -73,7 +86,7 @@ class NodeDisk:
                 continue
             named = (int(match[1]), int(match[2]), int(match[3]))
             try:
-                manifest = self._known.get(name) or self._read(name)
+                manifest = self._known.get(name) or self.read(name)
             except NotFoundError:
                 continue  # collected meanwhile
             except (CorruptionError, ConfigError) as error:  # torn, or of a newer version: it is not offered
@@ -88,7 +101,8 @@ class NodeDisk:
         self.damaged = damaged
         return found
 
-    def _read(self, name: str) -> Manifest:
+    def read(self, name: str) -> Manifest:
+        """The manifest of that name."""
         return Manifest.from_bytes(self.tier.read(name, deadline=self._deadline()))
 
     def manifest(self, rank: int, identity: Identity) -> Manifest:
@@ -98,11 +112,11 @@ class NodeDisk:
             NotFoundError: it is not on this disk.
             CorruptionError: it is damaged.
         """
-        return self._read(_manifest_name(identity, rank))
+        return self.read(_manifest_name(identity, rank))
 
     def discard(self, rank: int, identity: Identity) -> None:
         """A copy that was proven bad does not count any more; its payload stays for people until it is collected."""
-        self.tier.delete(_manifest_name(identity, rank), deadline=self._deadline())
+        self.delete(_manifest_name(identity, rank))
 
     def collect(self, keep: int, protect: Collection[tuple[int, int]]) -> list[Identity]:
         """Removes snapshots beyond the newest `keep` steps, manifest first; those of `protect` (step, epoch) stay."""
@@ -111,29 +125,79 @@ class NodeDisk:
         stay = {*ages[:keep], *((epoch, step) for step, epoch in protect)}
         removed = [(rank, identity) for rank, identity in held if (identity.epoch, identity.step) not in stay]
         for rank, identity in removed:
-            self.tier.delete(_manifest_name(identity, rank), deadline=self._deadline())
-            self.tier.delete(payload_name(identity, rank), deadline=self._deadline())
+            self._delete(rank, identity)
         return list(dict.fromkeys(identity for _, identity in removed))
 
     def remove(self) -> None:
         """Removes everything of this run on this node, after its success."""
         for rank, identity in self.scan():
-            self.tier.delete(_manifest_name(identity, rank), deadline=self._deadline())
-            self.tier.delete(payload_name(identity, rank), deadline=self._deadline())
+            self._delete(rank, identity)
         for folder in (self.path, self.path.parent):
             try:
                 folder.rmdir()
             except OSError:
                 return  # something is left that this tier did not write, or another node shares the directory
 
+    def _delete(self, rank: int, identity: Identity) -> None:
+        """Manifests before payloads, and the share last: what a crash leaves of it is still found."""
+        payload, manifest = _copies_names(identity, rank)
+        for name in (manifest, payload, _manifest_name(identity, rank), payload_name(identity, rank)):
+            self.delete(name)
+
     def close(self) -> None:
         """Ends the calls' threads. Idempotent."""
         self.tier.close()
 
 
+class DiskCopies:
+    """Copies beside shares on a node's disk, which no other node can read (ADR 0015). Safe from any thread."""
+
+    def __init__(self, disk: NodeDisk) -> None:
+        self._disk = disk
+
+    def store(self, manifest: Manifest, payload: Buffer) -> None:
+        """Keeps copies as `NodeDisk.store` keeps the share, with its errors; they count once the share is there."""
+        payload_at, manifest_at = _copies_names(manifest.identity, manifest.rank)
+        self._disk.write_proven(payload_at, manifest, payload)
+        self._disk.write_manifest(manifest_at, manifest)
+
+    def find(self, identity: Identity) -> tuple[dict[int, Manifest], dict[int, str]]:
+        """Manifests of the copies beside shares of a snapshot, by rank; and by rank why some cannot be used."""
+        found: dict[int, Manifest] = {}
+        damaged: dict[int, str] = {}
+        for rank in [rank for rank, held in self._disk.scan() if held == identity]:
+            try:
+                manifest = self._disk.read(_copies_names(identity, rank)[1])
+            except NotFoundError:
+                continue
+            except CorruptionError as error:
+                damaged[rank] = str(error)
+                continue
+            if (manifest.rank, manifest.identity) == (rank, identity):
+                found[rank] = manifest
+            else:
+                damaged[rank] = f"the manifest inside is of rank {manifest.rank}, {manifest.identity}"
+        return found, damaged
+
+    def discard(self, rank: int, identity: Identity) -> None:
+        """Copies that were proven bad do not count any more; the share beside them does."""
+        self._disk.delete(_copies_names(identity, rank)[1])
+
+
 def payload_name(identity: Identity, rank: int) -> str:
     """The payload's name below the node's directory."""
     return records.payload_name(identity.step, identity.epoch, _WRITE_ID, rank)
+
+
+def copies_name(identity: Identity, rank: int) -> str:
+    """The name of the copies' payload beside a rank's share, below the node's directory."""
+    return _copies_names(identity, rank)[0]
+
+
+def _copies_names(identity: Identity, rank: int) -> tuple[str, str]:
+    """Payload and manifest."""
+    stem = payload_name(identity, rank).removesuffix(".safetensors")
+    return f"{stem}-copies.safetensors", f"{stem}-copies.json"
 
 
 def _manifest_name(identity: Identity, rank: int) -> str:

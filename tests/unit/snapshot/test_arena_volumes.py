@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from ktrain.errors import CapacityError, ConfigError, ConflictError
-from ktrain.snapshot.arena import KEPT_SLOTS, NodeVolume, list_volumes, remove_volume, required_nbytes
+from ktrain.snapshot.arena import KEPT_SLOTS, NodeVolume, Slots, list_volumes, remove_volume, required_nbytes
 from tests.unit.snapshot.builders import RUN, identity, save, volume_at
 
 GIB = 1 << 30
 
 
 def budget(**changes: int) -> int:
-    numbers = {"ranks_per_node": 4, "slots": 3, "kept_ranks": 4, "free_nbytes": 64 * GIB, "held_nbytes": 0}
-    return required_nbytes(GIB, **{**numbers, **changes})  # type: ignore[arg-type]
+    numbers = {"free_nbytes": 64 * GIB, "held_nbytes": 0}
+    return required_nbytes(Slots(4, 3, GIB), Slots(4, KEPT_SLOTS, GIB // 2), **{**numbers, **changes})
 
 
 def test_list_volumes_names_every_run_and_node(tmp_path: Path) -> None:
@@ -112,8 +112,8 @@ def test_held_nbytes_counts_slots_that_hold_nothing_too(tmp_path: Path) -> None:
 
 
 def test_required_nbytes_counts_own_and_kept_slots() -> None:
-    slots = 4 * 3 + 4 * KEPT_SLOTS
-    assert slots * GIB < budget() < slots * GIB * 1.001
+    expected = 4 * 3 * GIB + 4 * KEPT_SLOTS * GIB // 2
+    assert expected < budget() < expected * 1.001
 
 
 def test_required_nbytes_counts_held_slots_as_room() -> None:
@@ -124,5 +124,5 @@ def test_required_nbytes_counts_held_slots_as_room() -> None:
 
 
 def test_required_nbytes_refusal_shows_the_numbers() -> None:
-    with pytest.raises(CapacityError, match=r"4 ranks x 3 slots \+ 4 kept ranks x 2.*7 bytes free and 5 in"):
+    with pytest.raises(CapacityError, match=r"4 ranks x 3 slots x.*4 ranks x 2 slots.*7 bytes free and 5 in"):
         budget(free_nbytes=7, held_nbytes=5)

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from ktrain.errors import ConfigError
+from ktrain.errors import ConfigError, CorruptionError
 from ktrain.format.manifest import Manifest
 from ktrain.format.record import check_coverage
 from ktrain.state.plan import plan_save
@@ -171,7 +171,7 @@ def test_missing_box_is_refused_before_anything_changes() -> None:
     cut = Manifest(**{f: getattr(manifest, f) for f in Manifest.__slots__ if f != "entries"}, entries=())
     saved[1] = (cut, payload)
     fresh = Holder({"w": FULL.clone().zero_(), "b": SMALL.clone()})
-    with pytest.raises(ConfigError, match="part/w: no rank stored offsets"):
+    with pytest.raises(CorruptionError, match="part/w: no rank stored offsets"):
         restore(TrainState({"part": fresh}), saved)
     assert not fresh.value["w"].any()
 
