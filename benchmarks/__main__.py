@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.gpu:
         from benchmarks import gpu
 
-        return gpu.main()
+        return gpu.main(RECORDS / f"{report.today()}-{chosen.record}" if chosen.record else None)
     if chosen.table:
         report.write_table(RECORDS / chosen.table)
         return 0

@@ -1,8 +1,8 @@
 """torch's own distributed checkpoints with the options that make them fastest on a CPU, as peers of ktrain.
 
 Those are: one file per rank, written by two threads without fsync, the plan cached between saves, and for asynchronous
-saves a stager that keeps its host buffers (in shared memory for the process) and copies beside the loop, so that only
-the next optimizer step waits for it.
+saves a stager that keeps its buffers, in shared memory, and copies beside the loop, so that only the next optimizer
+step waits for it.
 """
 
 from __future__ import annotations
@@ -65,19 +65,21 @@ def load(into: State, folder: Path) -> None:
         dcp.load(dict(into), checkpoint_id=folder)
 
 
-class AsyncSaver:
-    """`async_save` by a thread or a process, with a stager that is kept."""
-
-    def __init__(self, how: AsyncCheckpointerType) -> None:
-        self._how = how
-        by_process = how is AsyncCheckpointerType.PROCESS
-        options = StagingOptions(
-            use_pinned_memory=False,
-            use_shared_memory=by_process,
-            use_async_staging=True,
-            use_non_blocking_copy=False,
+def stager() -> DefaultStager:
+    """One whose buffers stay, and which copies beside the loop; savers that take turns may share it."""
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=False, use_shared_memory=True, use_async_staging=True, use_non_blocking_copy=False
         )
-        self._stager = DefaultStager(options)
+    )
+
+
+class AsyncSaver:
+    """`async_save` by a thread or a process. The stager belongs to the caller, who closes it after `finish`."""
+
+    def __init__(self, how: AsyncCheckpointerType, stager: DefaultStager) -> None:
+        self._how = how
+        self._stager = stager
         self._staged: Future[Any] | None = None
         self._saved: Future[Any] | None = None
 
@@ -105,10 +107,6 @@ class AsyncSaver:
         if self._saved is not None:
             self._saved.result()
             self._saved = None
-
-    def close(self) -> None:
-        self.finish()
-        self._stager.close()
 
 
 def _writer(folder: Path) -> FileSystemWriter:

@@ -12,8 +12,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 import ktrain
 from benchmarks.bench import Sizes
 from benchmarks.harness import Found, Measured, Outcome, from_json, to_json
@@ -29,7 +27,7 @@ def facts() -> dict[str, Any]:
     """The machine without its name: what somebody else needs to judge the figures."""
     return {
         "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": psutil.virtual_memory().total,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "isa": native.isa(),
         "machine": platform.machine(),
         "system": f"{platform.system()} {platform.release()}",

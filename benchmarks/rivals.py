@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 import torch
 
 from benchmarks.bench import FULL, Bench, Sizes
@@ -95,6 +94,8 @@ def run_apart(name: str, *, quick: bool) -> list[Found] | str:
 @contextlib.contextmanager
 def _nothing_left() -> Iterator[None]:
     """Ends what a library leaves: processes of ours, and the segments of DLRover that were not there before."""
+    import psutil  # type: ignore[import-untyped]
+
     before = set(_SHM.glob(_DLROVER_SEGMENTS))
     try:
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -84,9 +85,9 @@ class Snapshotter:
     def plan(self) -> SavePlan:
         return plan_save(self.state, ALONE)
 
-    def prepare(self) -> None:
-        """Has all slots warm."""
-        self.volume.prepare(0, self.nbytes, self._num_slots)
+    def prepare(self, pin: Callable[[str, memoryview], None] = lambda slot, memory: None) -> None:
+        """Has all slots warm, and given to `pin`."""
+        self.volume.prepare(0, self.nbytes, self._num_slots, pin)
 
     def capture(self) -> None:
         """The next snapshot, into a slot."""

@@ -31,7 +31,7 @@ def run_beside(bench: Bench, label: str, peers: PeerWays) -> Outcome:
         nbytes = loop.snapshot_nbytes
         copy = plain_copy(bench, nbytes, loop.device)
         loop.stretch(_TIMES_THE_COPY * median_s(copy, bench.sizes.repeats))
-        with ktrain_way(bench, loop, label, every=_CADENCE, proofs=proofs) as ktrain, ExitStack() as stack:
+        with ktrain_way(bench, loop, label, every=_CADENCE, proofs=proofs) as (ktrain, _), ExitStack() as stack:
             plain = Way(_PLAIN, Kind.BASELINE, lambda step, due: copy() if due else None)
             ways = [plain, ktrain, *peers(bench, loop, proofs, stack)]
             blocks = take_turns(loop, ways, num_steps=_CADENCE, repeats=bench.sizes.repeats)
@@ -59,9 +59,11 @@ def _torch_ways(bench: Bench, loop: Loop, proofs: Proofs, stack: ExitStack) -> l
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
     ways = [way_of("torch DCP save", lambda step: dcp.save(state, folder / "new"), finish=lambda: _remove(folder))]
     savers = {"thread": AsyncCheckpointerType.THREAD, "process": AsyncCheckpointerType.PROCESS}
+    stager = dcp.stager()
+    stack.callback(stager.close)
     for name, how in savers.items():
-        saver = dcp.AsyncSaver(how)
-        stack.callback(saver.close)
+        saver = dcp.AsyncSaver(how, stager)
+        stack.callback(saver.finish)
         _prove(saver, state, folder, name, proofs)
         ways.append(_async_way(saver, state, folder, name))
     return ways
