@@ -12,7 +12,7 @@ PACKAGES := $(VENV)/.packages-installed
 BUILT := $(VENV)/.native-built
 MODULES := $(VENV)/.modules
 
-.PHONY: setup demo test lint format chaos fault-matrix bench bench-gpu bench-rival native-test clean FORCE
+.PHONY: setup demo test lint format chaos fault-matrix bench bench-gpu bench-rival rivals native-test clean FORCE
 .DELETE_ON_ERROR:
 
 setup: $(BUILT)
@@ -73,22 +73,25 @@ bench: $(BUILT)
 bench-gpu: $(BUILT)
 	$(BIN)/python -m benchmarks --gpu
 
-# Another library in an environment of its own, beside ktrain: make bench-rival RIVAL=dlrover (or torchsnapshot).
+# Other libraries beside ktrain, each in an environment of its own laid over this one: it finds torch and ktrain here, so
+# that all of them run with the same build of torch, and its own packages come first.
+RIVALS := $(patsubst benchmarks/needs/%.txt,%,$(wildcard benchmarks/needs/*.txt))
 RIVAL ?= dlrover
-RIVAL_VENV := .venv-$(RIVAL)
-RIVAL_PIP := $(RIVAL_VENV)/bin/python -m pip --quiet --quiet --disable-pip-version-check --no-input
-RIVAL_NEEDS_dlrover := dlrover[torch] grpcio protobuf
-RIVAL_NEEDS_torchsnapshot := torchsnapshot
 
-$(RIVAL_VENV)/.installed: | $(BIN)/python
-	$(PYTHON) -m venv $(RIVAL_VENV)
-	$(RIVAL_PIP) install --constraint constraints.txt torch
-	grep -E '^torch==' constraints.txt > $(RIVAL_VENV)/torch-only.txt
-	$(RIVAL_PIP) install --constraint $(RIVAL_VENV)/torch-only.txt $(RIVAL_NEEDS_$(RIVAL)) '.[s3]'
+.venv-%/.installed: benchmarks/needs/%.txt | $(BUILT)
+	rm -rf .venv-$*
+	$(BIN)/python -m venv .venv-$*
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	  > "$$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beneath.pth"
+	grep -E '^torch==' constraints.txt > .venv-$*/torch-only.txt
+	.venv-$*/bin/python -m pip --quiet --quiet --disable-pip-version-check --no-input install \
+	  --constraint .venv-$*/torch-only.txt --requirement $<
 	@touch $@
 
-bench-rival: $(RIVAL_VENV)/.installed
-	$(RIVAL_VENV)/bin/python -m benchmarks --rival $(RIVAL) $(if $(RECORD),--record $(RECORD))
+rivals: $(RIVALS:%=.venv-%/.installed)
+
+bench-rival: .venv-$(RIVAL)/.installed
+	.venv-$(RIVAL)/bin/python -m benchmarks --rival $(RIVAL)
 
 # The C++ tests, under the sanitizers for addresses and undefined behaviour, and again under the one for threads.
 native-test: $(BUILT)

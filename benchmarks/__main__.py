@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import signal
 import sys
 from pathlib import Path
 from types import FrameType
 
-from benchmarks import report
+from benchmarks import report, rivals
 from benchmarks.bench import FULL, QUICK, Bench
 from benchmarks.cases import (
     capture,
@@ -19,7 +20,6 @@ from benchmarks.cases import (
     first_capture,
     memcpy,
     native,
-    peers,
     plan,
     replicate,
     restore_file,
@@ -28,8 +28,10 @@ from benchmarks.cases import (
     restore_s3,
     restore_small,
     stall,
+    stall_peers,
+    two_ranks,
 )
-from benchmarks.harness import Case, Outcome
+from benchmarks.harness import Case, Found, run, to_json
 
 RECORDS = Path(__file__).parent / "records"
 CASES: tuple[Case, ...] = (
@@ -39,47 +41,79 @@ CASES: tuple[Case, ...] = (
     capture_small.CASE,
     first_capture.CASE,
     plan.CASE,
-    replicate.CASE,
+    two_ranks.CASE,
+    stall.CASE,
+    stall_peers.CASE,
     drain_file.CASE,
     drain_s3.CASE,
     restore_memory.CASE,
     restore_small.CASE,
-    restore_peer.CASE,
     restore_file.CASE,
     restore_s3.CASE,
-    stall.CASE,
-    peers.CASE,
+    replicate.CASE,
+    restore_peer.CASE,
 )
+_FAILED = 1
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the chosen cases; returns the exit code."""
+    """Runs what is asked for; the exit code is not 0 where a case failed. A target out of reach changes nothing."""
     chosen = _parse(arguments)
     if chosen.gpu:
         from benchmarks import gpu
 
-        return gpu.main()
-    if chosen.rival:
-        from benchmarks import rivals
-
-        record = RECORDS / f"{report.today()}-{chosen.record}" if chosen.record else None
-        return rivals.main(chosen.rival, QUICK if chosen.quick else FULL, record)
+        return gpu.main(RECORDS / f"{report.today()}-{chosen.record}" if chosen.record else None)
+    if chosen.table:
+        report.write_table(RECORDS / chosen.table)
+        return 0
     logging.getLogger("ktrain").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _end)  # unwinds, so that everything is removed
+    if chosen.rival:
+        return _run_rival(chosen)
+    return _run_cases(chosen)
+
+
+def _run_cases(chosen: argparse.Namespace) -> int:
     sizes = QUICK if chosen.quick else FULL
-    cases = [case for case in CASES if not chosen.only or case.name in chosen.only]
     about = {"date": report.today(), "facts": report.facts(), "load_before": report.load(), "note": chosen.note}
-    found: list[tuple[Case, Outcome]] = []
+    found: list[Found] = []
     with Bench(sizes, disk=chosen.disk) if chosen.disk else Bench(sizes) as bench:
-        for case in cases:
-            outcome = case.run(bench)
-            found.append((case, outcome))
-            print(report.section(case, outcome), flush=True)
+        for case in CASES:
+            if not chosen.only or case.name in chosen.only:
+                found.append(run(case, bench))
+                print(report.section(found[-1]), flush=True)
+    if chosen.rivals:
+        about["missing"] = missing = {}
+        for name in rivals.RIVALS:
+            here = rivals.run_apart(name, quick=chosen.quick)
+            if isinstance(here, str):
+                missing[name] = here
+                print(f"{name}: {here}", flush=True)
+                continue
+            found += here
+            print(*map(report.section, here), sep="\n", flush=True)
     about["load_after"] = report.load()
     print(report.describe(about, sizes))
+    print(report.targets(found))
     if chosen.record:
         report.write_record(RECORDS / f"{report.today()}-{chosen.record}", sizes, found, about)
-    return 0
+    failed = [one.name for one in found if one.outcome is None]
+    if failed:
+        print(f"benchmarks: failed, see above: {', '.join(failed)}", file=sys.stderr)
+    return _FAILED if failed else 0
+
+
+def _run_rival(chosen: argparse.Namespace) -> int:
+    """One other library, in an environment that has it."""
+    found = rivals.run_here(chosen.rival, QUICK if chosen.quick else FULL)
+    if isinstance(found, str):
+        print(f"bench-rival: {found}", file=sys.stderr)
+        return 2
+    if chosen.json:
+        chosen.json.write_text(json.dumps([to_json(one) for one in found]))
+    else:
+        print(*map(report.section, found), sep="\n")
+    return _FAILED if any(one.outcome is None for one in found) else 0
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -87,12 +121,17 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes: shows that all works, not how fast")
     parser.add_argument("--only", action="append", choices=names, metavar="CASE", help=f"one of {', '.join(names)}")
-    parser.add_argument("--record", metavar="NAME", help="keep the run under benchmarks/records/<date>-NAME")
+    parser.add_argument("--rivals", action="store_true", help="also other libraries whose environments exist")
+    parser.add_argument("--record", metavar="NAME", help="keep it as benchmarks/records/<date>-NAME; implies --rivals")
     parser.add_argument("--note", default="", help="a sentence about the circumstances, for the record")
+    parser.add_argument("--table", metavar="RECORD", help="make a record's table anew, with the notes of now")
     parser.add_argument("--disk", type=Path, help="folder on the disk to measure (default: the temporary one)")
     parser.add_argument("--gpu", action="store_true", help="the cases that need a CUDA device, alone")
-    parser.add_argument("--rival", choices=("dlrover", "torchsnapshot"), help="beside another library, alone")
-    return parser.parse_args(arguments)
+    parser.add_argument("--rival", choices=tuple(rivals.RIVALS), help="one other library, alone, in its environment")
+    parser.add_argument("--json", type=Path, help="with --rival: write what was found there, and print nothing")
+    chosen = parser.parse_args(arguments)
+    chosen.rivals = chosen.rivals or chosen.record is not None
+    return chosen
 
 
 def _end(signum: int, frame: FrameType | None) -> None:

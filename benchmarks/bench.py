@@ -26,14 +26,16 @@ class Sizes:
     num_small: int  # tensors of the state with many small ones
     small_nbytes: int  # of each of them
     s3_nbytes: int  # what goes to the test S3 server, which takes some 100 MB/s
+    rank_nbytes: int  # of parameters of each of two ranks
+    rank_tensors: int  # of each of them
     loop_nbytes: int  # parameters and optimizer state of the training loop
     num_saves: int  # of the training loop
     repeats: int = 7
 
 
-FULL = Sizes("full", 512 << 20, 500, 10_000, 10_000, 128 << 20, 256 << 20, 20)
-QUICK = Sizes("quick", 32 << 20, 100, 2_000, 2_000, 16 << 20, 24 << 20, 5, repeats=5)
-TINY = Sizes("tiny", 3 << 20, 12, 48, 200, 2 << 20, 3 << 20, 2, repeats=1)
+FULL = Sizes("full", 512 << 20, 500, 20_000, 10_000, 128 << 20, 1 << 30, 1_000, 256 << 20, 7)
+QUICK = Sizes("quick", 32 << 20, 100, 2_000, 2_000, 16 << 20, 32 << 20, 100, 24 << 20, 3, repeats=3)
+TINY = Sizes("tiny", 3 << 20, 12, 48, 200, 2 << 20, 2 << 20, 12, 3 << 20, 2, repeats=1)
 
 
 @dataclass(slots=True)
@@ -42,6 +44,7 @@ class Bench:
 
     sizes: Sizes
     disk: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
+    memory: Path | None = None  # a folder on a memory-backed file system; None: the machine's own
     stack: ExitStack = field(default_factory=ExitStack)
     _made: dict[str, Any] = field(default_factory=dict)
 
@@ -53,7 +56,7 @@ class Bench:
     @property
     def volume_root(self) -> Path:
         """A private folder on a memory-backed file system."""
-        shm = Path("/dev/shm")  # noqa: S108 -- a private folder is made in it
+        shm = self.memory or Path("/dev/shm")  # noqa: S108 -- a private folder is made in it
         return self.once("volume_root", lambda: self._folder(shm if shm.is_dir() else None))
 
     @property

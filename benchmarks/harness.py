@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -111,12 +112,45 @@ class Proofs:
             self.said.append(what)
 
 
+class Unit(StrEnum):
+    """What the value of a `Figure` counts."""
+
+    SHARE = "share"  # 0.02 is 2 %
+    SECONDS = "s"
+    TIMES = "times"
+    BYTES = "B"
+    COUNT = "count"
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One number that a case derives from its rows, or counts."""
+
+    name: str
+    value: float
+    unit: Unit
+
+    def __str__(self) -> str:
+        match self.unit:
+            case Unit.SHARE:
+                return f"{self.value * 100:.3g} %"
+            case Unit.SECONDS:
+                return f"{self.value * 1e3:.3g} ms"
+            case Unit.TIMES:
+                return f"{self.value:.3g} times"
+            case Unit.BYTES:
+                return f"{self.value:.0f} B"
+            case Unit.COUNT:
+                return f"{self.value:.0f}"
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a case found."""
 
     proofs: Proofs
     rows: Sequence[Measured]
+    figures: Sequence[Figure] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,12 +209,46 @@ def memcpy(target: Bytes, source: Bytes, num_threads: int = 1) -> None:
         thread.join()
 
 
-def to_json(case: Case, outcome: Outcome) -> dict[str, Any]:
-    rows = [asdict(row) for row in outcome.rows]
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A case that ran: its outcome, or the failure that left none."""
+
+    name: str
+    question: str
+    floor: str
+    outcome: Outcome | None
+    failure: str = ""
+
+
+def run(case: Case, bench: Bench) -> Found:
+    """Runs one case. Whatever it raises is its own failure, so that the others still run."""
+    try:
+        return Found(case.name, case.question, case.floor, case.run(bench))
+    except Exception as error:  # noqa: BLE001 -- the top of a case: recorded, and the others run
+        traceback.print_exc()
+        said = str(error).splitlines()
+        return Found(case.name, case.question, case.floor, None, f"{type(error).__name__}: {said[0] if said else ''}")
+
+
+def to_json(found: Found) -> dict[str, Any]:
+    value: dict[str, Any] = {"case": found.name, "question": found.question, "floor": found.floor}
+    if found.outcome is None:
+        return {**value, "failure": found.failure}
     return {
-        "case": case.name,
-        "question": case.question,
-        "floor": case.floor,
-        "proven": outcome.proofs.said,
-        "rows": rows,
+        **value,
+        "proven": found.outcome.proofs.said,
+        "rows": [asdict(row) for row in found.outcome.rows],
+        "figures": [asdict(figure) for figure in found.outcome.figures],
     }
+
+
+def from_json(value: dict[str, Any]) -> Found:
+    """What `to_json` wrote."""
+    outcome = None
+    if "failure" not in value:
+        rows = [
+            Measured(**{**row, "kind": Kind(row["kind"]), "seconds": tuple(row["seconds"])}) for row in value["rows"]
+        ]
+        figures = [Figure(**{**figure, "unit": Unit(figure["unit"])}) for figure in value["figures"]]
+        outcome = Outcome(Proofs(list(value["proven"])), rows, figures)
+    return Found(value["case"], value["question"], value["floor"], outcome, value.get("failure", ""))

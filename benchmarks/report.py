@@ -12,14 +12,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 import ktrain
 from benchmarks.bench import Sizes
-from benchmarks.harness import Case, Measured, Outcome, to_json
+from benchmarks.harness import Found, Measured, Outcome, from_json, to_json
+from benchmarks.targets import ROWS, page, reached, read_notes, verdicts
 from ktrain import native
 
-_RECORD_FORMAT = 1
+_RECORD_FORMAT = 2
 _PACKAGES = ("torch", "ray", "fsspec", "s3fs", "safetensors", "numpy")
 _HEAD = ("way", "whose", "median ms", "min - max ms", "p95 ms", "GB/s", "share")
 
@@ -28,7 +27,7 @@ def facts() -> dict[str, Any]:
     """The machine without its name: what somebody else needs to judge the figures."""
     return {
         "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": psutil.virtual_memory().total,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "isa": native.isa(),
         "machine": platform.machine(),
         "system": f"{platform.system()} {platform.release()}",
@@ -54,24 +53,38 @@ def table(outcome: Outcome) -> str:
     )
 
 
-def section(case: Case, outcome: Outcome) -> str:
+def section(found: Found) -> str:
     """All that is said about one case."""
-    proven = "; ".join(outcome.proofs.said)
-    return f"## {case.name}\n\n{case.question}\nFloor: {case.floor}.\nProven: {proven}.\n\n{table(outcome)}\n"
+    head = f"## {found.name}\n\n{found.question}\nFloor: {found.floor}.\n"
+    if found.outcome is None:
+        return f"{head}Failed, so nothing is reported: {found.failure}\n"
+    proven = "; ".join(found.outcome.proofs.said)
+    figures = "".join(f"- {figure.name}: {figure}\n" for figure in found.outcome.figures)
+    return f"{head}Proven: {proven}.\n\n{table(found.outcome)}\n" + (f"\n{figures}" if figures else "")
 
 
-def write_record(folder: Path, sizes: Sizes, found: Sequence[tuple[Case, Outcome]], about: dict[str, Any]) -> None:
-    """Keeps a run as record.json and record.md."""
+def write_record(folder: Path, sizes: Sizes, found: Sequence[Found], about: dict[str, Any]) -> None:
+    """Keeps a run as record.json (all of it), record.md (every case) and table.md (the targets)."""
     folder.mkdir(parents=True)
-    value = {
-        "format": _RECORD_FORMAT,
-        **about,
-        "sizes": asdict(sizes),
-        "cases": [to_json(case, outcome) for case, outcome in found],
-    }
+    value = {"format": _RECORD_FORMAT, **about, "sizes": asdict(sizes), "cases": [to_json(one) for one in found]}
     (folder / "record.json").write_text(json.dumps(value, indent=1) + "\n")
     head = f"# {folder.name}\n\n{describe(about, sizes)}\n"
-    (folder / "record.md").write_text("\n".join([head, *(section(case, outcome) for case, outcome in found)]))
+    (folder / "record.md").write_text("\n".join([head, *(section(one) for one in found)]))
+    write_table(folder)
+
+
+def write_table(folder: Path) -> None:
+    """Makes a record's table.md anew, from its record.json and the notes as they are now."""
+    value = json.loads((folder / "record.json").read_text())
+    found = [from_json(case) for case in value["cases"]]
+    head = f"# {folder.name}: the targets\n\n{describe(value, Sizes(**value['sizes']))}\n"
+    (folder / "table.md").write_text(f"{head}\n{page(found, read_notes(), value.get('missing', {}))}")
+
+
+def targets(found: Sequence[Found]) -> str:
+    """One line per row of the table that the run measured."""
+    said = [(row, verdicts(row, found)) for row in ROWS]
+    return "\n".join(f"{reached(row, of_row):44} {row.figure}" for row, of_row in said if of_row)
 
 
 def describe(about: dict[str, Any], sizes: Sizes) -> str:

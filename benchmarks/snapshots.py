@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -34,11 +35,12 @@ _PATIENCE_S = 300.0
 class Tensors(torch.nn.Module):
     """Parameters without a use, named as a deep model names its own."""
 
-    def __init__(self, num_tensors: int, nbytes_each: int, seed: int) -> None:
+    def __init__(self, num_tensors: int, nbytes_each: int, seed: int, first: int = 0) -> None:
         super().__init__()
+        self.first = first  # number of the first layer: the stages of a pipeline hold different ones
         generator = torch.Generator().manual_seed(seed)
         width = max(1, nbytes_each // 4)
-        for index in range(num_tensors):
+        for index in range(first, first + num_tensors):
             value = torch.empty(width).uniform_(-1.0, 1.0, generator=generator)
             self.register_parameter(f"layers_{index}_weight", torch.nn.Parameter(value))
 
@@ -60,11 +62,12 @@ class Parts:
 class Snapshotter:
     """One rank's state and the volume that its snapshots go to; without the head and the threads around them."""
 
-    def __init__(self, module: torch.nn.Module, volume: NodeVolume, *, num_threads: int = 1) -> None:
+    def __init__(self, module: Tensors, volume: NodeVolume, *, num_threads: int = 1, num_slots: int = _SLOTS) -> None:
         self.module = module
         self.state = TrainState({"model": module})
         self.volume = volume
         self.num_threads = num_threads
+        self._num_slots = num_slots
         self.parts = Parts()
         self.step = 0
         self.held: Held | None = None
@@ -82,9 +85,9 @@ class Snapshotter:
     def plan(self) -> SavePlan:
         return plan_save(self.state, ALONE)
 
-    def prepare(self) -> None:
-        """Has all slots warm."""
-        self.volume.prepare(0, self.nbytes, _SLOTS)
+    def prepare(self, pin: Callable[[str, memoryview], None] = lambda slot, memory: None) -> None:
+        """Has all slots warm, and given to `pin`."""
+        self.volume.prepare(0, self.nbytes, self._num_slots, pin)
 
     def capture(self) -> None:
         """The next snapshot, into a slot."""
@@ -92,7 +95,7 @@ class Snapshotter:
         begin = time.perf_counter()
         plan = self.plan()
         planned = time.perf_counter()
-        writer = self.volume.acquire(0, plan.layout.nbytes, protect=(), limit=_SLOTS)
+        writer = self.volume.acquire(0, plan.layout.nbytes, protect=(), limit=self._num_slots)
         assert writer is not None, "all slots are in use"
         acquired = time.perf_counter()
         with writer:
@@ -150,7 +153,7 @@ class Restored:
         self._saved = saved
         self._num_threads = num_threads
         shapes = [value.numel() for value in saved.module.parameters()]
-        self.module = Tensors(len(shapes), shapes[0] * 4, seed=99)
+        self.module = Tensors(len(shapes), shapes[0] * 4, seed=99, first=saved.module.first)
         self._state = TrainState({"model": self.module})
         self._volume = volume or saved.volume
         self._tier = open_tier(run_url, timeouts=Timeouts())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from benchmarks.bench import Bench
-from benchmarks.harness import Case, Kind, Measured, Outcome, Proofs, Step, measure, memcpy
+from benchmarks.harness import Case, Figure, Kind, Measured, Outcome, Proofs, Step, Unit, measure, memcpy
 from benchmarks.snapshots import Snapshotter, large
 
 
@@ -40,7 +40,14 @@ def run_with(bench: Bench, snapshots: Snapshotter) -> Outcome:
             beside = plain if part_nbytes else None
             rows.append(Measured(f"- {name}, {threads}", Kind.KTRAIN, part_nbytes, tuple(seconds[1:]), beside))
     snapshots.prove(proofs)
-    return Outcome(proofs, rows)
+    return Outcome(proofs, rows, [Figure("metadata of each tensor, header included", _metadata(snapshots), Unit.BYTES)])
+
+
+def _metadata(snapshots: Snapshotter) -> float:
+    """Bytes per tensor of the manifest file and of the payload's header with its padding."""
+    manifest = snapshots.manifest()
+    header = min(entry.begin for entry in manifest.entries)
+    return (len(manifest.to_bytes()) + header) / len(manifest.entries)
 
 
 CASE = Case(

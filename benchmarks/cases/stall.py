@@ -1,168 +1,94 @@
-"""How much time does a save take from a training loop: in `Checkpointer.step()`, and waiting in the step after it?
+"""What do memory snapshots every 10 steps take from a training loop, and by how much do they slow it down?
 
-The loop is a user's: plain python, every=10, a drain to a directory in the background. The plain copy of the same
-bytes runs before each saving step, in the same minutes; not after it, where it would take the time that the copy in the
-background hides in. Two batch sizes: forward and backward much shorter than the copy, and longer.
+The loop is a user's, plain python. Two lengths of a step: ten times the plain copy of a snapshot, of which the targets
+speak, and as short as it gets, where forward and backward cannot hide the copy. Blocks of steps with saves, with a
+plain copy in their place, and without either take turns.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
+import statistics
 
 import torch
-from safetensors.torch import load_file
 
-import ktrain
 from benchmarks.bench import Bench
-from benchmarks.harness import Case, Kind, Measured, Outcome, Proofs, memcpy
-from benchmarks.snapshots import ALONE
-from ktrain import device as devices
-from ktrain.base import contract
-from ktrain.state.plan import plan_save
-from ktrain.state.train_state import TrainState
+from benchmarks.harness import Case, Figure, Kind, Measured, Outcome, Proofs, Unit
+from benchmarks.ktrain_loop import NAME, ktrain_way
+from benchmarks.loop import NO_SAVE, Block, Loop, Way, median_s, plain_copy, rows_of, take_turns
 
-_EVERY = 10
-_WIDTH = 512
-_WARM_SAVES = 2
-_BATCHES = {"short": 4, "long": 128}
-
-
-@dataclass(slots=True)
-class _Times:
-    saving: list[float] = field(default_factory=list)
-    between: list[float] = field(default_factory=list)
-    copying: list[float] = field(default_factory=list)
-    training: list[float] = field(default_factory=list)
-    taken: list[float] = field(default_factory=list)
+CADENCE = 10
+_PLAIN = "plain copy"
+_TIMES_THE_COPY = 10
+_BLOCK_STEPS = 10  # at least
 
 
 def _run(bench: Bench) -> Outcome:
-    return run_on(bench, torch.device("cpu"))
+    return run_on(bench, torch.device("cpu"), Proofs())
 
 
-def run_on(bench: Bench, device: torch.device) -> Outcome:
+def run_on(bench: Bench, device: torch.device, proofs: Proofs, *, capture: str = "hidden") -> Outcome:
     """The same loop on any device; the plain copy is one from that device into warm host memory."""
-    proofs = Proofs()
-    rows: list[Measured] = []
-    for name, batch in _BATCHES.items():
-        rows += _loop(bench, device, name, batch, proofs)
-    return Outcome(proofs, rows)
+    long = run_loop(
+        bench, device, f"long-{capture}", times=_TIMES_THE_COPY, cadence=CADENCE, proofs=proofs, capture=capture
+    )
+    short = run_loop(bench, device, f"short-{capture}", times=0, cadence=CADENCE, proofs=proofs, capture=capture)
+    rows = [*long.rows, *(renamed(row, ", short steps") for row in short.rows)]
+    figures = [Figure(f"{one.name}, short steps", one.value, one.unit) for one in short.figures]
+    return Outcome(proofs, rows, [*long.figures, *figures])
 
 
-def _loop(bench: Bench, device: torch.device, name: str, batch: int, proofs: Proofs) -> list[Measured]:
-    torch.manual_seed(0)
-    layers = max(1, bench.sizes.loop_nbytes // (3 * 4 * _WIDTH * _WIDTH))  # a parameter and two moments
-    model = torch.nn.Sequential(*(torch.nn.Linear(_WIDTH, _WIDTH, bias=False) for _ in range(layers))).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
-    run = bench.work_dir / f"loop-{name}-{os.getpid()}"
-    times = _Times()
-    with _volume_in(bench.volume_root / f"loop-{name}"):
-        nbytes = _train(bench, model, optimizer, str(run), times, torch.randn(batch, _WIDTH, device=device))
-    _prove(run, model, proofs)
-    plain = f"plain copy of the same bytes, {name} steps"
-    return [
-        Measured(f"forward, backward, optimizer, {name} steps", Kind.BASELINE, 0, tuple(times.training)),
-        Measured(plain, Kind.BASELINE, nbytes, tuple(times.copying)),
-        Measured(f"step() that saves, {name} steps", Kind.KTRAIN, nbytes, tuple(times.saving), plain),
-        Measured(f"- and the wait after it, {name} steps", Kind.KTRAIN, nbytes, tuple(times.taken), plain),
-        Measured(f"step() between saves, {name} steps", Kind.KTRAIN, 0, tuple(times.between)),
-    ]
-
-
-def _train(  # noqa: PLR0913 -- the loop as a whole
+def run_loop(  # noqa: PLR0913 -- one loop as a whole
     bench: Bench,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    run: str,
-    times: _Times,
-    batch: torch.Tensor,
-) -> int:
-    """Returns the bytes of a snapshot."""
-    device = batch.device
+    device: torch.device,
+    label: str,
+    *,
+    times: float,
+    cadence: int,
+    proofs: Proofs,
+    capture: str = "hidden",
+) -> Outcome:
+    """One loop whose steps take at least `times` as long as the copy, saved every `cadence` steps."""
+    num_steps = -(-_BLOCK_STEPS // cadence) * cadence
+    with Loop(bench.sizes.loop_nbytes, device) as loop:
+        nbytes = loop.snapshot_nbytes
+        copy = plain_copy(bench, nbytes, device)
+        copy_s = median_s(copy, bench.sizes.repeats)
+        step_s = loop.stretch(times * copy_s)
+        with ktrain_way(bench, loop, label, every=cadence, proofs=proofs, capture=capture) as (ktrain, saves):
+            plain = Way(_PLAIN, Kind.BASELINE, lambda step, due: copy() if step % cadence == 0 else None)
+            ways = [NO_SAVE, plain, ktrain]
+            blocks = take_turns(loop, ways, num_steps=num_steps, repeats=bench.sizes.num_saves)
+        figures = [
+            *_figures(blocks, num_steps, num_steps // cadence),
+            Figure("a step, of the plain copy", step_s / copy_s, Unit.TIMES),
+            Figure("saves that were skipped, since the one before was not sealed", len(saves.skipped), Unit.COUNT),
+        ]
+        return Outcome(proofs, rows_of(ways, blocks, f"{_PLAIN}: taken from the loop", nbytes), figures)
 
-    def train() -> None:
-        model(batch).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        devices.synchronize(device)
 
-    checkpointer = ktrain.Checkpointer(run, state={"model": model, "optimizer": optimizer}, every=_EVERY)
-    checkpointer.restore()
-    train()  # gives the optimizer its state
-    checkpointer.step(1)
-    nbytes = plan_save(TrainState({"model": model, "optimizer": optimizer}), ALONE).layout.nbytes
-    copy = _plain_copy(bench, nbytes, device)
-    warm = _WARM_SAVES * _EVERY
-    for step in range(2, warm + bench.sizes.num_saves * _EVERY + 1):
-        begin = time.perf_counter()
-        train()
-        trained = time.perf_counter()
-        if step % _EVERY == 0:
-            copy()
-            if step > warm:
-                times.copying.append(time.perf_counter() - trained)
-            devices.synchronize(device)
-        before = time.perf_counter()
-        checkpointer.step(step)
-        stepped = time.perf_counter()
-        if step > warm:
-            times.training.append(trained - begin)
-            (times.between if step % _EVERY else times.saving).append(stepped - before)
-    checkpointer.close()
-    events = [json.loads(line) for line in Path(run, "events.jsonl").read_text().splitlines()]
-    times.taken += [event["stall_s"] for event in events if event["kind"] == "snapshot" and event["step"] > warm][
-        : len(times.saving)
+def _figures(blocks: dict[str, list[Block]], num_steps: int, num_saves: int) -> list[Figure]:
+    whole = [block.whole_s for block in blocks[NO_SAVE.name]]
+    step_s = statistics.median(whole) / num_steps
+    taken_s = statistics.median(block.taken_s for block in blocks[NAME]) / num_saves
+    slowed = [ours.whole_s / without - 1 for ours, without in zip(blocks[NAME], whole, strict=True)]
+    copied = [plain.whole_s / without - 1 for plain, without in zip(blocks[_PLAIN], whole, strict=True)]
+    return [
+        Figure("taken from the loop by a save", taken_s, Unit.SECONDS),
+        Figure("taken from the loop by a save, of the time of one step", taken_s / step_s, Unit.SHARE),
+        Figure("the loop slowed down", statistics.median(slowed), Unit.SHARE),
+        Figure("the loop slowed down by a plain copy in its place", statistics.median(copied), Unit.SHARE),
     ]
-    return nbytes
 
 
-def _plain_copy(bench: Bench, nbytes: int, device: torch.device) -> Callable[[], object]:
-    """The least that a snapshot must do before the next step may change the state."""
-    if device.type == "cpu":
-        source, target = bench.buffers(nbytes)
-        return partial(memcpy, target, source, bench.threads)
-    whole = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-
-    def copy() -> None:
-        pinned.copy_(whole, non_blocking=True)
-        devices.synchronize(device)
-
-    return copy
-
-
-def _prove(run: Path, model: torch.nn.Module, proofs: Proofs) -> None:
-    """What the last step left in the run is what the model holds; otherwise no time is reported."""
-    newest = max(run.glob("checkpoints/step-*/data-*/rank-00000.safetensors"))
-    stored = load_file(newest)
-    live = {f"model/{name}": value for name, value in model.state_dict().items()}
-    same = all(torch.equal(stored[name], value.cpu()) for name, value in live.items())
-    proofs.true("safetensors' own reader finds the last step's model in the run", same)
-
-
-@contextmanager
-def _volume_in(folder: Path) -> Iterator[None]:
-    before = os.environ.get(contract.ENV_VOLUME)
-    os.environ[contract.ENV_VOLUME] = str(folder)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[contract.ENV_VOLUME]
-        else:
-            os.environ[contract.ENV_VOLUME] = before
+def renamed(row: Measured, suffix: str) -> Measured:
+    """The row under a longer name, with its baseline's."""
+    beside = row.beside if row.beside is None else row.beside + suffix
+    return Measured(row.name + suffix, row.kind, row.nbytes, row.seconds, beside)
 
 
 CASE = Case(
     "stall",
-    "How much time does a save take from a loop, in step() and in the next optimizer step, with the drain beside it?",
+    "What do memory snapshots every 10 steps take from a training loop, and by how much do they slow it down?",
     "what forward and backward do not hide of bytes / memcpy with as many threads; processors are shared with them",
     _run,
 )

@@ -42,7 +42,8 @@ class Loop:
         found = {f"model/{name}": value.cpu().clone() for name, value in self.model.state_dict().items()}
         names = {id(value): name for name, value in self.model.named_parameters()}
         for param, entry in self.optimizer.state.items():
-            found |= {f"optimizer/model.{names[id(param)]}/{key}": value.cpu() for key, value in entry.items()}
+            # A step count on the host is its own `cpu()`, and the next step would change it here too.
+            found |= {f"optimizer/model.{names[id(param)]}/{key}": value.cpu().clone() for key, value in entry.items()}
         return found
 
 
@@ -71,6 +72,29 @@ def test_capture_beside_training_holds_the_values_of_its_step(options: dict[str,
             assert rig.saver.finish()
             assert same(rig.snapshot(step), expected)
         assert rig.saver.capture is Capture.HIDDEN
+
+
+@pytest.mark.skipif(device.name() != "cuda", reason="needs a kernel that only waits")
+def test_save_behind_a_step_that_the_device_has_not_begun_holds_that_step(loop: Loop, tmp_path: Path) -> None:
+    buffers = {f"model/{name}" for name, _ in loop.model.named_buffers()}
+    with rig_of(loop, tmp_path) as rig:
+        torch.cuda._sleep(200_000_000)  # cycles, some 0.1 s: all that follows waits on the compute stream
+        loop.step()
+        assert rig.saver.save(1)
+        loop.backward()  # changes the buffers alone
+        assert rig.saver.finish()
+        expected = loop.values().items()
+        assert same(rig.snapshot(1), {name: value for name, value in expected if name not in buffers})
+
+
+@pytest.mark.skipif(device.name() != "cuda", reason="needs memory that CUDA can register")
+def test_prepared_slots_are_registered_with_the_device(loop: Loop, tmp_path: Path) -> None:
+    with rig_of(loop, tmp_path) as rig:
+        assert rig.saver.save(1) and rig.saver.finish() and rig.saver.volume is not None
+        writer = rig.saver.volume.acquire(0, rig.manifest(1).nbytes, protect=(), limit=4)
+        assert writer is not None
+        with writer:  # given back without a seal
+            assert torch.frombuffer(writer.memory, dtype=torch.uint8).is_pinned()
 
 
 def test_buffer_that_forward_changes_while_the_copy_is_held_is_that_of_the_step(loop: Loop, tmp_path: Path) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 
 import pytest
 
 from benchmarks import report
 from benchmarks.__main__ import CASES
 from benchmarks.bench import TINY, Bench
-from benchmarks.harness import Case, Kind, WrongBytes
+from benchmarks.harness import Case, Found, Kind, WrongBytes
 from benchmarks.snapshots import large
+from benchmarks.targets import ROWS, verdicts
 from ktrain.testing.s3_servers import find_program
 
 _S3 = {"drain_s3", "restore_s3"}
@@ -42,8 +44,12 @@ def test_case_at_tiny_size_proves_bytes_and_reports(case: Case, bench: Bench) ->
     for row in outcome.rows:
         assert row.seconds and all(seconds > 0 for seconds in row.seconds)
         assert row.beside is None or row.beside in names
-    text = report.section(case, outcome)
+    text = report.section(Found(case.name, case.question, case.floor, outcome))
     assert case.question in text and all(name in text for name in names)
+    for row in ROWS:
+        said = verdicts(row, [Found(case.name, case.question, case.floor, outcome)])
+        aimed = [target for target in row.targets if fnmatchcase(case.name, target.case)]
+        assert {verdict.target for verdict in said} == set(aimed), f"{row.key}: a target finds no number"
 
 
 def test_names_of_cases_differ() -> None:

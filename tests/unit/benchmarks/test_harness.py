@@ -11,7 +11,23 @@ import pytest
 from benchmarks import report
 from benchmarks.__main__ import main
 from benchmarks.bench import TINY, Bench
-from benchmarks.harness import Case, Kind, Measured, Outcome, Proofs, Step, WrongBytes, measure, memcpy
+from benchmarks.harness import (
+    Case,
+    Figure,
+    Found,
+    Kind,
+    Measured,
+    Outcome,
+    Proofs,
+    Step,
+    Unit,
+    WrongBytes,
+    from_json,
+    measure,
+    memcpy,
+    run,
+    to_json,
+)
 
 
 def test_proofs_same_with_a_flipped_bit_raises() -> None:
@@ -80,18 +96,55 @@ def test_memcpy_with_any_threads_copies_every_byte(num_threads: int) -> None:
 
 
 def test_record_keeps_seconds_and_facts_without_names_of_the_machine(tmp_path: Path) -> None:
-    case = Case("demo", "How fast?", "bytes / memcpy", lambda bench: outcome)
     rows = [Measured("plain", Kind.BASELINE, 100, (1.0,)), Measured("ours", Kind.KTRAIN, 100, (2.0,), "plain")]
-    outcome = Outcome(Proofs(["it is right"]), rows)
+    found = Found("demo", "How fast?", "bytes / memcpy", Outcome(Proofs(["it is right"]), rows))
     about = {"date": "2026-01-02", "facts": report.facts(), "load_before": 0.5, "load_after": 1.5, "note": "quiet"}
     folder = tmp_path / "2026-01-02-demo"
-    report.write_record(folder, TINY, [(case, outcome)], about)
+    report.write_record(folder, TINY, [found], about)
     value = json.loads((folder / "record.json").read_text())
     assert value["cases"][0]["rows"][1]["seconds"] == [2.0]
     assert value["facts"]["cores"] >= 1
     text = (folder / "record.md").read_text()
     assert "50% of plain" in text and "quiet" in text and "it is right" in text
     assert str(Path.home()) not in text + json.dumps(value)
+
+
+def test_outcome_survives_json() -> None:
+    rows = [Measured("plain", Kind.BASELINE, 8, (1.0, 2.0)), Measured("ours", Kind.KTRAIN, 8, (2.0, 3.0), "plain")]
+    found = Found("demo", "How?", "f", Outcome(Proofs(["right"]), rows, [Figure("slowed", 0.02, Unit.SHARE)]))
+    failed = Found("broken", "How?", "f", None, "WrongBytes: a byte")
+    assert [from_json(json.loads(json.dumps(to_json(one)))) for one in (found, failed)] == [found, failed]
+
+
+def test_case_that_raises_is_found_with_its_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(bench: Bench) -> Outcome:
+        raise WrongBytes("the copy: does not hold\nmore")
+
+    with Bench(TINY, disk=tmp_path) as bench:
+        found = run(Case("broken", "How?", "f", broken), bench)
+    assert found.outcome is None and found.failure == "WrongBytes: the copy: does not hold"
+    assert "Failed, so nothing is reported: WrongBytes" in report.section(found)
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("failing", "code"), [(False, 0), (True, 1)])
+def test_main_runs_the_other_cases_and_tells_of_a_failure(
+    failing: bool, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def first(bench: Bench) -> Outcome:
+        if failing:
+            raise WrongBytes("a byte")
+        return second(bench)
+
+    def second(bench: Bench) -> Outcome:
+        return Outcome(Proofs(["right"]), [Measured("plain", Kind.BASELINE, 8, (1.0,))])
+
+    cases = (Case("first", "How?", "f", first), Case("second", "And how?", "f", second))
+    monkeypatch.setattr("benchmarks.__main__.CASES", cases)
+    assert main(["--quick"]) == code
+    said = capsys.readouterr()
+    assert "And how?" in said.out
+    assert ("failed, see above: first" in said.err) == failing
 
 
 def test_bench_ends_without_its_folders(tmp_path: Path) -> None:
