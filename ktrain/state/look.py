@@ -26,11 +26,10 @@ class Look:
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._num = len(tensors)
-        self._dtensors = [at for at, tensor in enumerate(tensors) if is_dtensor(tensor)]
-        self._spread_of = picker(self._dtensors)
-        self._owners = list(map(id, tensors)) if self._dtensors else []
-        self._specs = list(map(_SPEC, self._spread_of(tensors)))
-        parts = self._locals_of(tensors)
+        self._parts = Parts(tensors)
+        self._owners = list(map(id, tensors)) if self._parts.num_spread else []
+        self._specs = list(map(_SPEC, self._parts.spread_of(tensors)))
+        parts = self._parts.of(tensors)
         self.is_possible = all(type(part) in PLAIN_TYPES and not part.is_neg() for part in parts)
         """False where a tensor is of a class, or of a kind of view, whose bytes are not its values."""
         self._read = forms_by_dlpack
@@ -43,21 +42,31 @@ class Look:
         """Whether these are the tensors that were looked at, their bytes where they were, in the same form."""
         if not self.is_possible or len(tensors) != self._num:
             return False
-        if self._dtensors:
+        if self._parts.num_spread:
             if list(map(id, tensors)) != self._owners:
                 return False
             # The specification of a DTensor is never changed; one of another placement is another object.
-            if not all(map(operator.is_, map(_SPEC, self._spread_of(tensors)), self._specs)):
+            if not all(map(operator.is_, map(_SPEC, self._parts.spread_of(tensors)), self._specs)):
                 return False
-        parts = self._locals_of(tensors)
+        parts = self._parts.of(tensors)
         return PLAIN_TYPES.issuperset(map(type, parts)) and self._read(parts) == self._forms
 
-    def _locals_of(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """The rank's own parts, without a view or a record in autograd made for it."""
-        if not self._dtensors:
+
+class Parts:
+    """Takes a rank's own parts out of tensors of which always the same ones are DTensors."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._places = [at for at, tensor in enumerate(tensors) if is_dtensor(tensor)]
+        self.num_spread = len(self._places)
+        self.spread_of = picker(self._places)
+        """Takes the DTensors out of them."""
+
+    def of(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """The local parts, of whatever class, without a view or a record in autograd made for it."""
+        if not self.num_spread:
             return tensors
         parts = list(tensors)
-        for at, part in zip(self._dtensors, map(_LOCAL, self._spread_of(tensors)), strict=True):
+        for at, part in zip(self._places, map(_LOCAL, self.spread_of(tensors)), strict=True):
             parts[at] = part
         return parts
 

@@ -17,7 +17,7 @@ from ktrain.state.known_module import KnownModule, can_look
 from ktrain.state.parts import Collector, Context, OwnedParameter
 from ktrain.state.saved import Reader, Saved, Wishes
 from ktrain.state.stages import join_module
-from ktrain.state.tensors import Leaf, box_of, dtype_name, is_dtensor, local_of
+from ktrain.state.tensors import Leaf, dtype_name, is_dtensor, local_of
 
 _EXTRA_STATE = "_extra_state"  # torch's name for what get_extra_state() returns
 _COMPILED = "_orig_mod."
@@ -147,7 +147,7 @@ class ModulePart:
                 f"{name}: expected {expected[1]} {list(expected[0])}, found {found[1]} {list(found[0])}"
             )
         else:
-            wishes.add(source, box_of(value), as_name=name, into=local_of(value))
+            wishes.add(source, wishes.spreads.box_of(value), as_name=name, into=local_of(value))
 
     def _clean_names(self, state: Mapping[str, Any]) -> dict[str, str]:
         """Raw key to clean name.

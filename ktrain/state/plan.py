@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -15,17 +16,17 @@ from ktrain.errors import ConfigError
 from ktrain.format.digest import digest_text
 from ktrain.format.payload import Layout, lay_out
 from ktrain.format.shard import Box, Shard
-from ktrain.state.look import picker
+from ktrain.state.look import Parts, picker
 from ktrain.state.optimizer import OptimizerPart
 from ktrain.state.parts import Context, Known
 from ktrain.state.shares import Block, share_out
 from ktrain.state.tensors import (
     PLAIN_TYPES,
     Leaf,
-    box_of,
+    Spreads,
     dtype_name,
     is_dtensor,
-    local_of,
+    part_of,
     require_box,
     require_storable,
 )
@@ -95,6 +96,7 @@ class _Memo:
     num_leaves: tuple[int, ...] = ()  # of all parts
     places: Places = Places((), ())
     stored_of: Callable[[Sequence[Any]], Sequence[Any]] = tuple  # takes the stored ones out of all
+    parts: Parts = field(default_factory=lambda: Parts(()))  # of the stored ones
 
     def fits(self, leaves: Sequence[Leaf], topology: Topology) -> bool:
         # One after the other: signatures of all leaves at once would keep the garbage collector busy.
@@ -133,12 +135,19 @@ def _plan(state: TrainState, topology: Topology) -> SavePlan:
         known.append(part.know(found, objects[part.name], context))
         num_leaves.append(len(found))
     if not isinstance(memo, _Memo) or not memo.fits(leaves, topology):
-        memo = _make_memo(leaves, topology)
+        memo = _make_memo(leaves, topology, context.spreads)
     places = _find_places(state, known, num_leaves, memo.stored)
+    tensors = [leaf.tensor for leaf in leaves]
+    stored_of = picker(memo.stored)
     memo = state.memo = replace(
-        memo, known=tuple(known), num_leaves=tuple(num_leaves), places=places, stored_of=picker(memo.stored)
+        memo,
+        known=tuple(known),
+        num_leaves=tuple(num_leaves),
+        places=places,
+        stored_of=stored_of,
+        parts=Parts(stored_of(tensors)),
     )
-    return _join(memo, [leaf.tensor for leaf in leaves], objects)
+    return _join(memo, tensors, objects)
 
 
 def _try_plan_again(state: TrainState, topology: Topology, memo: _Memo) -> SavePlan | None:
@@ -163,20 +172,13 @@ def _try_plan_again(state: TrainState, topology: Topology, memo: _Memo) -> SaveP
 
 
 def _join(memo: _Memo, tensors: Sequence[torch.Tensor], objects: dict[str, Any]) -> SavePlan:
-    mine = list(memo.stored_of(tensors))
+    stored = memo.stored_of(tensors)
+    mine = list(memo.parts.of(stored))
     if not PLAIN_TYPES.issuperset(map(type, mine)):
-        mine = list(map(_part_of, mine))
+        mine = list(map(part_of, stored))
     for row, cut in memo.cuts:
         mine[row] = mine[row].detach()[cut]
     return SavePlan(tuple(mine), memo.layout, objects, memo.digest, memo.places)
-
-
-def _part_of(tensor: torch.Tensor) -> torch.Tensor:
-    """As `local_of`, where it can be without making a view: that costs ten microseconds for a DTensor."""
-    if not is_dtensor(tensor):
-        return tensor
-    part = tensor._local_tensor
-    return part if type(part) in PLAIN_TYPES else local_of(tensor)
 
 
 def _find_places(
@@ -209,10 +211,10 @@ def _signature(leaf: Leaf) -> tuple[Any, ...]:
     return leaf.name, leaf.role, leaf.holders, leaf.anchor, *form, spread
 
 
-def _make_memo(leaves: Sequence[Leaf], topology: Topology) -> _Memo:
+def _make_memo(leaves: Sequence[Leaf], topology: Topology, spreads: Spreads) -> _Memo:
     for leaf in leaves:
         require_storable(leaf.name, leaf.tensor)
-    shards = [_shard(leaf) for leaf in leaves]
+    shards = [_shard(leaf, spreads) for leaf in leaves]
     _require_distinct(shards)
     own = _own_shards(leaves, shards, topology)
     layout = lay_out(list(own))
@@ -227,9 +229,9 @@ def _make_memo(leaves: Sequence[Leaf], topology: Topology) -> _Memo:
     )
 
 
-def _shard(leaf: Leaf) -> Shard:
+def _shard(leaf: Leaf, spreads: Spreads) -> Shard:
     tensor = leaf.tensor
-    box = box_of(tensor)
+    box = spreads.box_of(tensor)
     require_box(leaf.name, tensor, box)
     return Shard(leaf.name, dtype_name(tensor.dtype), tuple(tensor.shape), box, leaf.role)
 
@@ -241,7 +243,9 @@ def _has_bytes_here(shard: Shard) -> bool:
 
 def _here(leaf: Leaf, topology: Topology) -> tuple[int, ...]:
     """The ranks of this node that hold the leaf's bytes."""
-    return tuple(rank for rank in leaf.holders if rank in topology.node_ranks)
+    ranks = topology.node_ranks
+    begin, end = (bisect.bisect_left(leaf.holders, rank) for rank in (ranks.start, ranks.stop))
+    return leaf.holders[begin:end]
 
 
 def _own_shards(

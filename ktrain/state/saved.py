@@ -21,7 +21,7 @@ from ktrain.format.dtype import item_nbytes
 from ktrain.format.manifest import Manifest
 from ktrain.format.payload import Entry
 from ktrain.format.shard import Box, Role
-from ktrain.state.tensors import dtype_of
+from ktrain.state.tensors import Spreads, dtype_of
 from ktrain.state.topology import Topology
 
 
@@ -132,6 +132,7 @@ class Wishes:
 
     def __init__(self, saved: Saved) -> None:
         self.saved = saved
+        self.spreads = Spreads()
         self.targets: dict[str, Target] = {}
         self.objects: dict[str, Mapping[str, Any]] = {}  # by part, as it will be loaded; absent: as its rank stored it
         self.problems: list[str] = []
