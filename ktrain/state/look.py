@@ -14,7 +14,7 @@ import torch
 from ktrain import native
 from ktrain.state.tensors import PLAIN_TYPES, is_dtensor
 
-_LOCAL, _SPEC = operator.attrgetter("_local_tensor"), operator.attrgetter("_spec")
+_INSIDE = operator.attrgetter("_spec", "_local_tensor")
 
 
 class Look:
@@ -26,10 +26,11 @@ class Look:
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._num = len(tensors)
-        self._parts = Parts(tensors)
-        self._owners = list(map(id, tensors)) if self._parts.num_spread else []
-        self._specs = list(map(_SPEC, self._parts.spread_of(tensors)))
-        parts = self._parts.of(tensors)
+        self._dtensors = [at for at, tensor in enumerate(tensors) if is_dtensor(tensor)]
+        self._spread_of = picker(self._dtensors)
+        self._owners = list(map(id, tensors)) if self._dtensors else []
+        specs, parts = self._inside(tensors)
+        self._specs = specs
         self.is_possible = all(type(part) in PLAIN_TYPES and not part.is_neg() for part in parts)
         """False where a tensor is of a class, or of a kind of view, whose bytes are not its values."""
         self._read = forms_by_dlpack
@@ -38,37 +39,30 @@ class Look:
             self._read = forms_by_getters
             self._forms = self._read(parts)
 
-    def is_same(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether these are the tensors that were looked at, their bytes where they were, in the same form."""
+    def try_again(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor] | None:
+        """The rank's own parts of the tensors that were looked at, without views made for it.
+
+        None where these are others, or where their bytes are not where they were in the same form.
+        """
         if not self.is_possible or len(tensors) != self._num:
-            return False
-        if self._parts.num_spread:
-            if list(map(id, tensors)) != self._owners:
-                return False
-            # The specification of a DTensor is never changed; one of another placement is another object.
-            if not all(map(operator.is_, map(_SPEC, self._parts.spread_of(tensors)), self._specs)):
-                return False
-        parts = self._parts.of(tensors)
-        return PLAIN_TYPES.issuperset(map(type, parts)) and self._read(parts) == self._forms
+            return None
+        if self._dtensors and list(map(id, tensors)) != self._owners:
+            return None
+        specs, parts = self._inside(tensors)
+        # The specification of a DTensor is never changed; one of another placement is another object.
+        if not all(map(operator.is_, specs, self._specs)) or not PLAIN_TYPES.issuperset(map(type, parts)):
+            return None
+        return parts if self._read(parts) == self._forms else None
 
-
-class Parts:
-    """Takes a rank's own parts out of tensors of which always the same ones are DTensors."""
-
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._places = [at for at, tensor in enumerate(tensors) if is_dtensor(tensor)]
-        self.num_spread = len(self._places)
-        self.spread_of = picker(self._places)
-        """Takes the DTensors out of them."""
-
-    def of(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """The local parts, of whatever class, without a view or a record in autograd made for it."""
-        if not self.num_spread:
-            return tensors
+    def _inside(self, tensors: Sequence[torch.Tensor]) -> tuple[Sequence[Any], Sequence[torch.Tensor]]:
+        """The specifications of the DTensors, and all tensors with the local parts in the place of these."""
+        if not self._dtensors:
+            return (), tensors
+        specs, locals_ = zip(*map(_INSIDE, self._spread_of(tensors)), strict=True)
         parts = list(tensors)
-        for at, part in zip(self._places, map(_LOCAL, self.spread_of(tensors)), strict=True):
+        for at, part in zip(self._dtensors, locals_, strict=True):
             parts[at] = part
-        return parts
+        return specs, parts
 
 
 def picker(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:

@@ -46,7 +46,7 @@ class Known(Protocol):
         """For each leaf the id of the parameter that it changes with: itself, or the one whose state it is."""
 
     def again(self, context: Context) -> tuple[Sequence[torch.Tensor], dict[str, Any]] | None:
-        """The tensors of all leaves and the part's JSON, as `describe` would give them now.
+        """The rank's own parts of all leaves' tensors and the part's JSON, as `describe` would give them now.
 
         None where something but values has changed, or where it cannot be told at this price.
         """

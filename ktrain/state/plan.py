@@ -6,7 +6,7 @@ import bisect
 import json
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -16,7 +16,7 @@ from ktrain.errors import ConfigError
 from ktrain.format.digest import digest_text
 from ktrain.format.payload import Layout, lay_out
 from ktrain.format.shard import Box, Shard
-from ktrain.state.look import Parts, picker
+from ktrain.state.look import picker
 from ktrain.state.optimizer import OptimizerPart
 from ktrain.state.parts import Context, Known
 from ktrain.state.shares import Block, share_out
@@ -96,7 +96,6 @@ class _Memo:
     num_leaves: tuple[int, ...] = ()  # of all parts
     places: Places = Places((), ())
     stored_of: Callable[[Sequence[Any]], Sequence[Any]] = tuple  # takes the stored ones out of all
-    parts: Parts = field(default_factory=lambda: Parts(()))  # of the stored ones
 
     def fits(self, leaves: Sequence[Leaf], topology: Topology) -> bool:
         # One after the other: signatures of all leaves at once would keep the garbage collector busy.
@@ -137,17 +136,10 @@ def _plan(state: TrainState, topology: Topology) -> SavePlan:
     if not isinstance(memo, _Memo) or not memo.fits(leaves, topology):
         memo = _make_memo(leaves, topology, context.spreads)
     places = _find_places(state, known, num_leaves, memo.stored)
-    tensors = [leaf.tensor for leaf in leaves]
-    stored_of = picker(memo.stored)
     memo = state.memo = replace(
-        memo,
-        known=tuple(known),
-        num_leaves=tuple(num_leaves),
-        places=places,
-        stored_of=stored_of,
-        parts=Parts(stored_of(tensors)),
+        memo, known=tuple(known), num_leaves=tuple(num_leaves), places=places, stored_of=picker(memo.stored)
     )
-    return _join(memo, tensors, objects)
+    return _join(memo, [leaf.tensor for leaf in leaves], objects)
 
 
 def _try_plan_again(state: TrainState, topology: Topology, memo: _Memo) -> SavePlan | None:
@@ -172,10 +164,9 @@ def _try_plan_again(state: TrainState, topology: Topology, memo: _Memo) -> SaveP
 
 
 def _join(memo: _Memo, tensors: Sequence[torch.Tensor], objects: dict[str, Any]) -> SavePlan:
-    stored = memo.stored_of(tensors)
-    mine = list(memo.parts.of(stored))
+    mine = list(memo.stored_of(tensors))
     if not PLAIN_TYPES.issuperset(map(type, mine)):
-        mine = list(map(part_of, stored))
+        mine = list(map(part_of, mine))
     for row, cut in memo.cuts:
         mine[row] = mine[row].detach()[cut]
     return SavePlan(tuple(mine), memo.layout, objects, memo.digest, memo.places)
