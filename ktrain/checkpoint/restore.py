@@ -9,6 +9,7 @@ from typing import Any
 from ktrain import device
 from ktrain.base import contract, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
+from ktrain.base.collector import without_collections
 from ktrain.base.control import Caller
 from ktrain.base.faults import FaultPoints
 from ktrain.checkpoint import lineage
@@ -129,7 +130,8 @@ class Restorer:
         """Reads and proves this rank's part of the agreed step, and says so."""
         self._drop()
         started = self._clock.monotonic()
-        manifests = {int(rank): Manifest.from_bytes(text.encode()) for rank, text in word["manifests"].items()}
+        with without_collections():
+            manifests = {int(rank): Manifest.from_bytes(text.encode()) for rank, text in word["manifests"].items()}
         copies = {int(rank): [Copy.from_json(value) for value in values] for rank, values in word["sources"].items()}
         try:
             needs = plan_restore(self._state, manifests, self._topology)

@@ -65,16 +65,23 @@ def from_json(members: Members, *, begin: int) -> tuple[Entry, ...]:
     box = [row - 1 for row in _column(members, "box", len(keys), len(boxes), shift=1)]
     members.finish()
     item_nbytes = [dtypes.item_nbytes(name) for name in dtype_rows]
+    # Behind the boxes, so that row -1 is none of them: the whole tensors by their shapes.
+    parts = [*boxes, *wholes]
+    numel = [part.numel for part in parts]
     entries = []
-    for row, key in enumerate(keys):
-        global_shape = shapes[shape[row]]
-        part = wholes[shape[row]] if box[row] == _WHOLE else boxes[box[row]]
-        if box[row] != _WHOLE and (not part.is_inside(global_shape) or part.is_whole(global_shape)):
-            raise members.corrupt(
-                f"tensor {key[:80]!r}: expected a box that is a part of shape {global_shape}, found {part}"
-            )
-        end = begin + part.numel * item_nbytes[dtype[row]]
-        shard = Shard(names[row], dtype_rows[dtype[row]], global_shape, part, role_rows[role[row]])
+    for key, name, dtype_row, shape_row, role_row, box_row in zip(keys, names, dtype, shape, role, box, strict=True):
+        global_shape = shapes[shape_row]
+        if box_row == _WHOLE:
+            row = len(boxes) + shape_row
+        else:
+            row = box_row
+            part = parts[row]
+            if not part.is_inside(global_shape) or part.is_whole(global_shape):
+                raise members.corrupt(
+                    f"tensor {key[:80]!r}: expected a box that is a part of shape {global_shape}, found {part}"
+                )
+        end = begin + numel[row] * item_nbytes[dtype_row]
+        shard = Shard(name, dtype_rows[dtype_row], global_shape, parts[row], role_rows[role_row])
         entries.append(Entry(key, shard, begin, end))
         begin = end
     return tuple(entries)

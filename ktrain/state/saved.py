@@ -65,6 +65,7 @@ class Saved:
         # On another world size what belongs to no rank in particular is rank 0's, as DDP does with buffers.
         self.rank = topology.rank if self.is_same_world else 0
         self._index: dict[str, list[tuple[int, Entry]]] = {}
+        self._readable: dict[str, list[tuple[int, Entry]]] = {}  # of it, the names that were asked for
         for rank in sorted(manifests, key=self._distance):
             for entry in manifests[rank].entries:
                 self._index.setdefault(entry.shard.name, []).append((rank, entry))
@@ -104,12 +105,18 @@ class Saved:
                     rest.append(want)
                 else:
                     pieces.append(_piece(rank, entry, common))
-                    rest.extend(want.subtract(common))
+                    rest.extend(want.around(common))
             missing = rest
         return tuple(pieces) if entries and not missing else missing or [box]
 
     def _entries(self, name: str) -> list[tuple[int, Entry]]:
-        found = self._index.get(name, [])
+        known = self._readable.get(name)
+        if known is None:
+            known = self._readable[name] = self._choose(self._index.get(name, []))
+        return known
+
+    def _choose(self, found: list[tuple[int, Entry]]) -> list[tuple[int, Entry]]:
+        """Of the entries of one name, those that make this rank's tensor."""
         if len(found) < 2:
             return found
         own = [row for row in found if row[1].shard.role is Role.RANK and row[0] == self.rank]
@@ -253,6 +260,8 @@ class Reader:
 def _piece(rank: int, entry: Entry, box: Box) -> Piece:
     """The shortest range of the entry that has all items of the box; the entry is stored row by row."""
     outer, size = entry.shard.box, item_nbytes(entry.shard.dtype)
+    if box == outer:
+        return Piece(rank, entry, box, entry.begin, entry.end)
     strides = row_strides(outer.lengths)
     at = zip(box.offsets, outer.offsets, strides, strict=True)
     first = sum((inner - begin) * stride for inner, begin, stride in at)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -34,6 +35,7 @@ class Leaf:
     anchor: str
 
 
+@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
     """`torch.float32` gives `float32`."""
     return str(dtype).removeprefix("torch.")
@@ -110,7 +112,7 @@ def holders_of(tensor: DTensor) -> tuple[int, ...]:
 
 
 class Spreads:
-    """Boxes and holders of DTensors; where many are spread alike, as nearly always, these are found once.
+    """Boxes and holders of tensors; where many are alike, as nearly always, these are found once.
 
     For one walk over a state: this process's place in a mesh is taken to stay the same.
     """
@@ -121,9 +123,9 @@ class Spreads:
 
     def box_of(self, tensor: torch.Tensor) -> Box:
         """As the function; raises as it does."""
-        if not is_dtensor(tensor):
-            return box_of(tensor)
-        key = tensor.device_mesh, tensor.placements, tensor.shape
+        key: tuple[Any, ...] = tensor.shape
+        if is_dtensor(tensor):
+            key = tensor.device_mesh, tensor.placements, tensor.shape
         found = self._boxes.get(key)
         if found is None:
             found = self._boxes[key] = box_of(tensor)
