@@ -8,6 +8,7 @@ only what differs from the key before.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from ktrain.format import document
@@ -65,26 +66,28 @@ def from_json(members: Members, *, begin: int) -> tuple[Entry, ...]:
     box = [row - 1 for row in _column(members, "box", len(keys), len(boxes), shift=1)]
     members.finish()
     item_nbytes = [dtypes.item_nbytes(name) for name in dtype_rows]
-    # Behind the boxes, so that row -1 is none of them: the whole tensors by their shapes.
-    parts = [*boxes, *wholes]
-    numel = [part.numel for part in parts]
-    entries = []
-    for key, name, dtype_row, shape_row, role_row, box_row in zip(keys, names, dtype, shape, role, box, strict=True):
-        global_shape = shapes[shape_row]
-        if box_row == _WHOLE:
-            row = len(boxes) + shape_row
-        else:
-            row = box_row
-            part = parts[row]
-            if not part.is_inside(global_shape) or part.is_whole(global_shape):
-                raise members.corrupt(
-                    f"tensor {key[:80]!r}: expected a box that is a part of shape {global_shape}, found {part}"
-                )
-        end = begin + numel[row] * item_nbytes[dtype_row]
-        shard = Shard(name, dtype_rows[dtype_row], global_shape, parts[row], role_rows[role_row])
-        entries.append(Entry(key, shard, begin, end))
-        begin = end
-    return tuple(entries)
+    for row, (shape_row, box_row) in enumerate(zip(shape, box, strict=True)):
+        if box_row != _WHOLE and not _is_part(boxes[box_row], shapes[shape_row]):
+            raise members.corrupt(
+                f"tensor {keys[row][:80]!r}: expected a box that is a part of shape {shapes[shape_row]}, "
+                f"found {boxes[box_row]}"
+            )
+    parts = [wholes[s] if b == _WHOLE else boxes[b] for s, b in zip(shape, box, strict=True)]
+    sizes = [part.numel * item_nbytes[row] for part, row in zip(parts, dtype, strict=True)]
+    ends = list(accumulate(sizes, initial=begin))
+    shards = map(
+        Shard,
+        names,
+        map(dtype_rows.__getitem__, dtype),
+        map(shapes.__getitem__, shape),
+        parts,
+        map(role_rows.__getitem__, role),
+    )
+    return tuple(map(Entry, keys, shards, ends, ends[1:]))
+
+
+def _is_part(box: Box, shape: tuple[int, ...]) -> bool:
+    return box.is_inside(shape) and not box.is_whole(shape)
 
 
 class _Table:
@@ -124,7 +127,7 @@ def _num_shared(a: str, b: str) -> int:
 
 def _front_decode(members: Members) -> list[str]:
     shared, rest = members.integers("key_shared"), members.array("key_rest")
-    if len(shared) != len(rest) or not all(isinstance(text, str) for text in rest):
+    if len(shared) != len(rest) or not {str}.issuperset(map(type, rest)):
         raise members.corrupt(f"key_rest: expected {len(shared)} texts, found {len(rest)} members")
     keys = []
     key = ""
@@ -157,7 +160,7 @@ def _names(members: Members, keys: list[str]) -> list[str]:
 
 def _column(members: Members, name: str, num_rows: int, num_values: int, *, shift: int = 0) -> list[int]:
     values = members.array(name)
-    if len(values) != num_rows or any(type(value) is not int for value in values):
+    if len(values) != num_rows or not {int}.issuperset(map(type, values)):
         raise members.corrupt(f"{name}: expected {num_rows} integers, found {len(values)} members")
     if values and not -shift <= min(values) <= max(values) < num_values:
         raise members.corrupt(f"{name}: expected row numbers below {num_values}, found {max(values)}")
