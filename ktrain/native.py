@@ -191,6 +191,21 @@ def digest_pieces(addresses: Buffer, sizes: Buffer, *, num_threads: int = 1) -> 
         raise _refused("digest pieces", error) from error
 
 
+def describe_tensors(exchange: object, tensors: Sequence[object]) -> bytes | None:
+    """Returns a record of what tensors are besides their values: equal records, equal tensors. See ADR 0024.
+
+    It has each one's identity, class, address, device, dtype, shape and strides, and holds none of them. Call it with
+    objects of the very framework that the table is of.
+
+    Args:
+        exchange: DLPack's table of C functions, as a framework's tensor class names it.
+
+    Returns:
+        None where the table is none that is known here, or where DLPack has no words for one of the tensors.
+    """
+    return _native.describe_tensors(exchange, tuple(tensors))
+
+
 def isa() -> str:
     """Returns the name of the digest variant in use: "portable", "pclmul" or "vpclmul"."""
     return _native.isa()

@@ -10,6 +10,7 @@ from ktrain import device
 from ktrain.abc.source import copies_beside
 from ktrain.base import contract, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
+from ktrain.base.collector import without_collections
 from ktrain.base.control import Caller
 from ktrain.base.faults import FaultPoints
 from ktrain.checkpoint import lineage
@@ -130,7 +131,8 @@ class Restorer:
         """Reads and proves this rank's part of the agreed step, and says so."""
         self._drop()
         started = self._clock.monotonic()
-        manifests = {int(rank): Manifest.from_bytes(text.encode()) for rank, text in word["manifests"].items()}
+        with without_collections():
+            manifests = {int(rank): Manifest.from_bytes(text.encode()) for rank, text in word["manifests"].items()}
         places = {int(rank): [Copy.from_json(value) for value in values] for rank, values in word["sources"].items()}
         identity = Identity.from_json(word["identity"])
         bound = Deadline.after(self._timeouts.restore_s, self._clock)

@@ -8,6 +8,7 @@ only what differs from the key before.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from ktrain.format import document
@@ -65,19 +66,28 @@ def from_json(members: Members, *, begin: int) -> tuple[Entry, ...]:
     box = [row - 1 for row in _column(members, "box", len(keys), len(boxes), shift=1)]
     members.finish()
     item_nbytes = [dtypes.item_nbytes(name) for name in dtype_rows]
-    entries = []
-    for row, key in enumerate(keys):
-        global_shape = shapes[shape[row]]
-        part = wholes[shape[row]] if box[row] == _WHOLE else boxes[box[row]]
-        if box[row] != _WHOLE and (not part.is_inside(global_shape) or part.is_whole(global_shape)):
+    for row, (shape_row, box_row) in enumerate(zip(shape, box, strict=True)):
+        if box_row != _WHOLE and not _is_part(boxes[box_row], shapes[shape_row]):
             raise members.corrupt(
-                f"tensor {key[:80]!r}: expected a box that is a part of shape {global_shape}, found {part}"
+                f"tensor {keys[row][:80]!r}: expected a box that is a part of shape {shapes[shape_row]}, "
+                f"found {boxes[box_row]}"
             )
-        end = begin + part.numel * item_nbytes[dtype[row]]
-        shard = Shard(names[row], dtype_rows[dtype[row]], global_shape, part, role_rows[role[row]])
-        entries.append(Entry(key, shard, begin, end))
-        begin = end
-    return tuple(entries)
+    parts = [wholes[s] if b == _WHOLE else boxes[b] for s, b in zip(shape, box, strict=True)]
+    sizes = [part.numel * item_nbytes[row] for part, row in zip(parts, dtype, strict=True)]
+    ends = list(accumulate(sizes, initial=begin))
+    shards = map(
+        Shard,
+        names,
+        map(dtype_rows.__getitem__, dtype),
+        map(shapes.__getitem__, shape),
+        parts,
+        map(role_rows.__getitem__, role),
+    )
+    return tuple(map(Entry, keys, shards, ends, ends[1:]))
+
+
+def _is_part(box: Box, shape: tuple[int, ...]) -> bool:
+    return box.is_inside(shape) and not box.is_whole(shape)
 
 
 class _Table:
@@ -117,7 +127,7 @@ def _num_shared(a: str, b: str) -> int:
 
 def _front_decode(members: Members) -> list[str]:
     shared, rest = members.integers("key_shared"), members.array("key_rest")
-    if len(shared) != len(rest) or not all(isinstance(text, str) for text in rest):
+    if len(shared) != len(rest) or not {str}.issuperset(map(type, rest)):
         raise members.corrupt(f"key_rest: expected {len(shared)} texts, found {len(rest)} members")
     keys = []
     key = ""
@@ -150,7 +160,7 @@ def _names(members: Members, keys: list[str]) -> list[str]:
 
 def _column(members: Members, name: str, num_rows: int, num_values: int, *, shift: int = 0) -> list[int]:
     values = members.array(name)
-    if len(values) != num_rows or any(type(value) is not int for value in values):
+    if len(values) != num_rows or not {int}.issuperset(map(type, values)):
         raise members.corrupt(f"{name}: expected {num_rows} integers, found {len(values)} members")
     if values and not -shift <= min(values) <= max(values) < num_values:
         raise members.corrupt(f"{name}: expected row numbers below {num_values}, found {max(values)}")

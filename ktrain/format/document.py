@@ -148,7 +148,7 @@ class Members:
     def integers(self, name: str, *, below: int = _MAX_INTEGER + 1) -> list[int]:
         """An array of integers in `[0, below)`."""
         values = self._take(name, list)
-        if any(type(value) is not int for value in values) or (values and not 0 <= min(values) <= max(values) < below):
+        if not {int}.issuperset(map(type, values)) or (values and not 0 <= min(values) <= max(values) < below):
             raise self.corrupt(f"{name}: expected integers from 0 to {below - 1}")
         return values
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ktrain import native
+from ktrain.base.collector import without_collections
 from ktrain.errors import CorruptionError
 from ktrain.format import columns, document
 from ktrain.format.digest import chunks_from_text, chunks_to_text, digest_text, to_text
@@ -100,8 +101,9 @@ class Manifest:
             CorruptionError: it is torn, changed, or says what cannot be.
             ConfigError: a newer ktrain wrote it.
         """
-        members = document.unseal(KIND, data)
-        return _READERS[members.version](members)
+        with without_collections():
+            members = document.unseal(KIND, data)
+            return _READERS[members.version](members)
 
     def digest(self) -> str:
         """The digest of the manifest file (of `to_bytes()`, which is made for it)."""

@@ -39,16 +39,24 @@ class Box:
 
     def intersect(self, other: Box) -> Box | None:
         """The part both have, in the global tensor's offsets; None where they share no item."""
-        offsets = tuple(max(a, b) for a, b in zip(self.offsets, other.offsets, strict=True))
-        ends = [min(a + m, b + n) for a, m, b, n in _rows(self, other)]
-        lengths = tuple(end - offset for end, offset in zip(ends, offsets, strict=True))
-        return Box(offsets, lengths) if all(length > 0 for length in lengths) else None
+        offsets, lengths = [], []
+        for a, m, b, n in zip(self.offsets, self.lengths, other.offsets, other.lengths, strict=True):
+            begin, end = max(a, b), min(a + m, b + n)
+            if begin >= end:
+                return None
+            offsets.append(begin)
+            lengths.append(end - begin)
+        return Box(tuple(offsets), tuple(lengths))
 
     def subtract(self, other: Box) -> list[Box]:
         """This box without the other: disjoint boxes, at most two for each dimension."""
         common = self.intersect(other)
         if common is None:
             return [self] if self.numel else []
+        return self.around(common)
+
+    def around(self, common: Box) -> list[Box]:
+        """As `subtract`, for a box that lies inside this one."""
         rest = []
         offsets, lengths = list(self.offsets), list(self.lengths)
         for dim, (begin, length) in enumerate(zip(common.offsets, common.lengths, strict=True)):
@@ -91,10 +99,6 @@ class Shard:
 
     def is_whole(self) -> bool:
         return self.box.is_whole(self.global_shape)
-
-
-def _rows(a: Box, b: Box) -> zip[tuple[int, int, int, int]]:
-    return zip(a.offsets, a.lengths, b.offsets, b.lengths, strict=True)
 
 
 def _replace(offsets: list[int], lengths: list[int], dim: int, part: tuple[int, int]) -> Box:

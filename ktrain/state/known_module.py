@@ -26,6 +26,12 @@ def can_look(module: torch.nn.Module) -> bool:
         return False
 
 
+def loads_in_place(module: torch.nn.Module) -> bool:
+    """Whether `load_state_dict` does nothing but copy values onto tensors: no hook and no method of its own."""
+    found = list(module.modules())
+    return all(map(_loads_as_common, set(map(type, found)))) and not any(map(_has_own_load, map(vars, found)))
+
+
 class KnownModule:
     """Implements `Known`. Holds neither tensors nor submodules."""
 
@@ -61,10 +67,13 @@ class KnownModule:
         tensors = self._leaves_of(found.tensors)
         if type(None) in map(type, tensors):  # one was taken away
             return None
-        if list(map(id, self._rest_of(found.tensors))) != self._rest or not self._look.is_same(tensors):
+        if list(map(id, self._rest_of(found.tensors))) != self._rest:
+            return None
+        parts = self._look.try_again(tensors)
+        if parts is None:
             return None
         context.learn(self._owned)
-        return tensors, self._about
+        return parts, self._about
 
 
 class _Walk:
@@ -100,6 +109,24 @@ def _is_common(kind: type[torch.nn.Module]) -> bool:
         kind.state_dict is common.state_dict
         and kind._save_to_state_dict is common._save_to_state_dict
         and kind.get_extra_state is common.get_extra_state
+    )
+
+
+def _loads_as_common(kind: type[torch.nn.Module]) -> bool:
+    common = torch.nn.Module
+    return (
+        kind.load_state_dict is common.load_state_dict
+        and kind._load_from_state_dict is common._load_from_state_dict
+        and kind.set_extra_state is common.set_extra_state
+    )
+
+
+def _has_own_load(attributes: dict[str, Any]) -> bool:
+    return bool(
+        "load_state_dict" in attributes
+        or "_load_from_state_dict" in attributes
+        or attributes.get("_load_state_dict_pre_hooks")
+        or attributes.get("_load_state_dict_post_hooks")
     )
 
 

@@ -82,8 +82,8 @@ class KnownOptimizer:
         found = _Contents(self._part.optimizer)
         if not found.is_plain or found.shape != self._shape:
             return None
-        tensors = self._tensors_of(found.values)
-        if not self._look.is_same(tensors):
+        parts = self._look.try_again(self._tensors_of(found.values))
+        if parts is None:
             return None
         collector = Collector(context)
         groups = [self._group(at, group, collector) for at, group in enumerate(self._part.optimizer.param_groups)]
@@ -93,7 +93,7 @@ class KnownOptimizer:
             values.setdefault(name, {})[key] = collector.encode(found.values[at], path)
         if collector.leaves or any("$" in group for group in groups):
             return None  # a value became a tensor, or a group has keys that JSON writes in another form
-        return tensors, {**self._about, "groups": groups, "values": values}
+        return parts, {**self._about, "groups": groups, "values": values}
 
     def _group(self, at: int, group: dict[str, Any], collector: Collector) -> Any:
         # As torch's own state dict orders it: the parameters last.

@@ -13,11 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from ktrain.errors import ConfigError, InternalError
 from ktrain.format import objects
 from ktrain.format.shard import Role
-from ktrain.state.known_module import KnownModule, can_look
+from ktrain.state.known_module import KnownModule, can_look, loads_in_place
 from ktrain.state.parts import Collector, Context, OwnedParameter
 from ktrain.state.saved import Reader, Saved, Wishes
 from ktrain.state.stages import join_module
-from ktrain.state.tensors import Leaf, box_of, dtype_name, is_dtensor, local_of
+from ktrain.state.tensors import Leaf, dtype_name, is_dtensor, local_of
 
 _EXTRA_STATE = "_extra_state"  # torch's name for what get_extra_state() returns
 _COMPILED = "_orig_mod."
@@ -115,8 +115,9 @@ class ModulePart:
             elif name not in frozen:
                 reader.fill(f"{self.name}/{name}", local_of(value))
             filled[raw] = value
-        # The live tensors have their values already; this runs the module's load hooks and its extra state.
-        self._module.load_state_dict(filled)
+        # The live tensors have their values already; this is for the module's load hooks and its extra state.
+        if extra or not loads_in_place(self._module):
+            self._module.load_state_dict(filled)
 
     def derive(self, seed: int) -> None:
         raise InternalError(f"part {self.name!r} is a module and belongs to no rank alone")
@@ -147,7 +148,7 @@ class ModulePart:
                 f"{name}: expected {expected[1]} {list(expected[0])}, found {found[1]} {list(found[0])}"
             )
         else:
-            wishes.add(source, box_of(value), as_name=name, into=local_of(value))
+            wishes.add(source, wishes.spreads.box_of(value), as_name=name, into=local_of(value))
 
     def _clean_names(self, state: Mapping[str, Any]) -> dict[str, str]:
         """Raw key to clean name.

@@ -19,7 +19,7 @@ from ktrain.state.known_optimizer import KnownOptimizer, can_look
 from ktrain.state.parts import Collector, Context, OwnedParameter
 from ktrain.state.saved import Reader, Wishes
 from ktrain.state.stages import join_optimizer
-from ktrain.state.tensors import Leaf, box_of, dtype_name, is_dtensor, like, local_of
+from ktrain.state.tensors import Leaf, dtype_name, is_dtensor, like, local_of
 
 
 class OptimizerPart:
@@ -148,9 +148,9 @@ class OptimizerPart:
             return
         live = self._live(param, key)
         if live is not None and (tuple(live.shape), dtype_name(live.dtype)) == found:
-            wishes.add(leaf, box_of(live), into=local_of(live))
+            wishes.add(leaf, wishes.spreads.box_of(live), into=local_of(live))
         elif is_dtensor(param) and tuple(param.shape) == found[0]:
-            wishes.add(leaf, box_of(param), device=local_of(param).device)
+            wishes.add(leaf, wishes.spreads.box_of(param), device=local_of(param).device)
         else:
             wishes.add_whole(leaf, _device(param, key))
 

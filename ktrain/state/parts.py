@@ -12,7 +12,7 @@ import torch
 from ktrain.format import objects
 from ktrain.format.shard import Role
 from ktrain.state.saved import Reader, Wishes
-from ktrain.state.tensors import Leaf, holders_of, is_dtensor, require_base_type, require_shape
+from ktrain.state.tensors import Leaf, Spreads, is_dtensor, require_base_type, require_shape
 from ktrain.state.topology import Topology
 
 
@@ -31,6 +31,7 @@ class Context:
 
     topology: Topology
     parameters: ChainMap[int, OwnedParameter] = field(default_factory=ChainMap)  # by id of the parameter
+    spreads: Spreads = field(default_factory=Spreads)
 
     def learn(self, owned: MutableMapping[int, OwnedParameter]) -> None:
         """Takes a module's parameters; one that several modules hold is named by the first."""
@@ -45,7 +46,7 @@ class Known(Protocol):
         """For each leaf the id of the parameter that it changes with: itself, or the one whose state it is."""
 
     def again(self, context: Context) -> tuple[Sequence[torch.Tensor], dict[str, Any]] | None:
-        """The tensors of all leaves and the part's JSON, as `describe` would give them now.
+        """The rank's own parts of all leaves' tensors and the part's JSON, as `describe` would give them now.
 
         None where something but values has changed, or where it cannot be told at this price.
         """
@@ -83,17 +84,17 @@ class Collector:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._every_rank = tuple(range(context.topology.world_size))
         self.leaves: list[Leaf] = []
 
     def add(self, name: str, tensor: torch.Tensor, role: Role = Role.RANK, anchor: str | None = None) -> None:
         """A tensor under its name; DTensors are sharded, whatever the role given."""
         require_shape(name, tensor)
-        topology = self._context.topology
-        holders: tuple[int, ...] = (topology.rank,)
+        holders: tuple[int, ...] = (self._context.topology.rank,)
         if is_dtensor(tensor):
-            role, holders = Role.SHARDED, holders_of(tensor)
+            role, holders = Role.SHARDED, self._context.spreads.holders_of(tensor)
         elif role is Role.REPLICATED:
-            holders = tuple(range(topology.world_size))
+            holders = self._every_rank
         self.leaves.append(Leaf(name, tensor, role, holders, anchor or name))
 
     def encode(self, value: Any, path: str) -> Any:

@@ -10,7 +10,7 @@ import torch
 from ktrain.format import objects
 from ktrain.state.parts import Collector, Context
 from ktrain.state.saved import Reader, Wishes, tensor_names
-from ktrain.state.tensors import Leaf, box_of, is_dtensor, like
+from ktrain.state.tensors import Leaf, is_dtensor, like
 
 
 class PlainPart:
@@ -42,7 +42,7 @@ class PlainPart:
             if own is None:
                 wishes.add_whole(name)
             elif found is not None and is_dtensor(own) and tuple(own.shape) == found[0]:
-                wishes.add(name, box_of(own), device=own.device)
+                wishes.add(name, wishes.spreads.box_of(own), device=own.device)
             else:
                 wishes.add_whole(name, own.device)
 

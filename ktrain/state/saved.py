@@ -21,7 +21,7 @@ from ktrain.format.dtype import item_nbytes
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.format.payload import Entry
 from ktrain.format.shard import Box, Role
-from ktrain.state.tensors import dtype_of
+from ktrain.state.tensors import Spreads, dtype_of
 from ktrain.state.topology import Topology
 
 
@@ -74,6 +74,7 @@ class Saved:
         # On another world size what belongs to no rank in particular is rank 0's, as DDP does with buffers.
         self.rank = topology.rank if self.is_same_world else 0
         self._index: dict[str, list[tuple[int, Entry]]] = {}
+        self._readable: dict[str, list[tuple[int, Entry]]] = {}  # of it, the names that were asked for
         beside = {copies_beside(rank): manifest for rank, manifest in (copies or {}).items()}
         every = {**manifests, **beside}
         for rank in sorted(every, key=self._distance):
@@ -119,12 +120,18 @@ class Saved:
                     rest.append(want)
                 else:
                     pieces.append(_piece(rank, entry, common))
-                    rest.extend(want.subtract(common))
+                    rest.extend(want.around(common))
             missing = rest
         return tuple(pieces) if entries and not missing else missing or [box]
 
     def _entries(self, name: str) -> list[tuple[int, Entry]]:
-        found = self._index.get(name, [])
+        known = self._readable.get(name)
+        if known is None:
+            known = self._readable[name] = self._choose(self._index.get(name, []))
+        return known
+
+    def _choose(self, found: list[tuple[int, Entry]]) -> list[tuple[int, Entry]]:
+        """Of the entries of one name, those that make this rank's tensor."""
         if len(found) < 2:
             return found
         own = [row for row in found if row[1].shard.role is Role.RANK and row[0] == self.rank]
@@ -150,6 +157,7 @@ class Wishes:
 
     def __init__(self, saved: Saved) -> None:
         self.saved = saved
+        self.spreads = Spreads()
         self.targets: dict[str, Target] = {}
         self.objects: dict[str, Mapping[str, Any]] = {}  # by part, as it will be loaded; absent: as its rank stored it
         self.problems: list[str] = []
@@ -272,6 +280,8 @@ class Reader:
 def _piece(rank: int, entry: Entry, box: Box) -> Piece:
     """The shortest range of the entry that has all items of the box; the entry is stored row by row."""
     outer, size = entry.shard.box, item_nbytes(entry.shard.dtype)
+    if box == outer:
+        return Piece(rank, entry, box, entry.begin, entry.end)
     strides = row_strides(outer.lengths)
     at = zip(box.offsets, outer.offsets, strides, strict=True)
     first = sum((inner - begin) * stride for inner, begin, stride in at)

@@ -43,9 +43,10 @@ def join_optimizer(part: str, live: Sequence[Collection[str]], wishes: Wishes) -
         wishes.problems.append(f"{part}: expected {len(live)} parameter groups, found {len(groups)}")
         return None
     every = [own, *wishes.saved.all_objects(part)]
+    stateful = _stateful(own)
     if [_params(group) for group in groups] == [set(names) for names in live] and (
         # Some optimizers divide the work by parameter: then each rank has the state of its share.
-        wishes.saved.is_same_world or all(_stateful(about) == _stateful(own) for about in every)
+        wishes.saved.is_same_world or all(_stateful(about) == stateful for about in every)
     ):
         return own
     num_problems = len(wishes.problems)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -34,6 +35,7 @@ class Leaf:
     anchor: str
 
 
+@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
     """`torch.float32` gives `float32`."""
     return str(dtype).removeprefix("torch.")
@@ -69,6 +71,14 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to_local().detach()
 
 
+def part_of(tensor: torch.Tensor) -> torch.Tensor:
+    """As `local_of`, where it can be without making a view: that costs ten microseconds for a DTensor."""
+    if not is_dtensor(tensor):
+        return tensor
+    part = tensor._local_tensor
+    return part if type(part) in PLAIN_TYPES else local_of(tensor)
+
+
 def box_of(tensor: torch.Tensor) -> Box:
     """The box of the global tensor that this rank holds; without items where it holds nothing.
 
@@ -99,6 +109,35 @@ def holders_of(tensor: DTensor) -> tuple[int, ...]:
         for placement, at in zip(tensor.placements, coordinate, strict=True)
     )
     return tuple(sorted(mesh.mesh[index].reshape(-1).tolist()))
+
+
+class Spreads:
+    """Boxes and holders of tensors; where many are alike, as nearly always, these are found once.
+
+    For one walk over a state: this process's place in a mesh is taken to stay the same.
+    """
+
+    def __init__(self) -> None:
+        self._boxes: dict[tuple[Any, ...], Box] = {}
+        self._holders: dict[tuple[Any, ...], tuple[int, ...]] = {}
+
+    def box_of(self, tensor: torch.Tensor) -> Box:
+        """As the function; raises as it does."""
+        key: tuple[Any, ...] = tensor.shape
+        if is_dtensor(tensor):
+            key = tensor.device_mesh, tensor.placements, tensor.shape
+        found = self._boxes.get(key)
+        if found is None:
+            found = self._boxes[key] = box_of(tensor)
+        return found
+
+    def holders_of(self, tensor: DTensor) -> tuple[int, ...]:
+        """As the function."""
+        key = tensor.device_mesh, tensor.placements
+        found = self._holders.get(key)
+        if found is None:
+            found = self._holders[key] = holders_of(tensor)
+        return found
 
 
 def like(template: DTensor, local: torch.Tensor) -> DTensor:
@@ -161,7 +200,7 @@ def require_box(name: str, tensor: torch.Tensor, box: Box) -> None:
     """
     if not is_dtensor(tensor):
         return
-    found = tuple(local_of(tensor).shape)
+    found = tuple(part_of(tensor).shape)
     if found != box.lengths and (box.numel or 0 not in found):
         raise ConfigError(
             f"tensor {name!r} cannot be stored: placements {tensor.placements} of shape {tuple(tensor.shape)} give "
@@ -174,7 +213,7 @@ def _unstorable(tensor: torch.Tensor) -> str | None:
     if is_dtensor(tensor):
         if any(placement.is_partial() for placement in tensor.placements):
             return f"placements {tensor.placements} hold a pending sum; redistribute it first"
-        return _unstorable(tensor.to_local())
+        return _unstorable(part_of(tensor))
     if _is_wrapper(type(tensor)):
         return f"it is a {type(tensor).__name__} around other tensors; give plain tensors or DTensors"
     if tensor.layout != torch.strided:

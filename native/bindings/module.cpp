@@ -15,6 +15,7 @@
 #include "ktrain/copy.h"
 #include "ktrain/cpu.h"
 #include "ktrain/digest.h"
+#include "ktrain/dlpack.h"
 #include "ktrain/scatter.h"
 
 namespace nb = nanobind;
@@ -205,6 +206,51 @@ nb::bytes digest_pieces(nb::handle addresses, nb::handle sizes, unsigned num_thr
   return nb::bytes(reinterpret_cast<const char*>(digests.data()), digests.size() * sizeof(std::uint64_t));
 }
 
+// The function that describes tensors, of the table in the capsule or of an older one behind it; null where there is none.
+auto describer(nb::handle capsule) -> decltype(ktrain::dlpack::Exchange::tensor_from_py_object) {
+  if (PyCapsule_IsValid(capsule.ptr(), ktrain::dlpack::kCapsule) == 0) {
+    return nullptr;
+  }
+  const void* found = PyCapsule_GetPointer(capsule.ptr(), ktrain::dlpack::kCapsule);
+  const auto* header = static_cast<const ktrain::dlpack::Header*>(found);
+  while (header != nullptr && header->major > ktrain::dlpack::kMajor) {
+    header = header->older;
+  }
+  if (header == nullptr || header->major != ktrain::dlpack::kMajor) {
+    return nullptr;
+  }
+  return reinterpret_cast<const ktrain::dlpack::Exchange*>(header)->tensor_from_py_object;
+}
+
+// Identity, class, address, device, dtype, shape and strides of all tensors, as the words of a record; equal records
+// say that nothing but values changed. None where the capsule has no such function or a tensor cannot be described.
+nb::object describe_tensors(nb::handle capsule, nb::tuple tensors) {
+  const auto describe = describer(capsule);
+  if (describe == nullptr) {
+    return nb::none();
+  }
+  std::vector<std::int64_t> record;
+  record.reserve(tensors.size() * 10);  // of tensors of two dimensions
+  for (const nb::handle tensor : tensors) {
+    ktrain::dlpack::Tensor form{};
+    if (describe(tensor.ptr(), &form) != 0) {
+      PyErr_Clear();
+      return nb::none();
+    }
+    const std::int64_t dtype = form.dtype_code | form.dtype_bits << 8 | form.dtype_lanes << 16;
+    record.insert(record.end(), {reinterpret_cast<std::int64_t>(tensor.ptr()),
+                                 reinterpret_cast<std::int64_t>(tensor.type().ptr()),
+                                 reinterpret_cast<std::int64_t>(form.data) + static_cast<std::int64_t>(form.byte_offset),
+                                 static_cast<std::int64_t>(form.device_type) << 32 | form.device_id,
+                                 dtype << 32 | form.ndim});
+    record.insert(record.end(), form.shape, form.shape + form.ndim);
+    if (form.ndim > 0) {
+      record.insert(record.end(), form.strides, form.strides + form.ndim);
+    }
+  }
+  return nb::bytes(reinterpret_cast<const char*>(record.data()), record.size() * sizeof(std::int64_t));
+}
+
 int prefault(nb::handle target, unsigned num_threads) {
   const BufferView view(target, PyBUF_WRITABLE);
   const nb::gil_scoped_release release;
@@ -228,6 +274,7 @@ NB_MODULE(_native, module) {
              nb::arg("expected"), nb::arg("columns"), nb::arg("num_threads"));
   module.def("gather", &gather, nb::arg("target"), nb::arg("columns"), nb::arg("num_threads"));
   module.def("digest_pieces", &digest_pieces, nb::arg("addresses"), nb::arg("sizes"), nb::arg("num_threads"));
+  module.def("describe_tensors", &describe_tensors, nb::arg("exchange").none(), nb::arg("tensors"));
   module.def("prefault", &prefault, nb::arg("target"), nb::arg("num_threads"));
   module.def("set_parent_death_signal", &ktrain::set_parent_death_signal, nb::arg("signum"));
 }
