@@ -128,7 +128,7 @@ class Coordinator:
     def progress(self) -> dict[int, RankProgress]:
         """Rank -> what is known of it; ranks that never reported are absent."""
         with self._lock:
-            return self._roster.progress(self._clock.monotonic())
+            return self._roster.progress(self._clock.monotonic(), self._drains.quiet_s())
 
     def committed(self) -> dict[str, tuple[int, int]]:
         """Tier -> newest committed (step, epoch) of this attempt's line."""
@@ -233,6 +233,7 @@ class Coordinator:
             "peers": self._roster.wires(),
             "pull": self._roster.wanted_replicas(member, self._commits.replication.wanted, attempt),
             "drain": self._drains.wanted_from(member.instance),
+            "draining": self._drains.to_json(),
             "disk": self._commits.wanted_on_disk(every=self._pacer.every.disk, keep=self._policies.keep.disk),
             "restore": None if restore is None else restore.answer(member.node, int(said["restore_round"])),
             "want_manifests": [] if restore is None else restore.wanted_from(member.node),

@@ -194,6 +194,7 @@ class NodeKeeper:
                 "world_size": view.get("world_size"),
                 "committed": view.get("committed", {}),
                 "protect": view.get("protect", []),
+                "draining": view.get("draining"),
                 "stop": view.get("stop") if ready else None,
                 "cadence": view.get("cadence") if ready else None,
                 "refusal": view.get("refusal") if ready else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +35,7 @@ class RankProgress:
     step: int
     phase: str  # "start", "restore", "train", "close"
     silent_s: float  # since the rank's process was last heard of
-    step_silent_s: float  # since its step or phase last moved
+    step_silent_s: float  # since its step or phase last moved, or the drain for which it waits
     closed: bool
 
 
@@ -155,8 +156,8 @@ class Roster:
     def all_freed(self) -> bool:
         return all(member.freed for member in self._members.values())
 
-    def progress(self, now_s: float) -> dict[int, RankProgress]:
-        """Rank -> progress; ranks that never reported are absent."""
+    def progress(self, now_s: float, drain_quiet_s: float) -> dict[int, RankProgress]:
+        """Rank -> progress; ranks that never reported are absent. In its "close" a rank waits for the last drain."""
         return {
             rank: RankProgress(
                 node=member.node,
@@ -164,7 +165,10 @@ class Roster:
                 step=said["step"],
                 phase=said["phase"],
                 silent_s=said["silent_s"] + now_s - member.heard_s,
-                step_silent_s=said["moved_s"] + now_s - member.heard_s,
+                step_silent_s=min(
+                    said["moved_s"] + now_s - member.heard_s,
+                    drain_quiet_s if said["phase"] == "close" else math.inf,
+                ),
                 closed=said["closed"],
             )
             for member in self._members.values()
