@@ -13,6 +13,7 @@ import torch
 from ktrain.base.collector import without_collections
 from ktrain.errors import ConfigError
 from ktrain.format.digest import digest_text
+from ktrain.format.document import FORMAT
 from ktrain.format.payload import Layout, lay_out
 from ktrain.format.shard import Box, Shard
 from ktrain.state.look import picker
@@ -91,6 +92,7 @@ class _Memo:
     layout: Layout
     digest: str
     cuts: tuple[tuple[int, _Cut], ...]  # rows of the layout that are a part of their leaf's local tensor
+    version: int  # of the run's format
     known: tuple[Known | None, ...] = ()  # of all parts, in their order
     num_leaves: tuple[int, ...] = ()  # of all parts
     places: Places = Places((), ())
@@ -103,8 +105,10 @@ class _Memo:
         )
 
 
-def plan_save(state: TrainState, topology: Topology) -> SavePlan:
+def plan_save(state: TrainState, topology: Topology, *, version: int = FORMAT) -> SavePlan:
     """What this rank stores of the state as it is now. No communication; changes nothing.
+
+    `version`: the format version in which the run is written.
 
     Every node stores a whole copy of what its ranks hold, so that it restores from itself: what several ranks of
     the node hold is divided between them, evenly, large tensors by rows.
@@ -113,11 +117,13 @@ def plan_save(state: TrainState, topology: Topology) -> SavePlan:
         ConfigError: a part holds something that cannot be stored; names it.
     """
     with without_collections():  # training waits
-        return _plan(state, topology)
+        return _plan(state, topology, version)
 
 
-def _plan(state: TrainState, topology: Topology) -> SavePlan:
+def _plan(state: TrainState, topology: Topology, version: int) -> SavePlan:
     memo = state.memo
+    if isinstance(memo, _Memo) and memo.version != version:
+        memo = None
     if isinstance(memo, _Memo) and memo.topology == topology:
         plan = _try_plan_again(state, topology, memo)
         if plan is not None:
@@ -133,7 +139,7 @@ def _plan(state: TrainState, topology: Topology) -> SavePlan:
         known.append(part.know(found, objects[part.name], context))
         num_leaves.append(len(found))
     if not isinstance(memo, _Memo) or not memo.fits(leaves, topology):
-        memo = _make_memo(leaves, topology)
+        memo = _make_memo(leaves, topology, version)
     places = _find_places(state, known, num_leaves, memo.stored)
     memo = state.memo = replace(
         memo, known=tuple(known), num_leaves=tuple(num_leaves), places=places, stored_of=picker(memo.stored)
@@ -209,13 +215,13 @@ def _signature(leaf: Leaf) -> tuple[Any, ...]:
     return leaf.name, leaf.role, leaf.holders, leaf.anchor, *form, spread
 
 
-def _make_memo(leaves: Sequence[Leaf], topology: Topology) -> _Memo:
+def _make_memo(leaves: Sequence[Leaf], topology: Topology, version: int) -> _Memo:
     for leaf in leaves:
         require_storable(leaf.name, leaf.tensor)
     shards = [_shard(leaf) for leaf in leaves]
     _require_distinct(shards)
     own = _own_shards(leaves, shards, topology)
-    layout = lay_out(list(own))
+    layout = lay_out(list(own), version=version)
     stored, cuts = zip(*(own[entry.shard] for entry in layout.entries), strict=True) if own else ((), ())
     return _Memo(
         topology,
@@ -224,6 +230,7 @@ def _make_memo(leaves: Sequence[Leaf], topology: Topology) -> _Memo:
         layout,
         _digest([entry.shard for entry in layout.entries]),
         tuple((row, cut) for row, cut in enumerate(cuts) if cut is not None),
+        version,
     )
 
 

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -175,7 +176,12 @@ class Replicas(RuleBasedStateMachine):
         assert self.peer() == self.step
 
 
+class ReplicasForLong(Replicas):
+    """The same, for `make chaos`."""
+
+
+_COMMON = settings(deadline=None, suppress_health_check=list(HealthCheck))
 TestReplicas = Replicas.TestCase
-TestReplicas.settings = settings(
-    max_examples=15, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestReplicas.settings = settings(_COMMON, max_examples=15, stateful_step_count=20)
+TestReplicasForLong = pytest.mark.chaos(pytest.mark.timeout(900)(ReplicasForLong.TestCase))
+TestReplicasForLong.settings = settings(_COMMON, max_examples=300, stateful_step_count=30)
