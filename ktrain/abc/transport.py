@@ -60,7 +60,7 @@ class Transport(Protocol):
         """Brings the snapshot of (rank, identity) from the node at `source` into a slot of the own volume.
 
         Every chunk is proven by the manifest before the slot is sealed; on any error nothing is sealed.
-        What `protect` names by (step, epoch) is not overwritten to make room.
+        What `protect` names by (step, epoch) is not overwritten to make room, nor what is newer than the snapshot.
 
         Raises:
             NotFoundError: the source does not hold that snapshot.

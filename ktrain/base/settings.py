@@ -62,7 +62,7 @@ class Timeouts:
 
     @property
     def drain_s(self) -> float:
-        """The last drain, before `close()` gives up; a drain in which nothing moves."""
+        """How long nothing may move in a drain, the one that `close()` waits for included, before it is given up."""
         return max(60.0, 5 * self.patience_s)
 
     @property

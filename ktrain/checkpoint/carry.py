@@ -35,6 +35,7 @@ class Wanted:
     pull: Sequence[Mapping[str, Any]] = ()
     peers: Mapping[str, str] = field(default_factory=dict)
     protect: Sequence[tuple[int, int]] = ()
+    protect_kept: Sequence[tuple[int, int]] = ()  # the part of it that no replica may overwrite
     disk: Mapping[str, Any] | None = None  # what is to be on this node's disk, and how many to keep there
     epoch: int = 0
 
@@ -198,7 +199,8 @@ class Carrier:
     def _pull_once(self, memory: dict[Any, Any]) -> None:
         for want in self._wanted.pull:
             key = (int(want["rank"]), Identity.from_json(want["identity"]))
-            if self._closed.is_set() or self._clock.monotonic() < memory.get(key, 0.0):
+            is_wanted = want in self._wanted.pull  # still: pulling the ones before it took its time
+            if self._closed.is_set() or not is_wanted or self._clock.monotonic() < memory.get(key, 0.0):
                 continue
             if not self._keep_replica(*key, owner=str(want["owner"])):
                 memory[key] = self._clock.monotonic() + self._timeouts.call_s  # not again at once
@@ -207,7 +209,7 @@ class Carrier:
         started = self._clock.monotonic()
         deadline = Deadline.after(self._timeouts.restore_s, self._clock)
         try:
-            wire_nbytes = self.pull(rank, identity, owner, deadline)
+            wire_nbytes = self._pull(rank, identity, owner, lambda: self._wanted.protect_kept, deadline)
         except (NotFoundError, ConflictError) as error:
             _LOG.info(
                 "replica of rank %d step %d from %s: %s", rank, identity.step, owner, error
@@ -242,13 +244,31 @@ class Carrier:
             self._emit("save_skipped", reason=f"{self._node} cannot keep it: {error}", **fields)
 
     def pull(self, rank: int, identity: Identity, owner: str, deadline: Deadline) -> int:
-        """Brings a snapshot of another node into the own volume; returns the bytes that crossed the wire."""
+        """Brings a snapshot of another node, which a rank restores, into the own volume.
+
+        The newest one here of its epoch or a later one stays: it may be what is restored next. Returns the bytes that
+        crossed the wire.
+        """
+        volume = self._volume()
+        held = [] if volume is None else [entry.identity for entry in volume.scan() if entry.rank == rank]
+        ages = [(at.epoch, at.step) for at in held if at.epoch >= identity.epoch]
+        newest = [(step, epoch) for epoch, step in [max(ages)]] if ages else []
+        return self._pull(rank, identity, owner, lambda: [*self._wanted.protect, *newest], deadline)
+
+    def _pull(
+        self,
+        rank: int,
+        identity: Identity,
+        owner: str,
+        protect: Callable[[], Sequence[tuple[int, int]]],
+        deadline: Deadline,
+    ) -> int:
         if self._transport is None:
             raise UnavailableError(f"rank {rank}, {identity}: this node has no wire to its peers")
         source = self._source_of(owner, deadline)
         with self._pull_lock:
-            protect = self._wanted.protect
-            return self._transport.pull(source, rank, identity, protect=protect, deadline=deadline).wire_nbytes
+            receipt = self._transport.pull(source, rank, identity, protect=protect(), deadline=deadline)
+        return receipt.wire_nbytes
 
     def _source_of(self, owner: str, deadline: Deadline) -> str:
         """Waits, bounded, until both ends of the wire are up (a replaced node joins the wire while ranks start)."""

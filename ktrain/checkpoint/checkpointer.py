@@ -26,6 +26,7 @@ from ktrain.base import contract, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.base.faults import FaultPoints
 from ktrain.checkpoint.gate import Gate, as_gate
+from ktrain.checkpoint.last_drain import LastDrain
 from ktrain.checkpoint.line import connect
 from ktrain.checkpoint.policy import Every, Keep, Policies, as_capture, as_every, as_keep
 from ktrain.checkpoint.pulse import Pulse
@@ -220,7 +221,9 @@ class Checkpointer:
         try:
             if self._saver is not None:
                 self._saver.finish()
-            self._wait_drained(step, self._timeouts.stop_s)
+            deadline = Deadline.after(self._timeouts.stop_s, self._clock)
+            while self.committed.get(contract.TIER_BUCKET, -1) < step:
+                self._pulse.wait_answer(deadline, f"drain step {step} to the bucket")
         except DeadlineError as error:
             self._pulse.emit("notice", message=str(error))
         self._end(False, "stopped")
@@ -233,7 +236,8 @@ class Checkpointer:
         memory that the run took on this node is freed. Without: everything stays for the next attempt.
 
         Raises:
-            DeadlineError: the last step did not reach the bucket in time; nothing is freed.
+            DeadlineError: nothing moved on the way to the bucket for long, and the last step is not there; says how
+                far it had come. Nothing is freed.
             CapacityError, UnavailableError: there is no memory tier to save the last step in.
         """
         if self._closed:
@@ -241,25 +245,22 @@ class Checkpointer:
         try:
             if success and self._step and self._saver is not None:
                 self._pulse.note_phase("close")
-                deadline = Deadline.after(self._timeouts.drain_s, self._clock)
-                self._saver.finish()
-                while self._saver.saved_step != self._step and not self._save_and_finish(self._saver, self._step):
-                    self._saver.check_volume()
-                    self._pulse.wait_answer(deadline, f"find a slot for the last step {self._step}")
-                self._wait_drained(self._step, self._timeouts.drain_s)
+                self._save_last(self._saver, self._step)
         except BaseException:
             self._end(False, "failed")
             raise
         self._end(success, "succeeded" if success else "failed")
 
-    @staticmethod
-    def _save_and_finish(saver: Saver, step: int) -> bool:
-        return saver.save(step) and saver.finish()
-
-    def _wait_drained(self, step: int, timeout_s: float) -> None:
-        deadline = Deadline.after(timeout_s, self._clock)
+    def _save_last(self, saver: Saver, step: int) -> None:
+        """Has the last step saved and waits until it is in the bucket, as long as something moves there."""
+        says = self._topology.rank == 0
+        drain = LastDrain(self._pulse, says=says, timeouts=self._timeouts, clock=self._clock)
+        saver.finish()
+        while saver.saved_step != step and not (saver.save(step) and saver.finish()):
+            saver.check_volume()
+            drain.wait(f"find a slot for the last step {step}")
         while self.committed.get(contract.TIER_BUCKET, -1) < step:
-            self._pulse.wait_answer(deadline, f"drain step {step} to the bucket")
+            drain.wait(f"bring the last step {step} into the bucket")
 
     def _end(self, success: bool, reason: str) -> None:
         self._closed = True

@@ -8,6 +8,7 @@ from typing import Any
 from ktrain.base import contract
 from ktrain.checkpoint import lineage
 from ktrain.checkpoint.lineage import Inventories
+from ktrain.checkpoint.replication import Replication
 from ktrain.checkpoint.roster import Attempt
 from ktrain.format.manifest import Identity
 
@@ -15,9 +16,10 @@ from ktrain.format.manifest import Identity
 class Commits:
     """Tier -> newest committed identity. Commits of the memory tiers follow from the nodes' inventories alone."""
 
-    def __init__(self, attempt: Attempt, emit: Callable[..., None]) -> None:
+    def __init__(self, attempt: Attempt, replication: Replication, emit: Callable[..., None]) -> None:
         self._attempt = attempt
         self._emit = emit
+        self.replication = replication
         self._newest: dict[str, Identity] = {}
         self.first_is_recorded = False  # the run directory knows that this attempt has committed
         self.durable_is_recorded = False  # it knows that this attempt has committed in the bucket
@@ -25,6 +27,10 @@ class Commits:
     @property
     def memory(self) -> Identity | None:
         return self._newest.get(contract.TIER_MEMORY)
+
+    @property
+    def peer(self) -> Identity | None:
+        return self._newest.get(contract.TIER_PEER)
 
     @property
     def bucket(self) -> Identity | None:
@@ -39,14 +45,14 @@ class Commits:
         return dict(self._newest)
 
     def needed(self) -> list[Identity]:
-        """What no node may overwrite: the newest of each tier.
+        """What no node may overwrite: the newest in memory, the newest among peers, and the one that peers take next.
 
-        Not one among peers that the bucket has left behind: where nodes hold replicas of different steps beside it, no
-        slot would be free for a newer one, and there would never be a newer commit among peers.
+        Not the one among peers where the bucket has a newer one.
         """
-        peer, bucket = self._newest.get(contract.TIER_PEER), self.bucket
+        peer, bucket = self.peer, self.bucket
         is_passed = peer is not None and bucket is not None and (peer.step, peer.epoch) < (bucket.step, bucket.epoch)
-        return [identity for tier, identity in self._newest.items() if tier != contract.TIER_PEER or not is_passed]
+        needed = (self.memory, None if is_passed else peer, self.replication.wanted)
+        return [identity for identity in needed if identity is not None]
 
     def to_json(self) -> dict[str, list[int]]:
         """Tier -> [step, epoch]."""
@@ -55,11 +61,16 @@ class Commits:
     def derive(self, volumes: Inventories, disks: Inventories, restored: Identity | None) -> None:
         """Finds what is complete on volumes and disks: of this attempt's epoch, or what it continued from."""
         home = self._attempt.home
+        wanted: dict[int, list[str]] = {}
         for identity, ranks in self._of_the_line(volumes, restored):
-            if all(node in ranks.get(rank, ()) for rank, node in home.items()):
-                self._advance(contract.TIER_MEMORY, identity)
-            if all(set(ranks.get(rank, ())) - {node} for rank, node in home.items()):
+            if identity == self.replication.wanted:
+                wanted = ranks
+            if any(node not in ranks.get(rank, ()) for rank, node in home.items()):
+                continue
+            self._advance(contract.TIER_MEMORY, identity)
+            if self.replication.counts(identity) and all(len(set(ranks[rank])) > 1 for rank in home):
                 self._advance(contract.TIER_PEER, identity)
+        self.replication.look(wanted, home)
 
         for identity, ranks in self._of_the_line(disks, restored):
             if all(node in ranks.get(rank, ()) for rank, node in home.items()):

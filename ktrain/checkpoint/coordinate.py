@@ -27,9 +27,11 @@ from ktrain.checkpoint.pacer import Pacer, write_last
 from ktrain.checkpoint.policy import Policies
 from ktrain.checkpoint.quarantine import Trial, review
 from ktrain.checkpoint.removal import Terms
+from ktrain.checkpoint.replication import Replication
 from ktrain.checkpoint.roster import Attempt, Member, RankProgress, Roster
 from ktrain.checkpoint.sweep import BucketSweep
 from ktrain.errors import ConflictError, KtrainError
+from ktrain.format.manifest import Identity
 from ktrain.format.record import Gap
 
 _LOG = logging.getLogger(__name__)
@@ -59,7 +61,7 @@ class Coordinator:
         self._desk = Desk(catalog, Roster(), self._lock, self._emit, self._pacer, timeouts, clock)
         self._roster = self._desk.roster
         self._attempt = Attempt()
-        self._commits = Commits(self._attempt, self._emit)
+        self._commits = Commits(self._attempt, Replication(timeouts, clock), self._emit)
         whole = bool(getattr(catalog.tier, "shows_whole", False))
         self._drains = DrainSchedule(timeouts=timeouts, emit=self._emit, clock=clock, takes_over=whole)
         self._sweep = BucketSweep(catalog, emit=self._emit, timeouts=timeouts, clock=clock)
@@ -92,7 +94,8 @@ class Coordinator:
 
     def _enter(self, epoch: int, assignment: Mapping[str, Sequence[int]]) -> None:
         self._attempt = Attempt.of(epoch, assignment)
-        self._commits = Commits(self._attempt, self._emit)  # what the last attempt had may be off this one's line
+        # What the last attempt had may be off this one's line.
+        self._commits = Commits(self._attempt, Replication(self._timeouts, self._clock), self._emit)
         self._drains.new_attempt()
         self._pacer.begin_attempt()
         self._faults = FaultPoints.from_environment(epoch)
@@ -127,7 +130,7 @@ class Coordinator:
     def progress(self) -> dict[int, RankProgress]:
         """Rank -> what is known of it; ranks that never reported are absent."""
         with self._lock:
-            return self._roster.progress(self._clock.monotonic())
+            return self._roster.progress(self._clock.monotonic(), self._drains.quiet_s())
 
     def committed(self) -> dict[str, tuple[int, int]]:
         """Tier -> newest committed (step, epoch) of this attempt's line."""
@@ -195,6 +198,8 @@ class Coordinator:
                 self._take_ranks(member, said)
             restored = None if self._restore is None else self._restore.restored
             self._commits.derive(self._roster.inventories(), self._roster.disks(), restored)
+            if len(self._roster.wires().keys() & self._attempt.nodes.keys()) > 1:
+                self._commits.replication.choose(self._commits.memory, self._commits.peer)
             answer = self._answer(member, said)
         self._wake.set()
         return answer
@@ -215,7 +220,8 @@ class Coordinator:
             self._stop.hear(self._roster.views(), self._attempt.home)
 
     def _answer(self, member: Member, said: dict[str, Any]) -> dict[str, Any]:
-        attempt, restore = self._attempt, self._restore
+        attempt, restore, drain = self._attempt, self._restore, self._drains.current
+        needed = [*self._commits.needed(), None if restore is None else restore.needed]
         return {
             "run": self._catalog.run_id,
             "format": self._catalog.format,
@@ -224,11 +230,13 @@ class Coordinator:
             "node_sizes": list(attempt.node_sizes),
             "ranks": list(attempt.nodes.get(member.node, ())),
             "committed": self._commits.to_json(),
-            "protect": self._protected(),
+            "protect": _protected(*needed, None if drain is None else drain.identity),
+            "protect_kept": _protected(*needed),  # no replica waits for a drain, which has its own node's slot
             "kept_slots": self._policies.keep.kept,
             "peers": self._roster.wires(),
-            "pull": self._roster.wanted_replicas(member, self._commits.memory, attempt),
+            "pull": self._roster.wanted_replicas(member, self._commits.replication.wanted, attempt),
             "drain": self._drains.wanted_from(member.instance),
+            "draining": self._drains.to_json(),
             "disk": self._commits.wanted_on_disk(every=self._pacer.every.disk, keep=self._policies.keep.disk),
             "restore": None if restore is None else restore.answer(member.node, int(said["restore_round"])),
             "want_manifests": [] if restore is None else restore.wanted_from(member.node),
@@ -239,15 +247,6 @@ class Coordinator:
             "free": self._free,
             "events_taken": member.events_taken,
         }
-
-    def _protected(self) -> list[tuple[int, int]]:
-        """(step, epoch) of the snapshots that no node may overwrite now."""
-        needed = self._commits.needed()
-        if self._drains.current is not None:
-            needed.append(self._drains.current.identity)
-        if self._restore is not None and self._restore.needed is not None:
-            needed.append(self._restore.needed)
-        return sorted({(identity.step, identity.epoch) for identity in needed})
 
     # The thread that talks to storage
 
@@ -336,3 +335,8 @@ class Coordinator:
             commits.durable_is_recorded = True
         if not in_doubt:  # else older steps may be the ones that are needed
             self._sweep.collect(Terms(keep, epoch, newest=drain.identity))
+
+
+def _protected(*needed: Identity | None) -> list[tuple[int, int]]:
+    """(step, epoch) of the snapshots that no node may overwrite now."""
+    return sorted({(identity.step, identity.epoch) for identity in needed if identity is not None})

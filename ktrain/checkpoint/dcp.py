@@ -143,7 +143,7 @@ class RunStorageWriter(StorageWriter):
             )
         catalog = attempt_of(self._run).join(word)
         faults = FaultPoints.from_environment(word.epoch)
-        payload = capture(plan, planner)
+        payload = capture(plan, planner, catalog.format)
         written = Written(word, save, payload, self._keep_in_memory)
         faults.reached("drain.payload", step=save.step, rank=word.rank)
         deadline = catalog.transfer_deadline(payload.layout.nbytes)

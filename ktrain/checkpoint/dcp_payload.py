@@ -91,8 +91,8 @@ class Written:
         return {"write_id": self._write_id, "files": asdict(files), "plan_digest": manifest.plan_digest}
 
 
-def capture(plan: SavePlan, planner: SavePlanner) -> Payload:
-    """Copies what a rank's plan names into one payload and digests it."""
+def capture(plan: SavePlan, planner: SavePlanner, version: int) -> Payload:
+    """Copies what a rank's plan names into one payload of the run's format `version`, and digests it."""
     opaque = {
         item.index.fqn: _bytes_of(planner.resolve_data(item), item.index.fqn)
         for item in plan.items
@@ -100,7 +100,7 @@ def capture(plan: SavePlan, planner: SavePlanner) -> Payload:
     }
     pairs = [(_shard_of(item, opaque), item) for item in plan.items]
     pairs.sort(key=lambda pair: -item_nbytes(pair[0].dtype))  # the order of a payload
-    layout = lay_out([shard for shard, _ in pairs])
+    layout = lay_out([shard for shard, _ in pairs], version=version)
     buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
     memory = buffer.numpy().data
     memory[: len(layout.header)] = layout.header

@@ -20,6 +20,24 @@ from ktrain.format.record import RankFiles
 _RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 
 
+class Furthest:
+    """The farthest point that was reached, and since when: what goes over the same ground again stands still."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._at: tuple[int, ...] = ()
+        self._since_s = clock.monotonic()
+
+    def take(self, at: tuple[int, ...]) -> None:
+        """Takes where it is now."""
+        if at > self._at:
+            self._at, self._since_s = at, self._clock.monotonic()
+
+    def quiet_s(self) -> float:
+        """Seconds since it came farther than ever."""
+        return self._clock.monotonic() - self._since_s
+
+
 @dataclass(slots=True)
 class Drain:
     """One step on its way into the bucket, under a name that no other step or try has.
@@ -62,6 +80,13 @@ class Drain:
     def complete(self) -> bool:
         """True when every rank's files are reported."""
         return len(self.files) == self.identity.world_size
+
+    def nbytes(self) -> int:
+        """Bytes that were sent, of each rank by the keeper that has come farthest."""
+        sent = {rank: files.nbytes for rank, files in self.files.items()}
+        for (rank, _), nbytes in self._sent.items():
+            sent[rank] = max(sent.get(rank, 0), nbytes)
+        return sum(sent.values())
 
     def take(self, instance: str, report: Mapping[str, Any], now_s: float) -> None:
         """Adds what a keeper says of one rank, if it is about this drain. Keepers say it again with each beat."""
@@ -141,6 +166,8 @@ class DrainSchedule:
         self.current: Drain | None = None
         self.last_done: Identity | None = None
         self._failures = 0
+        self._last_failure: str | None = None
+        self._furthest = Furthest(clock)
         self._after_s = 0.0
         self._own: set[str] = set()  # write ids of this head
         self._heard: dict[Identity, str] = {}  # what keepers upload for a head that is gone: its write id
@@ -148,6 +175,7 @@ class DrainSchedule:
     def new_attempt(self) -> None:
         """A new attempt begins, or one ends: the drain goes on; one that waits after a failure is tried anew."""
         self._after_s = 0.0
+        self._furthest = Furthest(self._clock)  # it may have gone back to an older step
 
     def take(self, instance: str, reports: Iterable[Mapping[str, Any]]) -> None:
         """Takes what a keeper has uploaded."""
@@ -156,6 +184,21 @@ class DrainSchedule:
                 self.current.take(instance, report, self._clock.monotonic())
             elif report["write_id"] not in self._own:
                 self._heard[Identity.from_json(report["identity"])] = str(report["write_id"])
+        if self.current is not None:
+            self._furthest.take((self.current.identity.step, self.current.nbytes()))
+
+    def quiet_s(self) -> float:
+        """Seconds since something came nearer to the bucket than before; a drain that begins again has not."""
+        return self._furthest.quiet_s()
+
+    def to_json(self) -> dict[str, Any]:
+        """What a rank that waits for the bucket is told."""
+        word: dict[str, Any] = {"failure": self._last_failure}
+        drain = self.current
+        if drain is not None:
+            word |= {"step": drain.identity.step, "nbytes": drain.nbytes()}
+            word |= {"num_ranks": len(drain.files), "world_size": drain.identity.world_size}
+        return word
 
     def begin(self, memory: Identity | None, bucket: Identity | None, *, every: int, last: bool) -> None:
         """Starts a drain of `memory` when it is due; `last` does not wait for the distance of `every` steps."""
@@ -208,6 +251,7 @@ class DrainSchedule:
             self._emit("tier_failed", tier=contract.TIER_BUCKET, step=drain.identity.step, reason=reason)
         self._after_s = self._clock.monotonic() + _RETRY_S[min(self._failures, len(_RETRY_S) - 1)]
         self._failures += 1
+        self._last_failure = reason
         if self.current is drain:
             self.current = None
 
@@ -215,7 +259,7 @@ class DrainSchedule:
         """The drain is committed; false when it was dropped meanwhile, so that it means nothing to this attempt."""
         if self._failures:
             self._emit("tier_recovered", tier=contract.TIER_BUCKET)
-        self._failures = 0
+        self._failures, self._last_failure = 0, None
         if self.current is not drain:
             return False
         self.current = None

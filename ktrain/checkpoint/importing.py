@@ -112,7 +112,8 @@ def import_checkpoint(
     weights = _open(ImportForm(form), path, part, chosen.key)
     names = [name for name in weights.tensors if not any(_is_below(name, each) for each in chosen.exclude)]
     _require_ties(chosen.ties, names)
-    layout = lay_out([_shard(f"{part}/{name}", *weights.tensors[name]) for name in names])
+    shards = [_shard(f"{part}/{name}", *weights.tensors[name]) for name in names]
+    lay_out(shards)  # what cannot be stored is refused before there is a run
     about = {
         part: {"kind": "module", "keys": [*names, *chosen.ties], "aliases": dict(chosen.ties), "extra": {}},
         IMPORTED: {"from": form, "source": path.name},
@@ -123,6 +124,7 @@ def import_checkpoint(
         holder = Holder(catalog.tier, local_path=local_path(url), timeouts=settings.timeouts())
         try:
             _require_new(catalog)
+            layout = lay_out(shards, version=catalog.format)
             epoch = _write(catalog, step, layout, about, weights)
             _note(catalog, url, step, epoch)
         finally:

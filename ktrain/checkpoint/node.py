@@ -195,6 +195,7 @@ class NodeKeeper:
                 "node_sizes": view.get("node_sizes") if ready else None,
                 "committed": view.get("committed", {}),
                 "protect": view.get("protect", []),
+                "draining": view.get("draining"),
                 "stop": view.get("stop") if ready else None,
                 "cadence": view.get("cadence") if ready else None,
                 "refusal": view.get("refusal") if ready else None,
@@ -263,6 +264,7 @@ class NodeKeeper:
                 "instance": self._instance,
                 "epoch": int(self._view.get("epoch", 0)),
                 "wire": None if self._transport is None else self._transport.address(),
+                "has_looked": self._volume is not None or self._freed.is_set() or self._volume_failure is not None,
                 "held": [[entry.rank, entry.identity.to_json()] for entry in held],
                 "on_disk": [[rank, identity.to_json()] for rank, identity in self._carrier.on_disk],
                 "manifests": manifests,
@@ -304,6 +306,7 @@ class NodeKeeper:
                 pull=answer["pull"],
                 peers=answer["peers"],
                 protect=[(int(step), int(epoch)) for step, epoch in answer["protect"]],
+                protect_kept=[(int(step), int(epoch)) for step, epoch in answer["protect_kept"]],
                 disk=answer["disk"],
                 epoch=int(answer["epoch"]),
             )

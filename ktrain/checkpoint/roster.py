@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -46,7 +47,7 @@ class RankProgress:
     step: int
     phase: str  # "start", "restore", "train", "close"
     silent_s: float  # since the rank's process was last heard of
-    step_silent_s: float  # since its step or phase last moved
+    step_silent_s: float  # since its step or phase last moved, or the drain for which it waits
     closed: bool
 
 
@@ -77,13 +78,16 @@ class Roster:
         """Takes a beat; returns the member and the events that are new (a beat whose answer was lost comes again)."""
         member = self._members.get(said["member"])
         if member is None or member.instance != said["instance"]:
-            member = Member(node=said["node"], host=said["host"], instance=said["instance"], heard_s=now_s)
+            before, member = member, Member(said["node"], said["host"], said["instance"], heard_s=now_s)
+            if before is not None:  # what that one found lies in the node's volume still
+                member.held, member.on_disk = before.held, before.on_disk
             self._members[said["member"]] = member
         member.heard_s = now_s
         member.wire = said["wire"]
         member.freed = said["freed"]
-        member.held = tuple((int(rank), Identity.from_json(identity)) for rank, identity in said["held"])
-        member.on_disk = tuple((int(rank), Identity.from_json(identity)) for rank, identity in said["on_disk"])
+        if said["has_looked"]:  # else it says nothing of its volume yet
+            member.held = tuple((int(rank), Identity.from_json(identity)) for rank, identity in said["held"])
+            member.on_disk = tuple((int(rank), Identity.from_json(identity)) for rank, identity in said["on_disk"])
         for entry in said["manifests"]:
             member.manifests[(int(entry["rank"]), Identity.from_json(entry["identity"]))] = entry["text"]
         fresh = []
@@ -135,17 +139,17 @@ class Roster:
         """Node -> address for peers, of the nodes that have one."""
         return {member.node: member.wire for member in self._members.values() if member.wire is not None}
 
-    def wanted_replicas(self, member: Member, memory: Identity | None, attempt: Attempt) -> list[dict[str, Any]]:
-        """Snapshots of other nodes' ranks that this node keeps and has not got yet."""
-        if memory is None or member.wire is None:
+    def wanted_replicas(self, member: Member, wanted: Identity | None, attempt: Attempt) -> list[dict[str, Any]]:
+        """Snapshots of other nodes' ranks that this node is to keep and has not got yet."""
+        if wanted is None or member.wire is None:
             return []
         peers, have = self.wires(), set(member.held)
         return [
-            {"rank": rank, "identity": memory.to_json(), "source": peers[owner], "owner": owner}
+            {"rank": rank, "identity": wanted.to_json(), "source": peers[owner], "owner": owner}
             for owner in kept_for(ring(sorted(attempt.nodes)), member.node)
             if owner in peers
             for rank in attempt.nodes[owner]
-            if (rank, memory) not in have
+            if (rank, wanted) not in have
         ]
 
     def holdings(self) -> dict[str, dict[int, int]]:
@@ -164,8 +168,8 @@ class Roster:
     def all_freed(self) -> bool:
         return all(member.freed for member in self._members.values())
 
-    def progress(self, now_s: float) -> dict[int, RankProgress]:
-        """Rank -> progress; ranks that never reported are absent."""
+    def progress(self, now_s: float, drain_quiet_s: float) -> dict[int, RankProgress]:
+        """Rank -> progress; ranks that never reported are absent. In its "close" a rank waits for the last drain."""
         return {
             rank: RankProgress(
                 node=member.node,
@@ -173,7 +177,10 @@ class Roster:
                 step=said["step"],
                 phase=said["phase"],
                 silent_s=said["silent_s"] + now_s - member.heard_s,
-                step_silent_s=said["moved_s"] + now_s - member.heard_s,
+                step_silent_s=min(
+                    said["moved_s"] + now_s - member.heard_s,
+                    drain_quiet_s if said["phase"] == "close" else math.inf,
+                ),
                 closed=said["closed"],
             )
             for member in self._members.values()

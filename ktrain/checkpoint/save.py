@@ -134,7 +134,7 @@ class Saver:
         What does not fit is refused here, with the numbers, before anything was written.
         """
         if not self._prepared and self.volume is not None:
-            self._prepare(self.volume, plan_save(self._state, self._topology))
+            self._prepare(self.volume, plan_save(self._state, self._topology, version=self._format))
 
     def _prepare(self, volume: NodeVolume, plan: SavePlan) -> None:
         self._prepared = True
@@ -165,7 +165,7 @@ class Saver:
             return self._skip(step, "the snapshot before it is not sealed yet")
         self._faults.reached("save.begin", step=step, rank=rank)
         self._look_at_nodes()
-        plan = plan_save(self._state, self._topology)
+        plan = plan_save(self._state, self._topology, version=self._format)
         if not self._prepared:
             self._prepare(self.volume, plan)
         try:

@@ -27,7 +27,6 @@ _LENGTH_NBYTES = 8
 _MAX_HEADER_NBYTES = 100_000_000  # the limit of safetensors' own reader
 _METADATA = "__metadata__"
 _VERSION = "ktrain"  # the member of the metadata that names the format version
-_ABOUT = {"format": "pt", _VERSION: str(FORMAT)}  # "pt" is what readers made for torch ask for
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,20 +68,20 @@ class Header:
     metadata: dict[str, str]
 
 
-def lay_out(shards: Sequence[Shard], *, metadata: Mapping[str, str] = _ABOUT) -> Layout:
+def lay_out(shards: Sequence[Shard], *, version: int = FORMAT, metadata: Mapping[str, str] | None = None) -> Layout:
     """Gives every shard its key and place.
 
     Tensors follow in descending item size, else in the order given. In that order, the first shard of a name
-    has the name as its key, further ones get `name#1`, `name#2`. `metadata` is the header's, for files that are not
-    payloads of a run.
+    has the name as its key, further ones get `name#1`, `name#2`. `version` is the run's; `metadata` is the header's,
+    for files that are not payloads of a run.
 
     Raises:
-        ConfigError: a name cannot be a key, a box leaves its tensor, or a dtype cannot be stored.
+        ConfigError: a name cannot be a key, a box leaves its tensor, a dtype cannot be stored, or the version is newer.
     """
     for shard in shards:
         _require_storable(shard)
     order = sorted(shards, key=lambda shard: -dtypes.item_nbytes(shard.dtype))
-    header: dict[str, Any] = {_METADATA: dict(metadata)}
+    header: dict[str, Any] = {_METADATA: dict(_about(version) if metadata is None else metadata)}
     places = []
     end = 0
     for key, shard in zip(_keys(order), order, strict=True):
@@ -102,6 +101,11 @@ def lay_out(shards: Sequence[Shard], *, metadata: Mapping[str, str] = _ABOUT) ->
 def copies_begin(share_nbytes: int, chunk_nbytes: int = CHUNK_NBYTES) -> int:
     """The byte of a slot at which copies begin, behind a share of so many bytes: the next chunk border (ADR 0015)."""
     return -(-share_nbytes // chunk_nbytes) * chunk_nbytes
+
+
+def _about(version: int) -> dict[str, str]:
+    """The metadata of a payload's header, in a format version that this ktrain knows."""
+    return {"format": "pt", _VERSION: str(check_version("payload", version))}  # readers made for torch ask for "pt"
 
 
 def shard_nbytes(shard: Shard) -> int:

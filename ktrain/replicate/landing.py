@@ -69,8 +69,8 @@ def land(volume: NodeVolume, source: ChunkSource, wanted: Wanted, *, deadline: D
             raise CorruptionError(
                 f"pull of {wanted}: the source sent the manifest of rank {manifest.rank}, {manifest.identity}"
             )
-        protect, epoch = set(wanted.protect), wanted.identity.epoch
-        writer = volume.acquire(wanted.rank, manifest.nbytes, protect=protect, limit=wanted.slots, epoch=epoch)
+        protect, over = set(wanted.protect), (wanted.identity.epoch, wanted.identity.step)
+        writer = volume.acquire(wanted.rank, manifest.nbytes, protect=protect, limit=wanted.slots, over=over)
         if writer is None:
             raise CapacityError(
                 f"pull of {wanted}: all {wanted.slots} slots are protected or in use; try again after the next commit"

@@ -177,7 +177,13 @@ class NodeVolume:
     # -------------------------------------------------------------------------------------- what is written
 
     def acquire(
-        self, rank: int, nbytes: int, *, protect: Collection[tuple[int, int]], limit: int, epoch: int = 0
+        self,
+        rank: int,
+        nbytes: int,
+        *,
+        protect: Collection[tuple[int, int]],
+        limit: int,
+        over: tuple[int, int] = (0, 0),
     ) -> SlotWriter | None:
         """A slot of exactly `nbytes` to write the rank's next snapshot into, or None where none is free.
 
@@ -189,9 +195,8 @@ class NodeVolume:
         Args:
             protect: (step, epoch) of snapshots that somebody still needs.
             limit: slots that the rank may have here.
-            epoch: of a snapshot that all ranks have sealed, where it is such a one that is to be kept. What is older
-                by its epoch and not in `protect` is then superseded or off the line, and may be taken though it is
-                the rank's newest.
+            over: (epoch, step) of a snapshot that all ranks have sealed, where it is such a one that is to be kept:
+                what is older and not in `protect` may then be taken though it is the rank's newest (ADR 0022).
 
         Raises:
             CapacityError: the volume is full. What was sealed still is.
@@ -201,7 +206,7 @@ class NodeVolume:
             raise InternalError(f"acquire a slot for rank {rank}: expected at least 1 byte, found {nbytes}")
         kept = {*protect, *self.committed().values()}
         with translated(f"acquire a slot of {nbytes} bytes for rank {rank} in {self.path}"):
-            slot = self._try_take(rank, nbytes, (kept, epoch), limit)
+            slot = self._try_take(rank, nbytes, (kept, over), limit)
         if slot is None:
             return None
         return SlotWriter(slot, rank, self.run, ended=lambda held: self._ended(slot, held))
@@ -263,18 +268,18 @@ class NodeVolume:
     # ------------------------------------------------------------------------------------- choosing a slot
 
     def _try_take(
-        self, rank: int, nbytes: int, keep: tuple[Collection[tuple[int, int]], int], limit: int
+        self, rank: int, nbytes: int, keep: tuple[Collection[tuple[int, int]], tuple[int, int]], limit: int
     ) -> Slot | None:
         """The chosen slot: leased, mapped, unsealed, and for this thread alone.
 
-        `keep`: what may not be taken, and the epoch below which the newest is not kept for being the newest.
+        `keep`: what may not be taken, and the age below which the newest is not kept for being the newest.
         """
-        kept, epoch = keep
+        kept, over = keep
         mine, num_busy = self._lock_slots(rank)
         taken: Slot | None = None
         try:
             sealed = self._inventory.held(rank)
-            current = (held for held in sealed.values() if held.identity.epoch >= epoch)
+            current = (held for held in sealed.values() if age(held) >= over)
             newest = max(current, key=age, default=None)
             free = [slot for slot in mine if not _is_kept(sealed.get(slot.files.index), newest, kept)]
             free.sort(key=lambda slot: _preference(slot, sealed.get(slot.files.index), nbytes))

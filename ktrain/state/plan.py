@@ -13,6 +13,7 @@ import torch
 from ktrain.base.collector import without_collections
 from ktrain.errors import ConfigError
 from ktrain.format.digest import digest_text
+from ktrain.format.document import FORMAT
 from ktrain.format.payload import Layout, lay_out
 from ktrain.format.shard import Box, Shard
 from ktrain.state.look import picker
@@ -114,6 +115,7 @@ class _Memo:
     signatures: tuple[tuple[Any, ...], ...]  # of all leaves
     share: _Payload
     copies: _Payload | None
+    version: int  # of the run's format
     known: tuple[Known | None, ...] = ()  # of all parts, in their order
     num_leaves: tuple[int, ...] = ()  # of all parts
 
@@ -124,22 +126,26 @@ class _Memo:
         )
 
 
-def plan_save(state: TrainState, topology: Topology) -> SavePlan:
+def plan_save(state: TrainState, topology: Topology, *, version: int = FORMAT) -> SavePlan:
     """What this rank stores of the state as it is now. No communication; changes nothing.
 
     What several ranks hold is divided between all of them, evenly, large tensors by rows: that is each rank's share of
     the job. Beside it the ranks of a node keep copies of the rest of what they hold, divided between them as well, so
     that a node restores from itself. Where the topology does not know all nodes, a node's ranks divide all they hold.
 
+    `version`: the format version in which the run is written.
+
     Raises:
         ConfigError: a part holds something that cannot be stored; names it.
     """
     with without_collections():  # training waits
-        return _plan(state, topology)
+        return _plan(state, topology, version)
 
 
-def _plan(state: TrainState, topology: Topology) -> SavePlan:
+def _plan(state: TrainState, topology: Topology, version: int) -> SavePlan:
     memo = state.memo
+    if isinstance(memo, _Memo) and memo.version != version:
+        memo = None
     if isinstance(memo, _Memo) and memo.topology == topology:
         plan = _try_plan_again(state, topology, memo)
         if plan is not None:
@@ -155,7 +161,7 @@ def _plan(state: TrainState, topology: Topology) -> SavePlan:
         known.append(part.know(found, objects[part.name], context))
         num_leaves.append(len(found))
     if not isinstance(memo, _Memo) or not memo.fits(leaves, topology):
-        memo = _make_memo(leaves, topology, context.spreads)
+        memo = _make_memo(leaves, topology, context.spreads, version)
     placed = [
         payload
         and replace(
@@ -242,21 +248,25 @@ def _signature(leaf: Leaf) -> tuple[Any, ...]:
     return leaf.name, leaf.role, leaf.holders, leaf.anchor, *form, spread
 
 
-def _make_memo(leaves: Sequence[Leaf], topology: Topology, spreads: Spreads) -> _Memo:
+def _make_memo(leaves: Sequence[Leaf], topology: Topology, spreads: Spreads, version: int) -> _Memo:
     for leaf in leaves:
         require_storable(leaf.name, leaf.tensor)
     shards = [_shard(leaf, spreads) for leaf in leaves]
     _require_distinct(shards)
     share, copies = _divide(leaves, shards, topology)
     return _Memo(
-        topology, tuple(map(_signature, leaves)), _make_payload(share), _make_payload(copies) if copies else None
+        topology,
+        tuple(map(_signature, leaves)),
+        _make_payload(share, version),
+        _make_payload(copies, version) if copies else None,
+        version,
     )
 
 
-def _make_payload(rows: _Rows) -> _Payload:
-    """A payload of those rows, in the order of the leaves."""
+def _make_payload(rows: _Rows, version: int) -> _Payload:
+    """A payload of those rows, in the order of the leaves, in a version of the format."""
     rows = dict(sorted(rows.items(), key=lambda item: item[1][0]))
-    layout = lay_out(list(rows))
+    layout = lay_out(list(rows), version=version)
     stored, cuts = zip(*(rows[entry.shard] for entry in layout.entries), strict=True) if rows else ((), ())
     return _Payload(
         stored,

@@ -25,7 +25,6 @@ from ktrain.checkpoint.retention import AnyOf, Best, EverySeconds, EverySteps, L
 from ktrain.format.manifest import Identity
 from tests.unit.checkpoint.cluster import Cluster, Node, RestoreFailed
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]  # young: it has not yet proven itself in the main suite
 NODES = st.integers(0, 1)
 POLICIES = st.sampled_from(
     [
@@ -253,7 +252,12 @@ class Job(RuleBasedStateMachine):
         return catalog.tier.list("checkpoints", deadline=catalog.transfer_deadline(0))
 
 
+class JobForLong(Job):
+    """The same, for `make chaos`."""
+
+
+_COMMON = settings(deadline=None, suppress_health_check=list(HealthCheck))
 TestJob = Job.TestCase
-TestJob.settings = settings(
-    max_examples=40, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestJob.settings = settings(_COMMON, max_examples=25, stateful_step_count=15)
+TestJobForLong = pytest.mark.chaos(pytest.mark.timeout(900)(JobForLong.TestCase))
+TestJobForLong.settings = settings(_COMMON, max_examples=60, stateful_step_count=20)

@@ -253,3 +253,21 @@ def test_schedule_after_a_failure_takes_a_write_id_of_its_own(schedule: DrainSch
 
 def test_drain_names_of_two_tries_differ() -> None:
     assert Drain(identity(1), 0.0).write_id != Drain(identity(1), 0.0).write_id
+
+
+def test_quiet_a_drain_that_begins_again_has_not_moved_until_it_comes_farther(
+    schedule: DrainSchedule, clock: FakeClock
+) -> None:
+    drain = begin(schedule, identity(10))
+    schedule.take("a", [report(drain, 0, sent_nbytes=500)])
+    assert schedule.quiet_s() == 0 and schedule.to_json()["nbytes"] == 500
+    clock.advance(7.0)
+    schedule.failed(drain, "503")
+    assert schedule.to_json() == {"failure": "503"}
+    clock.advance(1.0)
+    again = begin(schedule, identity(10))
+    schedule.take("a", [report(again, 0, sent_nbytes=400)])
+    assert schedule.quiet_s() == 8
+    schedule.take("a", [report(again, 0, sent_nbytes=501)])
+    assert schedule.quiet_s() == 0
+    assert schedule.to_json() == {"failure": "503", "step": 10, "nbytes": 501, "num_ranks": 0, "world_size": 2}

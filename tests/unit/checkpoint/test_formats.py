@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint import formats
@@ -19,6 +20,9 @@ from ktrain.format import document
 from ktrain.format.manifest import Manifest
 from ktrain.format.payload import lay_out
 from ktrain.snapshot.arena import NodeVolume
+from ktrain.state.plan import plan_save
+from ktrain.state.topology import Topology
+from ktrain.state.train_state import TrainState
 from ktrain.testing.fake_bucket import FakeBucket
 from ktrain.testing.fake_clock import FakeClock
 from ktrain.testing.faulty_tier import Fault, FaultyTier, TierFault
@@ -108,6 +112,14 @@ def test_manifest_of_a_dcp_save_is_written_in_the_version_of_the_run() -> None:
     with pytest.raises(KtrainError, match=BOTH):
         written.write_manifest(newer, {})
     assert newer.tier.list("", deadline=newer.transfer_deadline(0)) == []
+
+
+def test_payload_of_a_save_is_laid_out_in_the_version_of_the_run() -> None:
+    state = TrainState({"model": torch.nn.Linear(2, 2)})
+    first = plan_save(state, Topology(0, 1))
+    assert plan_save(state, Topology(0, 1), version=document.FORMAT).layout is first.layout
+    with pytest.raises(KtrainError, match=BOTH):  # it obeys, though it has a plan at hand, and has no form for it
+        plan_save(state, Topology(0, 1), version=NEXT)
 
 
 def test_ranks_are_told_the_version_of_the_run(tmp_path: Path) -> None:

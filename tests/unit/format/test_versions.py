@@ -10,7 +10,7 @@ import pytest
 from ktrain.errors import ConfigError
 from ktrain.format import document, manifest, record
 from ktrain.format.manifest import Manifest
-from ktrain.format.payload import read_header
+from ktrain.format.payload import lay_out, read_header
 from ktrain.format.record import CommitRecord, parse_commit_name
 from tests.unit.format.builders import checkpoint
 
@@ -78,3 +78,13 @@ def test_payload_of_an_unknown_version_is_refused_with_both_named() -> None:
         read_header(newer)
     foreign = payload.replace(b',"ktrain":"1"', b"             ")
     assert "ktrain" not in read_header(foreign).metadata  # another program's file has no such number
+
+
+@pytest.mark.parametrize("version", document.FORMATS)
+def test_payload_names_the_version_that_it_was_laid_out_in(version: int) -> None:
+    assert read_header(lay_out([], version=version).header).metadata["ktrain"] == str(version)
+
+
+def test_payload_is_never_laid_out_in_an_unknown_version() -> None:
+    with pytest.raises(ConfigError, match=BOTH):
+        lay_out([], version=UNKNOWN)

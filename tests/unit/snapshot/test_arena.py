@@ -449,14 +449,14 @@ def test_scan_payload_cut_after_it_was_seen_is_not_offered_and_named(tmp_path: P
             volume.open(3, identity(10))
 
 
-def test_acquire_newest_of_an_older_epoch_gives_way_to_a_committed_snapshot_alone(tmp_path: Path) -> None:
+def test_acquire_newest_gives_way_to_a_newer_committed_snapshot_alone(tmp_path: Path) -> None:
     with volume_at(tmp_path) as volume:
         save(volume, 20, 1)
         save(volume, 30, 1)
         kept = {"protect": ((20, 1),), "limit": 2}
         assert volume.acquire(3, 5000, **kept) is None  # type: ignore[arg-type]
-        assert volume.acquire(3, 5000, **kept, epoch=1) is None  # type: ignore[arg-type]
-        writer = volume.acquire(3, 5000, **kept, epoch=2)  # type: ignore[arg-type]
+        assert volume.acquire(3, 5000, **kept, over=(1, 30)) is None  # type: ignore[arg-type]
+        writer = volume.acquire(3, 5000, **kept, over=(1, 31))  # type: ignore[arg-type]
         assert writer is not None
         writer.abandon()
         assert steps(volume) == [(20, 1)]
