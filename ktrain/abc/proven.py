@@ -82,12 +82,15 @@ class Terms:
         pace: the node's; asked for every byte that is sent or read back.
         retries: shared by all that this write asks of the store.
         sent: told of bytes that have arrived; from several threads.
+        is_taken_over: another process may have written a part of this very object; what is proven of it need not be
+            sent again.
     """
 
     chunks: Chunks
     pace: Pace
     retries: RetryBudget = field(default_factory=RetryBudget)
     sent: Callable[[int], None] = _ignore
+    is_taken_over: bool = False
 
 
 @runtime_checkable

@@ -217,7 +217,8 @@ class Uploader:
                 now = total
             self._report({**about, "sent_nbytes": now})
 
-        return Terms(Chunks(manifest.chunk_nbytes, manifest.chunks), self._pace, work.retries, sent)
+        chunks = Chunks(manifest.chunk_nbytes, manifest.chunks)
+        return Terms(chunks, self._pace, work.retries, sent, is_taken_over=manifest.rank in work.again)
 
     def _deadline(self, nbytes: int) -> Deadline:
         slowest = min(_SLOWEST_BYTES_PER_S, self._pace.bytes_per_s or _SLOWEST_BYTES_PER_S)

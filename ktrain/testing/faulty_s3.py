@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import http.client
+import re
 import socket
 import threading
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from ktrain.testing.s3_servers import S3Server
 
 _TIMEOUT_S = 60.0
 _CHECKSUM = "x-amz-checksum-crc64nvme"
+_Answer = tuple[int, list[tuple[str, str]], bytes]  # status, headers, body
 
 
 class S3Trouble(StrEnum):
@@ -32,6 +34,7 @@ class S3Trouble(StrEnum):
     THROTTLED = "throttled"  # 429, not handed on
     UNAVAILABLE = "unavailable"  # 503, not handed on
     ERROR = "error"  # 500, not handed on
+    NO_SUCH_UPLOAD = "no-such-upload"  # 404, not handed on: somebody ended the upload in parts
     CUT = "cut"  # the connection breaks in mid body, nothing is handed on
     STALL = "stall"  # no answer until `heal` or the end, nothing is handed on
     LOST_REPLY = "lost-reply"  # handed on; the connection breaks before the answer
@@ -42,6 +45,7 @@ _STATUS = {
     S3Trouble.THROTTLED: (429, "TooManyRequests"),
     S3Trouble.UNAVAILABLE: (503, "SlowDown"),
     S3Trouble.ERROR: (500, "InternalError"),
+    S3Trouble.NO_SUCH_UPLOAD: (404, "NoSuchUpload"),
 }
 
 
@@ -60,8 +64,9 @@ class FaultyS3:
     """A proxy on a free loopback port before a started server. `requests` lists (operation, status), in order.
 
     Args:
-        checks: compare CRC-64/NVME digests that come with a body and refuse wrong ones, as S3 itself does and none of
-            the servers behind does. Status 0 stands for a request that got no answer.
+        checks: compare CRC-64/NVME digests that come with a body, refuse wrong ones, and name those of the parts of an
+            unfinished upload, as S3 itself does and none of the servers behind does. Status 0 stands for a request that
+            got no answer.
     """
 
     def __init__(self, server: S3Server, *faults: S3Fault, checks: bool = False) -> None:
@@ -70,6 +75,7 @@ class FaultyS3:
         self.checks = checks
         self.behind = server.port
         self.healed = threading.Event()
+        self.part_checksums: dict[tuple[str, str], str] = {}  # (upload, part number) -> base 64; guarded by lock
         self._faults: list[list[object]] = []  # [fault, requests seen], guarded by lock
         for fault in faults:
             self.add(fault)
@@ -183,10 +189,35 @@ class _Handler(BaseHTTPRequestHandler):
         if trouble is S3Trouble.LOST_REPLY:
             self._break_off(operation)
             return
+        if self.proxy.checks:
+            answer = self._with_checksums(operation, answer)
         self.proxy.note(operation, answer[0])
         self._reply(*answer)
 
-    def _ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+    def _with_checksums(self, operation: str, answer: _Answer) -> _Answer:
+        """Keeps the digest of a part that was taken; adds those kept to a listing of parts."""
+        query, (status, headers, body) = parse_qs(urlsplit(self.path).query), answer
+        if status != 200:
+            return answer
+        if operation == "upload_part" and _CHECKSUM in self.headers:
+            with self.proxy.lock:
+                self.proxy.part_checksums[query["uploadId"][0], query["partNumber"][0]] = self.headers[_CHECKSUM]
+        if operation == "list_parts":
+            with self.proxy.lock:
+                known = {
+                    part: text
+                    for (upload, part), text in self.proxy.part_checksums.items()
+                    if upload == query["uploadId"][0]
+                }
+
+            def add(number: re.Match[bytes]) -> bytes:
+                text = known.get(number[1].decode())
+                return number[0] + (f"<ChecksumCRC64NVME>{text}</ChecksumCRC64NVME>".encode() if text else b"")
+
+            body = re.sub(rb"<PartNumber>(\d+)</PartNumber>", add, body)
+        return status, headers, body
+
+    def _ask(self, body: bytes) -> _Answer:
         connection = http.client.HTTPConnection("127.0.0.1", self.proxy.behind, timeout=_TIMEOUT_S)
         try:
             headers = dict(self.headers.items())

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +32,11 @@ from ktrain.errors import (
 )
 from ktrain.tier.answers import translate, translate_write
 from ktrain.tier.deadline import Call
+from ktrain.tier.leftovers import Leftovers, PartPlan, find_leftovers
 from ktrain.tier.parts import Part, PartBuffers, copy_proven, part_nbytes, sample_chunks, side_by_side
 
 PART_NBYTES = 16 << 20
+_LOG = logging.getLogger(__name__)
 _NUM_PARTS_IN_FLIGHT = 8  # of one object; several objects share the node's budget
 _MAX_NUM_PARTS = 9_000  # S3 takes 10,000
 _SLOWEST_BYTES_PER_S = 1e6  # a request that is slower is sent again
@@ -133,33 +136,81 @@ class Upload:
         if view.nbytes < 2 * size:
             self._put_piece(s3, view, (0, view.nbytes), "put_object", {})
             return
+        parts = self._plan_parts(view.nbytes, size)
+        left = self._find_leftovers(s3, parts)
+        if left.best is None or not self._goes_on(s3, view, parts, left):
+            self._put_anew(s3, view, parts, place)
+        for upload_id in left.upload_ids:
+            if upload_id != left.best:  # that one is complete, or its writer lives
+                _abort(s3, {**place, "UploadId": upload_id})
+
+    def _put_anew(self, s3: S3Requests, view: memoryview, parts: list[PartPlan], place: dict[str, Any]) -> None:
         about: dict[str, Any] = {}
         if self._sends_checksums:
             about = {"ChecksumAlgorithm": "CRC64NVME", "ChecksumType": "FULL_OBJECT"}
         begun = self._try(lambda: s3.ask("create_multipart_upload", **place, **about))
         upload = {**place, "UploadId": str(begun["UploadId"])}
         try:
-            self._put_parts(s3, view, size, upload)
+            self._put_parts(s3, view, parts, upload, {})
         except BaseException:
-            with contextlib.suppress(KtrainError):  # what stays is invisible, and paid for: a lifecycle rule ends it
-                s3.ask("abort_multipart_upload", **upload)
+            _abort(s3, upload)
             raise
+
+    def _find_leftovers(self, s3: S3Requests, parts: list[PartPlan]) -> Leftovers:
+        if not self._sends_checksums or self.terms is None or not self.terms.is_taken_over:
+            return Leftovers()
+
+        def ask(method: str, **fields: Any) -> dict[str, Any]:
+            answer: dict[str, Any] = self._try(lambda: s3.ask(method, **fields))
+            return answer
+
+        try:
+            return find_leftovers(ask, self.bucket, self.key, parts)
+        except KtrainError as error:  # often a store or a permission without listings; the payload is sent anew
+            _LOG.debug("%s: what another one left cannot be told: %s", self.what, error)
+            return Leftovers()
+
+    def _goes_on(self, s3: S3Requests, view: memoryview, parts: list[PartPlan], left: Leftovers) -> bool:
+        """Ends an upload that another process began; false where it ended or changed meanwhile: its writer lives."""
+        upload = {"Bucket": self.bucket, "Key": self.key, "UploadId": left.best}
+        try:
+            self._put_parts(s3, view, parts, upload, left.tags)
+        except (NotFoundError, UnavailableError) as error:
+            if isinstance(error, BusyError | ForbiddenError):
+                raise
+            _LOG.debug("%s: the upload that was taken over is gone: %s", self.what, error)
+            return False
+        return True
 
     @property
     def _sends_checksums(self) -> bool:
         return self.checked and self._chunks is not None
 
-    def _put_parts(self, s3: S3Requests, view: memoryview, size: int, upload: dict[str, Any]) -> None:
-        parts = [(k + 1, begin, min(begin + size, view.nbytes)) for k, begin in enumerate(range(0, view.nbytes, size))]
-        tags: dict[int, dict[str, Any]] = {}
+    def _plan_parts(self, nbytes: int, size: int) -> list[PartPlan]:
+        bounds = [(begin, min(begin + size, nbytes)) for begin in range(0, nbytes, size)]
+        return [PartPlan(k, begin, end, self._checksum(begin, end)) for k, (begin, end) in enumerate(bounds, start=1)]
 
-        def send(part: tuple[int, int, int]) -> None:
-            number, begin, end = part
-            answer = self._put_piece(s3, view, (begin, end), "upload_part", {**upload, "PartNumber": number})
-            tags[number] = {"PartNumber": number, "ETag": answer["ETag"], **self._checksum(begin, end)}
+    def _put_parts(
+        self,
+        s3: S3Requests,
+        view: memoryview,
+        parts: list[PartPlan],
+        upload: dict[str, Any],
+        there: Mapping[int, str],
+    ) -> None:
+        """Sends all parts but those that are there, given as number -> tag, and makes the object of them."""
+        tags = dict(there)
+        if there and self.terms is not None:
+            self.terms.sent(sum(part.nbytes for part in parts if part.number in there))
 
-        side_by_side(send, parts, num_threads=min(_NUM_PARTS_IN_FLIGHT, len(parts)), name=f"ktrain-tier: {self.what}")
-        self._complete(s3, view.nbytes, upload, [tags[number] for number, _, _ in parts])
+        def send(part: PartPlan) -> None:
+            fields = {**upload, "PartNumber": part.number}
+            tags[part.number] = str(self._put_piece(s3, view, (part.begin, part.end), "upload_part", fields)["ETag"])
+
+        missing = [part for part in parts if part.number not in there]
+        side_by_side(send, missing, num_threads=min(_NUM_PARTS_IN_FLIGHT, len(parts)), name=f"ktrain-tier: {self.what}")
+        said = [{"PartNumber": part.number, "ETag": tags[part.number], **part.checksum} for part in parts]
+        self._complete(s3, view.nbytes, upload, said)
 
     def _put_piece(
         self, s3: S3Requests, view: memoryview, bounds: tuple[int, int], method: str, fields: dict[str, Any]
@@ -244,6 +295,11 @@ class Upload:
 
     def _try(self, work: Callable[[], Any]) -> Any:
         return self.retries.run(work, deadline=self.deadline)
+
+
+def _abort(s3: S3Requests, upload: dict[str, Any]) -> None:
+    with contextlib.suppress(KtrainError):  # what stays is invisible, and paid for: a lifecycle rule ends it
+        s3.ask("abort_multipart_upload", **upload)
 
 
 def checksum_text(digest: int) -> str:

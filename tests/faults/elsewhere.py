@@ -18,6 +18,8 @@ _PLAIN = "tests/integration/test_plain_resume.py"
 _CKPT = "tests/integration/test_launch_ckpt.py"
 _KILLS = "tests/chaos/test_random_kills.py"
 _ANSWERS = "tests/unit/tier/test_answers.py"
+_UPLOAD = "tests/unit/tier/test_upload.py"
+_UPLOAD_KILLED = "tests/integration/test_upload_killed.py"
 
 ELSEWHERE: tuple[tuple[str, str, str], ...] = (
     ("worker dies", "SIGKILL in a launch", _ENDS_AN_ATTEMPT),
@@ -43,6 +45,21 @@ ELSEWHERE: tuple[tuple[str, str, str], ...] = (
         f"{_ARENA}::test_lease_of_a_stopped_reader_holds_and_dies_with_it",
     ),
     ("agent dies", "SIGKILL in a launch", _BESIDE_TRAINING),
+    (
+        "agent dies",
+        "SIGKILL in the middle of a payload's upload to S3: the next one sends the parts that are missing",
+        f"{_UPLOAD_KILLED}::test_drain_agent_killed_in_mid_payload_the_next_one_sends_only_the_parts_that_are_missing",
+    ),
+    (
+        "stale part",
+        "in an upload that is taken over: another one's bytes under its number",
+        f"{_UPLOAD}::test_upload_taken_over_sends_only_the_parts_that_the_store_does_not_prove",
+    ),
+    (
+        "two agents",
+        "upload one payload: the first, taken for dead, ends the upload or changes a part",
+        f"{_UPLOAD}::test_upload_taken_over_that_its_writer_ends_meanwhile_is_sent_anew",
+    ),
     ("head dies", "SIGKILL in a launch", _BESIDE_TRAINING),
     (
         "launcher dies",

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import boto3
 import pytest
 
 from ktrain import native
@@ -19,8 +22,10 @@ from ktrain.testing.faulty_s3 import FaultyS3, S3Fault, S3Trouble
 from ktrain.testing.s3_servers import MotoServer, find_program
 from ktrain.testing.tier_conformance import soon
 from ktrain.tier.bucket import BucketTier
+from ktrain.tier.leftovers import Leftovers, PartPlan, find_leftovers
 from ktrain.tier.location import open_tier
 from ktrain.tier.parts import sample_chunks
+from ktrain.tier.s3 import PART_NBYTES, checksum_text
 
 _MIB = 1 << 20
 _NBYTES = 33 * _MIB + 12_345  # three parts, the last one short and not whole chunks
@@ -254,3 +259,161 @@ def test_sample_is_first_and_last_and_some_between(nbytes: int, num: int) -> Non
     assert len(set(chosen)) == num
     if num:
         assert chosen[0] == 0 and chosen[-1] == -(-nbytes // _MIB) - 1
+
+
+# What a process that died left of an upload
+
+
+Leave = Callable[..., str]
+
+
+@pytest.fixture
+def leave(data: bytes, chunks: Chunks) -> Leave:
+    """Begins an upload of the payload through the environment's proxy, sends the named parts and goes away."""
+
+    def make(parts: dict[int, bytes], *, key: str = f"run/{_NAME}") -> str:
+        client = boto3.client("s3")
+        about = {"ChecksumAlgorithm": "CRC64NVME", "ChecksumType": "FULL_OBJECT"}
+        upload_id = str(client.create_multipart_upload(Bucket="bucket", Key=key, **about)["UploadId"])
+        for number, body in parts.items():
+            said = {"Bucket": "bucket", "Key": key, "UploadId": upload_id, "PartNumber": number}
+            client.upload_part(**said, Body=body, ChecksumCRC64NVME=checksum_text(native.crc64(body)))
+        return upload_id
+
+    return make
+
+
+def part(data: bytes, number: int) -> bytes:
+    return data[(number - 1) * PART_NBYTES : number * PART_NBYTES]
+
+
+def unfinished(moto: MotoServer) -> set[str]:
+    """Ids of the uploads that the server has and no listing of objects shows."""
+    _, body = moto._ask("GET", "/bucket?uploads", b"", expected=(200,))
+    return set(re.findall(r"<UploadId>([^<]+)</UploadId>", body.decode()))
+
+
+def test_upload_taken_over_sends_only_the_parts_that_the_store_does_not_prove(
+    start: Start, moto: MotoServer, leave: Leave, data: bytes, chunks: Chunks, stored: Callable[[], bytes | None]
+) -> None:
+    tier, proxy = start(checks=True)
+    leave({2: part(data, 2)})
+    best = leave({1: part(data, 1), 2: part(data, 1), 3: part(data, 3)})  # the second one is not the snapshot's
+    sent_before = proxy.count("upload_part", 200)
+    sent: list[int] = []
+    write(tier, data, chunks, sent=sent.append, is_taken_over=True)
+    assert stored() == data
+    assert proxy.count("upload_part", 200) - sent_before == 1
+    assert proxy.count("create_multipart_upload") == 2, "both of the dead"
+    assert sum(sent) == len(data)
+    assert best not in unfinished(moto) and not unfinished(moto), "the other one was ended"
+
+
+@pytest.mark.parametrize("body", [b"", b"short"])
+def test_upload_taken_over_of_which_nothing_is_proven_is_sent_whole(
+    start: Start, leave: Leave, data: bytes, chunks: Chunks, stored: Callable[[], bytes | None], body: bytes
+) -> None:
+    tier, proxy = start(checks=True)
+    leave({3: body} if body else {})
+    sent_before = proxy.count("upload_part", 200)
+    write(tier, data, chunks, is_taken_over=True)
+    assert stored() == data
+    assert proxy.count("upload_part", 200) - sent_before == 3
+
+
+def test_upload_of_another_name_and_one_that_is_not_taken_over_leave_others_alone(
+    start: Start, moto: MotoServer, leave: Leave, data: bytes, chunks: Chunks, stored: Callable[[], bytes | None]
+) -> None:
+    tier, proxy = start(checks=True)
+    other = leave({1: part(data, 1)}, key=f"run/{_NAME}-of-another-write")
+    own = leave({1: part(data, 1)})
+    write(tier, data, chunks)
+    assert proxy.count("list_multipart_uploads") == 0
+    write(tier, data, chunks, is_taken_over=True)
+    assert unfinished(moto) == {other}
+    assert own != other and stored() == data
+    moto._ask("DELETE", f"/bucket/run/{_NAME}-of-another-write?uploadId={other}", b"", expected=(204,))
+
+
+def test_upload_taken_over_from_a_store_that_compares_nothing_is_sent_whole(
+    start: Start, moto: MotoServer, leave: Leave, data: bytes, chunks: Chunks, stored: Callable[[], bytes | None]
+) -> None:
+    tier, proxy = start()
+    tier._checks = False
+    left = leave({1: part(data, 1)})
+    write(tier, data, chunks, is_taken_over=True)
+    assert stored() == data
+    assert proxy.count("list_parts") == proxy.count("list_multipart_uploads") == 0
+    moto._ask("DELETE", f"/bucket/run/{_NAME}?uploadId={left}", b"", expected=(204,))
+
+
+@pytest.mark.parametrize("operation", ["list_multipart_uploads", "list_parts"])
+def test_upload_taken_over_whose_listing_fails_is_sent_whole(
+    start: Start,
+    moto: MotoServer,
+    leave: Leave,
+    data: bytes,
+    chunks: Chunks,
+    stored: Callable[[], bytes | None],
+    operation: str,
+) -> None:
+    tier, _ = start(S3Fault(operation, S3Trouble.ERROR), checks=True)
+    left = leave({1: part(data, 1)})
+    write(tier, data, chunks, is_taken_over=True, retries=RetryBudget(initial=0))
+    assert stored() == data
+    assert unfinished(moto) == {left}
+    moto._ask("DELETE", f"/bucket/run/{_NAME}?uploadId={left}", b"", expected=(204,))
+
+
+@pytest.mark.parametrize("operation", ["upload_part", "complete_multipart_upload"])
+def test_upload_taken_over_that_its_writer_ends_meanwhile_is_sent_anew(
+    start: Start,
+    moto: MotoServer,
+    leave: Leave,
+    data: bytes,
+    chunks: Chunks,
+    stored: Callable[[], bytes | None],
+    operation: str,
+) -> None:
+    tier, proxy = start(checks=True)
+    left = leave({1: part(data, 1), 2: part(data, 2)})
+    proxy.add(S3Fault(operation, S3Trouble.NO_SUCH_UPLOAD))
+    write(tier, data, chunks, is_taken_over=True)
+    assert stored() == data
+    assert proxy.count("create_multipart_upload") == 2
+    assert unfinished(moto) == {left}, "another writer's, for all that is known"
+    moto._ask("DELETE", f"/bucket/run/{_NAME}?uploadId={left}", b"", expected=(204,))
+
+
+def test_upload_taken_over_in_which_its_writer_changes_a_part_meanwhile_is_sent_anew(
+    start: Start, moto: MotoServer, leave: Leave, data: bytes, chunks: Chunks, stored: Callable[[], bytes | None]
+) -> None:
+    tier, _ = start(checks=True)
+    left = leave({1: part(data, 1), 2: part(data, 2)})
+    about = f"/bucket/run/{_NAME}?uploadId={left}"
+    sent: list[int] = []
+
+    def change(nbytes: int) -> None:
+        sent.append(nbytes)
+        if sum(sent) == len(data):
+            moto._ask("PUT", f"{about}&partNumber=1", part(data, 2), expected=(200,))
+
+    write(tier, data, chunks, is_taken_over=True, sent=change)
+    assert stored() == data
+    assert unfinished(moto) == {left}
+    moto._ask("DELETE", about, b"", expected=(204,))
+
+
+def test_find_leftovers_reads_all_pages_and_ends_where_a_store_turns_in_circles() -> None:
+    parts = [PartPlan(k, (k - 1) * 10, k * 10, {"ChecksumCRC64NVME": str(k)}) for k in range(1, 4)]
+    said = [{"PartNumber": k, "Size": 10, "ChecksumCRC64NVME": str(k), "ETag": f"tag-{k}"} for k in range(1, 4)]
+
+    def ask(method: str, **fields: Any) -> dict[str, Any]:
+        if method == "list_multipart_uploads":
+            return {"Uploads": [{"Key": "a", "UploadId": "1"}, {"Key": "ab", "UploadId": "2"}]}
+        assert fields["UploadId"] == "1"
+        at = fields["PartNumberMarker"]
+        return {"Parts": said[at : at + 1], "IsTruncated": True, "NextPartNumberMarker": min(at + 1, 3)}
+
+    found = find_leftovers(ask, "bucket", "a", parts)
+    assert found == Leftovers(("1",), "1", {1: "tag-1", 2: "tag-2", 3: "tag-3"})
