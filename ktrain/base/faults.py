@@ -26,6 +26,8 @@ POINTS = (
     "drain.manifest",  # after the payload, before the manifest
     "commit.begin",  # all files are there, no record yet
     "commit.record",  # the record is written, nothing knows of it
+    "disk.doomed",  # a node has marked a step of its disk for removal
+    "disk.manifest",  # its manifests are gone, its payloads are not
     "restore.loaded",  # bytes are proven, nothing is applied
     "restore.applied",  # applied here, perhaps not yet on other ranks
 )

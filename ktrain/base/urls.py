@@ -6,28 +6,44 @@ import re
 
 from ktrain.errors import ConfigError
 
-_USERINFO = re.compile(r"(?<=//)[^/\s'\"]*@")
+_USERINFO = re.compile(r"(?:(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):)?//(?P<user>[^/\s'\"]*)@")
 _QUERY = re.compile(r"(?<=\S)\?[^\s'\"]*")
-_PASSWORD = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s]*:[^/\s]*@")
+_CONTAINERS = frozenset({"abfs", "abfss", "adl", "az", "wasb", "wasbs", "oci"})
+"""Here `CONTAINER@ACCOUNT` and `BUCKET@NAMESPACE` are where things lie, not who looks."""
+_USERS = frozenset({"ftp", "ftps", "hdfs", "sftp", "smb", "ssh", "webhdfs"})
+"""Here what stands before the `@` is the name of an account, since the protocol has a password or a key besides."""
+_NAME = re.compile(r"[A-Za-z0-9._$;-]+")  # `;` of smb://DOMAIN;USER@HOST; no ":", written out or as %3A
 
 
 def public_url(url: str) -> str:
     """The URL, or a text with URLs in it, without user, password and query: fit for messages and events."""
-    return _QUERY.sub("", _USERINFO.sub("", url))
+    return _QUERY.sub("", _USERINFO.sub(_shown, url))
+
+
+def _shown(match: re.Match[str]) -> str:
+    if _is_name(match, _CONTAINERS):
+        return match[0]
+    return "//" if match["scheme"] is None else f"{match['scheme']}://"
+
+
+def _is_name(match: re.Match[str], schemes: frozenset[str]) -> bool:
+    return (match["scheme"] or "").lower() in schemes and _NAME.fullmatch(match["user"]) is not None
 
 
 def require_public(url: str) -> str:
-    """The URL of a run, when nothing in it is secret.
+    """The URL of a run, when nothing in it can be secret.
 
     A run's URL stands in process lists, in the environment of workers and in the records of nodes' volumes.
 
     Raises:
-        ConfigError: it has a password or a query (a signature, a token); the message shows neither.
+        ConfigError: it has a query (a signature, a token), or something before an `@` that is not known to be a name (a
+            password, a token); the message shows neither.
     """
-    if "://" in url and (_PASSWORD.match(url) or "?" in url):
+    user = _USERINFO.match(url)
+    if "://" in url and ("?" in url or (user is not None and not _is_name(user, _CONTAINERS | _USERS))):
         raise ConfigError(
-            f"run {public_url(url)}: expected a URL without password and query, found one with; process lists and "
-            "files would show it; put credentials where the store's own tools look: its environment variables or "
-            "configuration"
+            f"run {public_url(url)}: expected a URL without password, token and query, found one that may have them; "
+            "process lists and files would show it; put credentials where the store's own tools look: its environment "
+            "variables or configuration"
         )
     return url

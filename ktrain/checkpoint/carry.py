@@ -36,7 +36,8 @@ class Wanted:
     peers: Mapping[str, str] = field(default_factory=dict)
     protect: Sequence[tuple[int, int]] = ()
     protect_kept: Sequence[tuple[int, int]] = ()  # the part of it that no replica may overwrite
-    disk: Mapping[str, Any] | None = None  # what is to be on this node's disk, and how many to keep there
+    disk: Mapping[str, Any] | None = None  # what is to be on this node's disk
+    disk_gone: Sequence[tuple[int, int]] = ()  # (step, epoch) of what is to go from there
     epoch: int = 0
 
 
@@ -82,7 +83,7 @@ class Carrier:
         self._disk_failed = False
         self._not_kept: dict[int, Identity] = {}  # rank -> the replica that was said to be missing
         self._no_room_until: dict[int, float] = {}  # rank -> until when a lack of room is nothing to be said
-        self.on_disk: Sequence[tuple[int, Identity]] = ()  # replaced whole
+        self.on_disk: Sequence[tuple[int, Identity]] | None = None  # replaced whole; None before the first look
         self._wakes = {"drain": threading.Event(), "disk": threading.Event(), "pull": threading.Event()}
         self._pull_lock = threading.Lock()  # one pull at a time: bounded chunks in flight
         self._threads: list[threading.Thread] = []
@@ -132,20 +133,22 @@ class Carrier:
         if disk is None or self._clock.monotonic() < memory.get("again_s", 0.0):
             return
         try:
+            if not memory.get("is_finished"):
+                disk.finish_removals()
+                memory["is_finished"] = True
             self.on_disk = disk.scan()
             if volume is not None and wanted.disk is not None:
                 identity = Identity.from_json(wanted.disk["identity"])
-                missing = [rank for rank in wanted.ranks if (rank, identity) not in self.on_disk]
+                missing = [rank for rank in wanted.ranks if (rank, identity) not in (self.on_disk or ())]
                 for rank in missing:
                     self._store(disk, volume, rank, identity)
                 if missing:
-                    for old in disk.collect(int(wanted.disk["keep"]), ()):
-                        self._emit("collected", tier=contract.TIER_DISK, step=old.step)
                     self.on_disk = disk.scan()
+            self._collect(disk, wanted.disk_gone)
         except NotFoundError:
             return  # the slot was taken for a newer step meanwhile; that one comes next
         except (KtrainError, OSError) as error:
-            memory["again_s"] = self._clock.monotonic() + self._timeouts.call_s
+            memory.update(again_s=self._clock.monotonic() + self._timeouts.call_s, is_finished=False)
             if not self._disk_failed:
                 self._emit("tier_failed", tier=contract.TIER_DISK, reason=f"{self._node}: {error}")
             self._disk_failed = True
@@ -153,6 +156,15 @@ class Carrier:
         if self._disk_failed:
             self._emit("tier_recovered", tier=contract.TIER_DISK)
         self._disk_failed = False
+
+    def _collect(self, disk: NodeDisk, gone: Sequence[tuple[int, int]]) -> None:
+        """Removes what the head names, where it is here."""
+        if not any((identity.step, identity.epoch) in gone for _, identity in self.on_disk or ()):
+            return
+        faults = self._faults
+        for old in disk.collect(gone, reached=lambda point, step: faults.reached(point, step=step)):
+            self._emit("collected", tier=contract.TIER_DISK, step=old.step)
+        self.on_disk = disk.scan()
 
     def look_at_disk(self) -> None:
         """Reads the disk's inventory now; a disk that cannot be read is left to the next round."""

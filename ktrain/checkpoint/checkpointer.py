@@ -28,7 +28,7 @@ from ktrain.base.faults import FaultPoints
 from ktrain.checkpoint.gate import Gate, as_gate
 from ktrain.checkpoint.last_drain import LastDrain
 from ktrain.checkpoint.line import connect
-from ktrain.checkpoint.policy import Every, Keep, Policies, as_capture, as_every, as_keep
+from ktrain.checkpoint.policy import Capture, Every, Keep, Policies, as_capture, as_every, as_keep
 from ktrain.checkpoint.pulse import Pulse
 from ktrain.checkpoint.restore import Restorer
 from ktrain.checkpoint.retention import Retention
@@ -48,7 +48,8 @@ class Checkpointer:
         run: path or URL of the run; None takes the one of `ktrain launch`.
         state: named parts with `state_dict` and `load_state_dict`. The generators of every rank are added as "rng".
         every: cadence; a number counts steps between snapshots in memory, "auto" has it measured and chosen.
-        keep: retention; a number or a policy says which checkpoints stay in the bucket.
+        keep: retention; a number, a policy or its text ("latest:3,every_steps:1000") says which checkpoints stay in the
+            bucket, a `Keep` which stay in each tier.
         gate: what follows when the first losses after a restore are not those of before: "report" says so, "step-back"
             sets the restored step aside and continues from an older one.
         capture: "hidden" copies what only optimizer steps change beside forward and backward; "at_once" copies all
@@ -65,9 +66,9 @@ class Checkpointer:
         *,
         state: Mapping[str, Any],
         every: int | str | Every = 10,
-        keep: int | Retention | Keep = 3,
+        keep: int | str | Retention | Keep = 3,
         gate: str | Gate = "report",
-        capture: str = "hidden",
+        capture: str | Capture = "hidden",
     ) -> None:
         self._capture = as_capture(capture)
         self._policies = Policies(as_every(every), as_keep(keep), as_gate(gate))

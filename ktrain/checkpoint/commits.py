@@ -104,12 +104,12 @@ class Commits:
             return True
         return restored is not None and identity.step <= restored.step
 
-    def wanted_on_disk(self, *, every: int, keep: int) -> dict[str, Any] | None:
+    def wanted_on_disk(self, *, every: int) -> dict[str, Any] | None:
         """What each node is to have on its own disk, where it has one; None while what is there is recent enough."""
         memory, disk = self.memory, self.disk
         if memory is None or (disk is not None and memory.step - disk.step < every):
             return None
-        return {"identity": memory.to_json(), "keep": keep}
+        return {"identity": memory.to_json()}
 
     def unrecorded_first(self) -> dict[str, Any] | None:
         """What the run directory must learn of this attempt's first commit; None when it knows, or there is none."""

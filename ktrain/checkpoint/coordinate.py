@@ -22,6 +22,7 @@ from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.commit import commit_drain
 from ktrain.checkpoint.commits import Commits
 from ktrain.checkpoint.direct import Desk, RestoreDirector
+from ktrain.checkpoint.disks import view_of
 from ktrain.checkpoint.drain import Drain, DrainSchedule
 from ktrain.checkpoint.pacer import Pacer, write_last
 from ktrain.checkpoint.policy import Policies
@@ -29,7 +30,7 @@ from ktrain.checkpoint.quarantine import Trial, review
 from ktrain.checkpoint.removal import Terms
 from ktrain.checkpoint.replication import Replication
 from ktrain.checkpoint.roster import Attempt, Member, RankProgress, Roster
-from ktrain.checkpoint.sweep import BucketSweep
+from ktrain.checkpoint.sweep import Sweeps
 from ktrain.errors import ConflictError, KtrainError
 from ktrain.format.manifest import Identity
 from ktrain.format.record import Gap
@@ -64,7 +65,7 @@ class Coordinator:
         self._commits = Commits(self._attempt, Replication(timeouts, clock), self._emit)
         whole = bool(getattr(catalog.tier, "shows_whole", False))
         self._drains = DrainSchedule(timeouts=timeouts, emit=self._emit, clock=clock, takes_over=whole)
-        self._sweep = BucketSweep(catalog, emit=self._emit, timeouts=timeouts, clock=clock)
+        self._sweeps = Sweeps(catalog, emit=self._emit, timeouts=timeouts, clock=clock)
         self._faults = FaultPoints([], epoch=0)
         self._policies = Policies()
         self._restore: RestoreDirector | None = None
@@ -189,7 +190,7 @@ class Coordinator:
             member, fresh = self._roster.take(said, self._clock.monotonic())
             for event in fresh:
                 self._emit_event(event)
-                self._sweep.metrics.take(event)
+                self._sweeps.take(event)
             self._pacer.draining = self._drains.current is not None
             self._pacer.take(fresh)
             if self._restore is not None:
@@ -237,7 +238,8 @@ class Coordinator:
             "pull": self._roster.wanted_replicas(member, self._commits.replication.wanted, attempt),
             "drain": self._drains.wanted_from(member.instance),
             "draining": self._drains.to_json(),
-            "disk": self._commits.wanted_on_disk(every=self._pacer.every.disk, keep=self._policies.keep.disk),
+            "disk": self._commits.wanted_on_disk(every=self._pacer.every.disk),
+            "disk_gone": self._sweeps.disks.gone(attempt.epoch),
             "restore": None if restore is None else restore.answer(member.node, int(said["restore_round"])),
             "want_manifests": [] if restore is None else restore.wanted_from(member.node),
             "stop": None if self._stop is None else self._stop.to_json(),
@@ -267,7 +269,9 @@ class Coordinator:
         self._work_first_commit()
         self._work_drain()
         with self._lock:
+            view = view_of(self._attempt, self._commits, self._roster, self._restore, self._policies.keep)
             chosen, epoch = self._pacer.decide(self._roster.views), self._attempt.epoch
+        self._sweeps.disks.decide(view)
         if chosen is not None:
             write_last(self._catalog, epoch, *chosen)
 
@@ -299,7 +303,7 @@ class Coordinator:
             drain = self._drains.try_complete()
         if drain is None:
             return
-        metrics = self._sweep.metrics.of(drain.identity.step, drain.identity.epoch)
+        metrics = self._sweeps.bucket.metrics.of(drain.identity.step, drain.identity.epoch)
         try:
             commit_drain(self._catalog, drain, clock=self._clock, faults=self._faults, metrics=metrics)
         except KtrainError as error:
@@ -334,7 +338,7 @@ class Coordinator:
             self._catalog.record(epoch, "durable", {"step": drain.identity.step})
             commits.durable_is_recorded = True
         if not in_doubt:  # else older steps may be the ones that are needed
-            self._sweep.collect(Terms(keep, epoch, newest=drain.identity))
+            self._sweeps.bucket.collect(Terms(keep, epoch, newest=drain.identity))
 
 
 def _protected(*needed: Identity | None) -> list[tuple[int, int]]:

@@ -47,7 +47,7 @@ from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.dcp_attempt import Save, Word, attempt_of, note_loaded
 from ktrain.checkpoint.dcp_memory import NearCopies
 from ktrain.checkpoint.dcp_payload import PART, Written, capture, memory_of
-from ktrain.checkpoint.stored import ProvenRanges, StoredCheckpoint, choose_commit, span, strides_of
+from ktrain.checkpoint.stored import ProvenRanges, StoredCheckpoint, choose_commit, open_kept, span, strides_of
 from ktrain.errors import ConfigError, ConflictError, CorruptionError, InternalError, KtrainError, NotFoundError
 from ktrain.format import objects
 from ktrain.format.payload import Entry
@@ -208,6 +208,7 @@ class RunStorageReader(StorageReader):
     """Reads DCP saves of a run: byte ranges only, each proven, whatever the number of ranks.
 
     Copies in this machine's memory volume are read first; where one is bad it is set aside and the run's own is read.
+    From `read_metadata` to the end of the load nobody collects the checkpoint; a reader that is dropped lets go of it.
 
     Args:
         run: path or URL of the run.
@@ -218,6 +219,7 @@ class RunStorageReader(StorageReader):
         self._run = canonical_url(os.fspath(run))
         self._step = step
         self._stored: StoredCheckpoint | None = None
+        self._open = contextlib.ExitStack()  # the run's tier, and the mark that keeps collectors off the checkpoint
         self._entries: dict[str, list[tuple[int, Entry]]] = {}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -241,18 +243,17 @@ class RunStorageReader(StorageReader):
             raise
 
     def _drop(self) -> None:
-        if self._stored is not None:
-            self._stored.catalog.tier.close()
-            self._stored = None
+        self._stored = None
+        self._open.close()
 
     def _read_metadata(self) -> Metadata:
         self._drop()
         catalog = RunCatalog.open(self._run, timeouts=settings.timeouts(), create=False)
-        try:
-            stored = self._stored = StoredCheckpoint.open(catalog, self._step)
-        except BaseException:
-            catalog.tier.close()
-            raise
+        with contextlib.ExitStack() as opened:
+            opened.callback(catalog.tier.close)
+            stored = opened.enter_context(open_kept(catalog, self._step, timeouts=settings.timeouts()))
+            self._open = opened.pop_all()
+        self._stored = stored
         self._entries = {}
         opaque: set[str] = set()
         planner_data: Any = None
@@ -289,7 +290,13 @@ class RunStorageReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        stored = self._current()
+        try:
+            self._read_data(self._current(), plan, planner)
+        finally:
+            self._drop()
+        return _done(None)
+
+    def _read_data(self, stored: StoredCheckpoint, plan: LoadPlan, planner: LoadPlanner) -> None:
         wanted = sorted((self._place(item) for item in plan.items), key=lambda found: found[:3])
         ranges: dict[int, list[tuple[int, int]]] = {}
         for rank, begin, end, _, _ in wanted:
@@ -305,8 +312,6 @@ class RunStorageReader(StorageReader):
                 else:
                     _give(item, entry, end - begin, read, planner)
         note_loaded(self._run, stored.commit.identity)
-        self._drop()
-        return _done(None)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

@@ -24,9 +24,9 @@ from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.commit import commit_drain
 from ktrain.checkpoint.drain import Drain
 from ktrain.checkpoint.holder import Holder
-from ktrain.checkpoint.lineage import on_line
 from ktrain.checkpoint.log import open_log
-from ktrain.errors import ConfigError, ConflictError, CorruptionError, KtrainError
+from ktrain.checkpoint.stored import choose_commit
+from ktrain.errors import ConfigError, ConflictError, CorruptionError, KtrainError, NotFoundError
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.format.record import RankFiles
 
@@ -105,9 +105,11 @@ class DcpAttempt:
         epoch = catalog.next_epoch(
             {"by": ids.process_name(), "world_size": world_size, "nonce": nonce, "writer": "dcp"}
         )
-        if self._loaded is not None:
-            restored = {"step": self._loaded.step, "identity": self._loaded.to_json(), "tier": contract.TIER_BUCKET}
-            catalog.record(epoch, "restored", restored)
+        before = self._loaded or _newest_on_line(catalog)  # who loaded nothing adds beyond what is there
+        restored: dict[str, Any] = {"step": 0, "epoch": 0, "identity": None}
+        if before is not None:
+            restored = {"step": before.step, "identity": before.to_json(), "tier": contract.TIER_BUCKET}
+        catalog.record(epoch, "restored", restored)
         self._emit(catalog, "attempt_started", epoch, world_size=world_size, launcher="dcp")
         return Word(self._url, catalog.run_id, epoch, nonce, world_size)
 
@@ -117,10 +119,8 @@ class DcpAttempt:
         if newest is None and self._loaded is not None:
             newest, whose = self._loaded.step, "this process loaded"
         if newest is None:
-            commits, attempts = catalog.listing().commits, catalog.attempts()
-            epochs = {commit.identity.epoch for commit in commits}
-            line = [commit.identity.step for commit in commits if on_line(commit.identity, attempts, epochs)]
-            newest, whose = max(line, default=None), "the run holds"
+            found = _newest_on_line(catalog)
+            newest, whose = None if found is None else found.step, "the run holds"
         if newest is not None and step <= newest:
             raise ConflictError(
                 f"run {catalog.tier.url}: expected a save beyond step {newest}, which {whose}, found step {step}; load "
@@ -222,6 +222,14 @@ class DcpAttempt:
             if self._catalog is not None:
                 self._catalog.tier.close()
                 self._catalog = None
+
+
+def _newest_on_line(catalog: RunCatalog) -> Identity | None:
+    """The newest committed checkpoint on the run's line; None where there is none."""
+    try:
+        return choose_commit(catalog, None).identity
+    except NotFoundError:
+        return None
 
 
 def _check_content(catalog: RunCatalog, drain: Drain, expected: Mapping[str, Chunks | None]) -> None:

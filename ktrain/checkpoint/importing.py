@@ -180,6 +180,7 @@ def _write(catalog: RunCatalog, step: int, layout: Layout, about: dict[str, Any]
     epoch = catalog.next_epoch(
         {"by": ids.process_name(), "world_size": 1, "nonce": ids.random_id(), "writer": "import"}
     )
+    catalog.record(epoch, "restored", {"step": 0, "epoch": 0, "identity": None})  # it continues nothing
     identity = Identity(catalog.run_id, step, epoch, 1)
     drain = Drain(identity, SYSTEM_CLOCK.monotonic())
     payload = records.payload_name(step, epoch, drain.write_id, 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -266,7 +266,7 @@ class NodeKeeper:
                 "wire": None if self._transport is None else self._transport.address(),
                 "has_looked": self._volume is not None or self._freed.is_set() or self._volume_failure is not None,
                 "held": [[entry.rank, entry.identity.to_json()] for entry in held],
-                "on_disk": [[rank, identity.to_json()] for rank, identity in self._carrier.on_disk],
+                "on_disk": _on_disk(self._carrier.on_disk),
                 "manifests": manifests,
                 "ranks": {str(rank): known.to_json(now) for rank, known in self._ranks.items()},
                 "restore_round": self._restore_round,
@@ -308,6 +308,7 @@ class NodeKeeper:
                 protect=[(int(step), int(epoch)) for step, epoch in answer["protect"]],
                 protect_kept=[(int(step), int(epoch)) for step, epoch in answer["protect_kept"]],
                 disk=answer["disk"],
+                disk_gone=[(int(step), int(epoch)) for step, epoch in answer["disk_gone"]],
                 epoch=int(answer["epoch"]),
             )
         )
@@ -357,6 +358,10 @@ class NodeKeeper:
         self._carrier.look_at_disk()  # before any rank asks what there is to restore
         self._volume = volume
         self._damage.look(volume, self._disk)
+
+
+def _on_disk(found: Sequence[tuple[int, Identity]] | None) -> list[list[Any]] | None:
+    return None if found is None else [[rank, identity.to_json()] for rank, identity in found]
 
 
 class _Damage:

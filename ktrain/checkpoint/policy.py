@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
@@ -40,34 +40,47 @@ class Every:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """What stays, per tier: checkpoints in the bucket by a policy, a number of slots or snapshots elsewhere.
+    """What stays, per tier: checkpoints in the bucket and on disks by a policy, a number of slots in memory.
 
     Attributes:
-        bucket: a policy of `checkpoint.retention`; a number means the newest so many, at least 1.
+        bucket: a policy of `checkpoint.retention` or its text; a number means the newest so many, at least 1.
         memory: slots per rank, at least 3 (newest in memory, newest at peers, one to write); one more is made
             for the drain, which reads a slot while it uploads.
-        disk: snapshots of a rank on its node's disk, at least 1.
         kept: slots per rank kept for another node, at least 2 (one proven copy while the next arrives).
+        disk: what stays on the nodes' own disks, said as for the bucket.
     """
 
-    bucket: int | Retention = 3
+    bucket: int | str | Retention = 3
     memory: int = 3
     kept: int = 2
-    disk: int = 2
+    disk: int | str | Retention = 2
 
     def __post_init__(self) -> None:
-        few = isinstance(self.bucket, int) and self.bucket < 1
-        if few or self.memory < 3 or self.kept < 2 or self.disk < 1:
-            raise ConfigError(
-                f"keep: expected bucket >= 1, memory >= 3, kept >= 2 and disk >= 1, found bucket={self.bucket}, "
-                f"memory={self.memory}, kept={self.kept}, disk={self.disk}"
-            )
-        as_retention(self.bucket)  # refuses what is neither
+        for name, least in (("memory", 3), ("kept", 2)):
+            _require_slots(name, getattr(self, name), least)
+        for name in ("bucket", "disk"):
+            try:
+                as_retention(getattr(self, name))
+            except ConfigError as error:
+                raise ConfigError(f"{error} (of the {name})") from None
 
     @property
     def in_bucket(self) -> Retention:
         """The policy of the bucket."""
         return as_retention(self.bucket)
+
+    @property
+    def on_disk(self) -> Retention:
+        """The policy of the nodes' disks."""
+        return as_retention(self.disk)
+
+
+def _require_slots(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(
+            f"keep: {name}: expected a number of slots of at least {least}, found {value!r}; memory is made in slots "
+            "before training, so no policy can say what stays there; the bucket and disks take one"
+        )
 
 
 class Capture(Enum):
@@ -89,18 +102,23 @@ class Policies:
     gate: Gate = Gate()
 
     def to_json(self) -> dict[str, Any]:
-        bucket = self.keep.bucket
-        said = bucket if isinstance(bucket, int) else retention.to_json(bucket)
-        keep = {**asdict(replace(self.keep, bucket=1)), "bucket": said}
-        return {"every": asdict(self.every), "keep": keep, "gate": asdict(self.gate)}
+        keep = self.keep
+        slots = {"memory": keep.memory, "kept": keep.kept}
+        said = {"bucket": _plain(keep.bucket), "disk": _plain(keep.disk), **slots}
+        return {"every": asdict(self.every), "keep": said, "gate": asdict(self.gate)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Policies:
-        said = value["keep"]["bucket"]
-        bucket = said if isinstance(said, int) else retention.from_json(said)
+        keep: dict[str, Any] = {}
+        for name, at in value["keep"].items():
+            keep[name] = retention.from_json(at) if isinstance(at, dict) else at
         auto = value["every"].get("auto")
         every = Every(**{**value["every"], "auto": None if auto is None else Auto(**auto)})
-        return cls(every=every, keep=Keep(**{**value["keep"], "bucket": bucket}), gate=Gate(**value["gate"]))
+        return cls(every=every, keep=Keep(**keep), gate=Gate(**value["gate"]))
+
+
+def _plain(keep: int | str | Retention) -> Any:
+    return keep if isinstance(keep, int | str) else retention.to_json(keep)
 
 
 def as_every(value: int | str | Every) -> Every:
@@ -112,8 +130,8 @@ def as_every(value: int | str | Every) -> Every:
     return value if isinstance(value, Every) else Every(memory=value)
 
 
-def as_keep(value: int | Retention | Keep) -> Keep:
-    """`keep=3` means the newest three in the bucket; a policy alone is the bucket's."""
+def as_keep(value: int | str | Retention | Keep) -> Keep:
+    """`keep=3` means the newest three in the bucket; a policy or a text alone is the bucket's."""
     return value if isinstance(value, Keep) else Keep(bucket=value)
 
 

@@ -1,4 +1,4 @@
-"""Which committed checkpoints stay: policies as values, pure functions over a list, and their JSON form.
+"""Which committed checkpoints stay: policies as values, pure functions over a list, their text and their JSON form.
 
 Each policy answers, for the checkpoints of the line from the oldest to the newest, which of them it wants to keep. It
 answers the same again when what it gave up is gone. What is kept beside a policy (the newest, what is pinned or read)
@@ -137,16 +137,62 @@ def _require_count(what: str, n: int) -> None:
         raise ConfigError(f"keep: {what}: expected a number of 1 or more, found {n!r}")
 
 
-def as_retention(value: int | Retention) -> Retention:
-    """A number means the newest so many.
+def as_retention(value: int | str | Retention) -> Retention:
+    """A number means the newest so many; a text is read by `parse`.
 
     Raises:
-        ConfigError: it is neither a number of at least 1 nor a policy.
+        ConfigError: it is neither a number of at least 1 nor a policy nor the text of one.
     """
     if isinstance(value, _KINDS):
         return value
+    if isinstance(value, str):
+        return parse(value)
     _require_count("Latest", value)
     return Latest(value)
+
+
+def parse(text: str) -> Retention:
+    """The policy that a text names: terms with commas between them, any of which keeps (ADR 0023).
+
+    A term is `3` or `latest:3`, `every_steps:1000`, `every_seconds:3600`, `best:2:val_loss` or `best:2:accuracy:max`.
+
+    Raises:
+        ConfigError: it names none; shows the term.
+    """
+    terms = [_parse_term(term.strip()) for term in text.split(",")]
+    return terms[0] if len(terms) == 1 else AnyOf(*terms)
+
+
+def _parse_term(term: str) -> Retention:
+    kind, _, rest = term.partition(":")
+    try:
+        if kind.isdecimal() and not rest:
+            return Latest(int(kind))
+        if kind == Latest.kind:
+            return Latest(int(rest))
+        if kind == EverySteps.kind:
+            return EverySteps(int(rest))
+        if kind == EverySeconds.kind:
+            return EverySeconds(float(rest))
+        if kind == Best.kind:
+            n, _, metric = rest.partition(":")
+            name, _, mode = metric.rpartition(":")
+            return Best(int(n), name, mode) if name and mode in ("min", "max") else Best(int(n), metric)
+    except ConfigError as error:
+        raise ConfigError(f"{error}, in {term!r}") from None
+    except ValueError:
+        pass  # what stands for a number is none
+    raise ConfigError(
+        f"keep: {term!r}: expected N, latest:N, every_steps:N, every_seconds:S or best:N:METRIC[:min|:max], and commas "
+        "between several"
+    )
+
+
+def needs_facts(policy: Retention) -> bool:
+    """Whether it judges by times or metrics, beside steps."""
+    if isinstance(policy, AnyOf):
+        return any(map(needs_facts, policy.policies))
+    return isinstance(policy, EverySeconds | Best)
 
 
 def superseded(found: Sequence[Committed], policy: Retention) -> list[Committed]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -61,7 +61,7 @@ class Member:
     heard_s: float
     wire: str | None = None
     held: tuple[tuple[int, Identity], ...] = ()
-    on_disk: tuple[tuple[int, Identity], ...] = ()
+    on_disk: tuple[tuple[int, Identity], ...] | None = None  # None before it has looked
     ranks: dict[int, dict[str, Any]] = field(default_factory=dict)
     manifests: dict[tuple[int, Identity], str] = field(default_factory=dict)
     events_taken: int = 0
@@ -87,6 +87,7 @@ class Roster:
         member.freed = said["freed"]
         if said["has_looked"]:  # else it says nothing of its volume yet
             member.held = tuple((int(rank), Identity.from_json(identity)) for rank, identity in said["held"])
+        if said["on_disk"] is not None:
             member.on_disk = tuple((int(rank), Identity.from_json(identity)) for rank, identity in said["on_disk"])
         for entry in said["manifests"]:
             member.manifests[(int(entry["rank"]), Identity.from_json(entry["identity"]))] = entry["text"]
@@ -122,8 +123,15 @@ class Roster:
         """Node -> what its own disk holds, whole."""
         found: dict[str, list[tuple[int, Identity]]] = {}
         for member in self._members.values():
-            found.setdefault(member.node, []).extend(member.on_disk)
+            found.setdefault(member.node, []).extend(member.on_disk or ())
         return found
+
+    def all_disks_seen(self, nodes: Iterable[str]) -> bool:
+        """True when every keeper of these nodes has said what its disk holds."""
+        by_node: dict[str, list[Member]] = {}
+        for member in self._members.values():
+            by_node.setdefault(member.node, []).append(member)
+        return all(node in by_node and all(each.on_disk is not None for each in by_node[node]) for node in nodes)
 
     def manifests(self) -> dict[tuple[str, int, Identity], str]:
         """Texts of manifests that nodes were asked for."""

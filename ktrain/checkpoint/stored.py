@@ -55,16 +55,6 @@ class StoredCheckpoint:
     manifests: Mapping[int, Manifest]
 
     @classmethod
-    def open(cls, catalog: RunCatalog, step: int | None = None) -> StoredCheckpoint:
-        """The newest checkpoint on the run's line, or the newest of a step.
-
-        Raises:
-            NotFoundError: there is none.
-            CorruptionError: a manifest is not the one that was committed.
-        """
-        return cls.of(catalog, choose_commit(catalog, step))
-
-    @classmethod
     def of(cls, catalog: RunCatalog, commit: CommitRecord) -> StoredCheckpoint:
         """The checkpoint of a record.
 
@@ -95,10 +85,13 @@ class StoredCheckpoint:
 
 @contextmanager
 def open_kept(catalog: RunCatalog, step: int | None, *, timeouts: Timeouts) -> Iterator[StoredCheckpoint]:
-    """Like `StoredCheckpoint.open`; collectors are kept off the checkpoint within the block, where the run lets us.
+    """The newest checkpoint on the run's line, or the newest of a step.
+
+    Collectors are kept off it within the block; where the run lets us write no mark, it is read all the same.
 
     Raises:
         NotFoundError: there is none, or it was collected in this moment.
+        CorruptionError: a manifest is not the one that was committed.
     """
     commit = choose_commit(catalog, step)
     with reading(catalog, commit.identity.step, timeouts=timeouts):

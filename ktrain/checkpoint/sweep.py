@@ -1,4 +1,4 @@
-"""The head's removals from the bucket: after each commit there, what the run's policy gives up goes (ADR 0012)."""
+"""The head's removals: what the run's policies give up goes from the bucket (ADR 0012) and from disks (ADR 0023)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,28 @@ from dataclasses import replace
 
 from ktrain.base import contract
 from ktrain.base.clock import Clock
+from ktrain.base.events import Event
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.collect import Collector, Outcome
+from ktrain.checkpoint.disks import DiskSweep
 from ktrain.checkpoint.marks import MetricBook
 from ktrain.checkpoint.quarantine import read_marks
 from ktrain.checkpoint.removal import Terms
 from ktrain.errors import KtrainError
+
+
+class Sweeps:
+    """Both removals of a head, and what it heard of steps, which policies may judge by."""
+
+    def __init__(self, catalog: RunCatalog, *, emit: Callable[..., None], timeouts: Timeouts, clock: Clock) -> None:
+        self.bucket = BucketSweep(catalog, emit=emit, timeouts=timeouts, clock=clock)
+        self.disks = DiskSweep(catalog, emit=emit, timeouts=timeouts, clock=clock)
+
+    def take(self, event: Event) -> None:
+        """Takes what a rank said. Safe from any thread."""
+        self.bucket.metrics.take(event)
+        self.disks.take(event)
 
 
 class BucketSweep:

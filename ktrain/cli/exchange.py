@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import click
 
 from ktrain.base import contract
+from ktrain.cli.ckpt.base import OUTPUT
 from ktrain.errors import ConfigError
 
-_OUTPUT = click.option("--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _MAX_LISTED = 5
 
@@ -37,7 +37,7 @@ def size_nbytes(text: str) -> int:
 @click.option("--step", type=int, help="Which step. [default: the newest]")
 @click.option("--part", help="Which part of the state. [default: model, or the only module; for dcp all]")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="hf: bytes of tensors in one file.")
-@_OUTPUT
+@OUTPUT
 def export_command(  # noqa: PLR0913 -- one per option of the command
     run: str, out: str, *, form: str, step: int | None, part: str | None, max_shard_size: str, output: str
 ) -> int:
@@ -66,7 +66,7 @@ def export_command(  # noqa: PLR0913 -- one per option of the command
 @click.option("--key", help="Take only what lies below this name of SOURCE, and take the name off.")
 @click.option("--exclude", multiple=True, help="A name, or its beginning up to a dot, that is not taken.")
 @click.option("--tie", "ties", multiple=True, metavar="NAME=STORED", help="NAME is the same tensor as STORED.")
-@_OUTPUT
+@OUTPUT
 def import_command(  # noqa: PLR0913 -- one per option of the command
     source: str,
     run: str,

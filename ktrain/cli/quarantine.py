@@ -12,6 +12,7 @@ from ktrain.base import contract, settings
 from ktrain.base.job import canonical_url
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.quarantine import Key, Mark, Quarantine, add_marks, describe, read_marks
+from ktrain.cli.ckpt.base import DRY_RUN, OUTPUT
 from ktrain.errors import ConfigError, KtrainError, NotFoundError
 from ktrain.snapshot.volumes import list_volumes
 
@@ -22,17 +23,22 @@ from ktrain.snapshot.volumes import list_volumes
 @click.option("--epoch", type=int, help="Only of this epoch. [default: all that made the step]")
 @click.option("--off", is_flag=True, help="Trust the step again.")
 @click.option("--reason", default="asked for by hand", show_default=True)
-@click.option("--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@DRY_RUN
+@OUTPUT
 def quarantine(  # noqa: PLR0913 -- a verb: one parameter for each option
-    run: str, step: int | None, epoch: int | None, off: bool, reason: str, output: str
+    run: str, step: int | None, epoch: int | None, off: bool, reason: str, dry_run: bool, output: str
 ) -> int:
-    """Show or change which steps of RUN are set aside, so that no restore takes them. Nothing is ever deleted."""
+    """Show or change which steps of RUN are set aside, so that no restore takes them. Nothing is ever deleted.
+
+    With --dry-run what is shown is what would be set aside.
+    """
     catalog = RunCatalog.open(canonical_url(run), timeouts=settings.timeouts(), create=False)
     known = read_marks(catalog)
     if step is not None:
         newest = max((attempt.epoch for attempt in catalog.attempts()), default=0)
         keys = _keys(catalog, known, step, epoch, off=off)
-        known = add_marks(catalog, known, [Mark(*key, on=not off, reason=reason, after=newest) for key in keys])
+        marks = [Mark(*key, on=not off, reason=reason, after=newest) for key in keys]
+        known = Quarantine((*known.marks, *marks)) if dry_run else add_marks(catalog, known, marks)
     elif off or epoch is not None:
         raise ConfigError("ckpt quarantine: expected --step with --off or --epoch")
     found = set_aside(known)
@@ -40,7 +46,7 @@ def quarantine(  # noqa: PLR0913 -- a verb: one parameter for each option
         click.echo(json.dumps(found, indent=1))
     else:
         for line in lines(found) or ["nothing is set aside"]:
-            click.echo(line)
+            click.echo(f"after that {line}" if dry_run and step is not None else line)
     return contract.EXIT_OK
 
 

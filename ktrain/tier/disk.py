@@ -1,13 +1,14 @@
 """The disk tier of one node: a directory of its own, which survives processes and restarts of the machine.
 
 Like a volume it is reached by its own node alone, so a checkpoint on disks is made by joined inventories and needs no
-commit record (ADR 0009). A snapshot counts once its manifest is there, which is written after the payload.
+commit record (ADR 0009). A snapshot counts once its manifest is there, which is written after the payload. What goes is
+the head's word; a mark stands before the removal and is taken away last (ADR 0023).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from ktrain.abc.proven import BadBytes, Chunks, ProvesWrites, Terms
@@ -25,6 +26,7 @@ _WRITE_ID = "node"  # names need no more than step, epoch and rank: nobody else 
 _MANIFEST = re.compile(
     rf"{contract.CHECKPOINTS_DIR}/step-(\d{{8,19}})/data-(\d{{6,19}})-{_WRITE_ID}/rank-(\d{{5,}})\.json", re.ASCII
 )
+_DOOMED = re.compile(rf"{contract.MARKS_DIR}/doomed-(\d{{8,19}})-(\d{{6,19}})-{_WRITE_ID}\.json", re.ASCII)
 
 
 class NodeDisk:
@@ -118,30 +120,62 @@ class NodeDisk:
         """A copy that was proven bad does not count any more; its payload stays for people until it is collected."""
         self.delete(_manifest_name(identity, rank))
 
-    def collect(self, keep: int, protect: Collection[tuple[int, int]]) -> list[Identity]:
-        """Removes snapshots beyond the newest `keep` steps, manifest first; those of `protect` (step, epoch) stay."""
-        held = self.scan()
-        ages = sorted({(identity.epoch, identity.step) for _, identity in held}, reverse=True)
-        stay = {*ages[:keep], *((epoch, step) for step, epoch in protect)}
-        removed = [(rank, identity) for rank, identity in held if (identity.epoch, identity.step) not in stay]
-        for rank, identity in removed:
-            self._delete(rank, identity)
-        return list(dict.fromkeys(identity for _, identity in removed))
+    def collect(self, steps: Collection[tuple[int, int]], *, reached: Callable[[str, int], None]) -> list[Identity]:
+        """Removes the snapshots of these (step, epoch): mark, manifests, payloads, mark; returns what was there.
+
+        `reached` is told each point that faults can be planned for.
+        """
+        held = [(rank, identity) for rank, identity in self.scan() if (identity.step, identity.epoch) in steps]
+        removed = list(dict.fromkeys(identity for _, identity in held))
+        for identity in removed:
+            mark = _doomed_name(identity.step, identity.epoch)
+            self.tier.write(mark, b"{}", deadline=self._deadline())
+            reached("disk.doomed", identity.step)
+            for rank in [rank for rank, other in held if other == identity]:
+                self._forget(rank, identity)
+            reached("disk.manifest", identity.step)
+            self._remove_payloads(identity.step, identity.epoch)
+            self.delete(mark)
+        return removed
+
+    def finish_removals(self) -> None:
+        """Goes on with what a process that died had begun to remove.
+
+        Payloads whose manifests it removed go. With a manifest still there the snapshot counts; its mark is taken back.
+        """
+        for stored in self.tier.list(f"{contract.MARKS_DIR}/", deadline=self._deadline()):
+            match = _DOOMED.fullmatch(stored.name)
+            if match is not None:
+                self._remove_payloads(int(match[1]), int(match[2]))
+                self.delete(stored.name)
+
+    def _remove_payloads(self, step: int, epoch: int) -> None:
+        """Removes the payloads of a step that have no manifest beside them."""
+        folder = records.payload_name(step, epoch, _WRITE_ID, 0).rpartition("/")[0]
+        names = {stored.name for stored in self.tier.list(f"{folder}/", deadline=self._deadline())}
+        for name in names:
+            rank = name.rpartition("rank-")[2].removesuffix(".safetensors")
+            if not rank.isdecimal() or name != records.payload_name(step, epoch, _WRITE_ID, int(rank)):
+                continue
+            if records.manifest_name(step, epoch, _WRITE_ID, int(rank)) not in names:
+                self.delete(name)
 
     def remove(self) -> None:
         """Removes everything of this run on this node, after its success."""
+        self.finish_removals()
         for rank, identity in self.scan():
-            self._delete(rank, identity)
+            self._forget(rank, identity)
+            self.delete(payload_name(identity, rank))
         for folder in (self.path, self.path.parent):
             try:
                 folder.rmdir()
             except OSError:
                 return  # something is left that this tier did not write, or another node shares the directory
 
-    def _delete(self, rank: int, identity: Identity) -> None:
-        """Manifests before payloads, and the share last: what a crash leaves of it is still found."""
+    def _forget(self, rank: int, identity: Identity) -> None:
+        """Removes the copies, then the manifest of the share, by which all of it is found."""
         payload, manifest = _copies_names(identity, rank)
-        for name in (manifest, payload, _manifest_name(identity, rank), payload_name(identity, rank)):
+        for name in (manifest, payload, _manifest_name(identity, rank)):
             self.delete(name)
 
     def close(self) -> None:
@@ -202,6 +236,10 @@ def _copies_names(identity: Identity, rank: int) -> tuple[str, str]:
 
 def _manifest_name(identity: Identity, rank: int) -> str:
     return records.manifest_name(identity.step, identity.epoch, _WRITE_ID, rank)
+
+
+def _doomed_name(step: int, epoch: int) -> str:
+    return f"{contract.MARKS_DIR}/doomed-{step:08d}-{epoch:06d}-{_WRITE_ID}.json"
 
 
 def open_disk(root: str | None, *, run: str, node: str, timeouts: Timeouts) -> NodeDisk | None:

@@ -30,8 +30,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ktrain.base import settings
+from ktrain.checkpoint.gate import Gate, as_gate
 from ktrain.checkpoint.log import LogReader
-from ktrain.checkpoint.policy import Every, Keep
+from ktrain.checkpoint.policy import Capture, Every, Keep, as_capture, as_every, as_keep
 from ktrain.checkpoint.retention import Retention
 from ktrain.data.batch import lay_out_batch
 from ktrain.data.order import SampleOrder
@@ -69,7 +70,7 @@ class OpenCheckpointer(Protocol):
     """Makes the Checkpointer of a session, once the tracked parts are known."""
 
     def __call__(
-        self, run: str, *, state: Mapping[str, Any], every: int | str | Every, keep: int | Retention | Keep
+        self, run: str, *, state: Mapping[str, Any], every: Every, keep: Keep, gate: Gate, capture: Capture
     ) -> Checkpointing: ...
 
 
@@ -81,8 +82,10 @@ class SessionConfig:
     mesh: Mesh
     precision: Precision
     seed: int
-    every: int | str | Every
-    keep: int | Retention | Keep
+    every: Every = Every()
+    keep: Keep = Keep()
+    gate: Gate = Gate()
+    capture: Capture = Capture.HIDDEN
 
 
 def session(  # noqa: PLR0913 -- a front door
@@ -91,7 +94,9 @@ def session(  # noqa: PLR0913 -- a front door
     mesh: str = "fsdp",
     seed: int = 0,
     every: int | str | Every = 10,
-    keep: int | Retention | Keep = 3,
+    keep: int | str | Retention | Keep = 3,
+    gate: str | Gate = "report",
+    capture: str | Capture = "hidden",
     precision: str = "fp32",
 ) -> Session:
     """A session on a run; the same run again means: continue.
@@ -102,6 +107,7 @@ def session(  # noqa: PLR0913 -- a front door
         seed: of initial values, sample order and generators.
         every: steps between two snapshots, or "auto": as often as measurements say.
         keep: how many checkpoints stay in the bucket, or a policy of `ktrain.checkpoint.retention`.
+        gate, capture: as in `Checkpointer`.
         precision: "fp32" or "bf16" in forward and backward; parameters stay float32.
 
     Raises:
@@ -111,7 +117,14 @@ def session(  # noqa: PLR0913 -- a front door
     if name is None:
         raise ConfigError("session: no run is named; pass run='runs/NAME', or start the script by `ktrain launch`")
     config = SessionConfig(
-        name, _one_of(Mesh, "mesh", mesh), _one_of(Precision, "precision", precision), seed, every, keep
+        run=name,
+        mesh=_one_of(Mesh, "mesh", mesh),
+        precision=_one_of(Precision, "precision", precision),
+        seed=seed,
+        every=as_every(every),
+        keep=as_keep(keep),
+        gate=as_gate(gate),
+        capture=as_capture(capture),
     )
     return Session(config, open_checkpointer=_open_checkpointer)
 
@@ -296,7 +309,12 @@ class Session:
         self._parts[_POSITION] = data
         config = self.config
         self._checkpointer = self._open_checkpointer(
-            config.run, state=self._parts, every=config.every, keep=config.keep
+            config.run,
+            state=self._parts,
+            every=config.every,
+            keep=config.keep,
+            gate=config.gate,
+            capture=config.capture,
         )
         self._done = self.restored_step = self._checkpointer.restore()
         if data.position != self._done:
@@ -442,11 +460,11 @@ class Step:
 
 
 def _open_checkpointer(
-    run: str, *, state: Mapping[str, Any], every: int | str | Every, keep: int | Retention | Keep
+    run: str, *, state: Mapping[str, Any], every: Every, keep: Keep, gate: Gate, capture: Capture
 ) -> Checkpointing:
     from ktrain.checkpoint.checkpointer import Checkpointer
 
-    return Checkpointer(run, state=state, every=every, keep=keep)
+    return Checkpointer(run, state=state, every=every, keep=keep, gate=gate, capture=capture)
 
 
 def _one_of(kind: type[_Choice], name: str, value: str) -> _Choice:

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from ktrain.checkpoint.policy import Every, Keep
+from ktrain.checkpoint.gate import Gate
+from ktrain.checkpoint.policy import Capture, Every, Keep
 from ktrain.checkpoint.retention import Retention
 from ktrain.data.samples import Dataset
 from ktrain.errors import ConfigError
@@ -67,7 +68,7 @@ class Trainer:
         scheduler: makes the learning-rate scheduler from the optimizer.
         clip: limit of the gradients' norm.
         callbacks: called at nine moments with a read-only `Notice`, on every rank.
-        mesh, precision, seed, every, keep: as in `session`.
+        mesh, precision, seed, every, keep, gate, capture: as in `session`.
     """
 
     def __init__(  # noqa: PLR0913 -- a front door; a test keeps it at 20
@@ -89,7 +90,9 @@ class Trainer:
         precision: str = "fp32",
         seed: int = 0,
         every: int | str | Every = 10,
-        keep: int | Retention | Keep = 3,
+        keep: int | str | Retention | Keep = 3,
+        gate: str | Gate = "report",
+        capture: str | Capture = "hidden",
         callbacks: Sequence[Callback] = (),
     ) -> None:
         if eval_every is not None and eval_data is None:
@@ -102,7 +105,9 @@ class Trainer:
             steps,
             clip,
         )
-        self._session = session(run, mesh=mesh, seed=seed, every=every, keep=keep, precision=precision)
+        self._session = session(
+            run, mesh=mesh, seed=seed, every=every, keep=keep, gate=gate, capture=capture, precision=precision
+        )
         self._run = run
         self._callbacks = tuple(callbacks)
         self._saved: dict[str, int] = {}

@@ -109,7 +109,7 @@ def _disk(fault: str, how: Fault) -> Iterator[Case]:
         job.reboot()
 
     if how is Fault.IO_ERROR:
-        end, seen = Resumed(NEXT, ("disk", "disk")), frozenset({failed, recovered})
+        end, seen = Resumed(NEXT, ("disk", "disk")), frozenset({failed})
         yield Case(fault, "disk", "collect", "delete, for ever", collecting, end, seen, has_disk=True)
 
 

@@ -38,11 +38,11 @@ class DiskPlace(Place):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> DiskPlace:
-    """A run that was killed at step 9, with steps 6 and 8 on the disk."""
+    """A run that was killed at step 9, with steps 6 and 8 on the disk; step 4 may have gone already."""
     place = DiskPlace(tmp_path_factory.mktemp("killed"))
     outcome = place.train(FaultPlan().fail_at("step", step=9), await_disk=[4, 6, 8])
     assert outcome.code == KILLED, outcome.err
-    assert [path.parts[-3] for path in place.payloads()] == ["step-00000006", "step-00000008"]
+    assert [path.parts[-3] for path in place.payloads()][-2:] == ["step-00000006", "step-00000008"]
     return place
 
 

@@ -136,6 +136,6 @@ def test_launch_into_a_bucket_with_peers_leaves_no_secret(here: Place, monkeypat
 def test_launch_with_a_password_in_the_url_is_refused_and_shows_it_nowhere(here: Place) -> None:
     launch = here.launch("--run", f"ftp://me:{URL_PASSWORD}@host/run")
     assert here.end(launch) == contract.EXIT_USAGE
-    assert "without password and query" in here.output() and URL_PASSWORD not in here.output()
+    assert "without password, token and query" in here.output() and URL_PASSWORD not in here.output()
     here.await_nothing_left()
     assert holding(here.root, (URL_PASSWORD.encode(),)) == []

@@ -11,23 +11,27 @@ from ktrain.base import contract, settings
 from ktrain.checkpoint import quarantine
 from ktrain.checkpoint.collect import Collector, Outcome, Plan
 from ktrain.checkpoint.removal import Removal, Seen, Terms
-from ktrain.checkpoint.retention import Latest
+from ktrain.checkpoint.retention import parse
 from ktrain.cli.ckpt.base import DRY_RUN, OUTPUT, held, open_run, say_wait
 
 
 @click.command("gc")
 @click.argument("run")
-@click.option("--keep", type=click.IntRange(min=1), help="Also remove all but the newest so many. [default: keep all]")
+@click.option(
+    "--keep",
+    metavar="POLICY",
+    help="Also remove what this policy gives up: 3, or latest:3,every_steps:1000,best:1:loss. [default: keep all]",
+)
 @DRY_RUN
 @OUTPUT
-def collect_garbage(run: str, keep: int | None, dry_run: bool, output: str) -> int:
+def collect_garbage(run: str, keep: str | None, dry_run: bool, output: str) -> int:
     """Remove from RUN's bucket what nobody can use: uploads that were never committed, checkpoints off the line.
 
     RUN must not be live. Exit code 0: done; 3: nothing was removed, because something cannot be told.
     """
+    policy = None if keep is None else parse(keep)
     catalog, timeouts = open_run(run), settings.timeouts()
     collector = Collector(catalog, timeouts=timeouts, grace_s=timeouts.storage_s)
-    policy = None if keep is None else Latest(keep)
     terms = Terms(policy, catalog.newest_epoch(), holds_run=True, set_aside=quarantine.read_marks(catalog).holds)
     if dry_run:
         plan = collector.plan(Seen.read(catalog), terms)

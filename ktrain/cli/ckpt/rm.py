@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Collection
+from typing import Any
 
 import click
 
@@ -48,7 +49,7 @@ def remove(  # noqa: PLR0913 -- one parameter for each option
     if volume == (step is not None):
         raise ConfigError("ckpt rm: expected RUN --step N for the bucket, or --volume for this machine's memory")
     if volume:
-        return _free_volumes(run, everything, dry_run)
+        return _free_volumes(run, everything, dry_run, output)
     if run is None or everything or step is None:
         raise ConfigError("ckpt rm --step: expected one RUN")
     catalog = open_run(run)
@@ -118,21 +119,27 @@ def _remove(catalog: RunCatalog, step: int, force: Collection[str], run: str) ->
     return outcome.removed
 
 
-def _free_volumes(run: str | None, everything: bool, dry_run: bool) -> int:
+def _free_volumes(run: str | None, everything: bool, dry_run: bool, output: str) -> int:
     if (run is None) != everything:
         raise ConfigError("ckpt rm --volume: expected RUN, or --all for every run that is not live")
     found = volumes_of(run)
     if not found:
         raise NotFoundError(f"volume {settings.volume_root()}: nothing of {run or 'any run'} is here")
-    freed, failures = 0, []
+    freed: list[dict[str, Any]] = []
+    failures = []
     for info in found:
         if everything and info.live:
             continue
         try:
-            freed += info.nbytes if dry_run else remove_volume(info)
+            nbytes = info.nbytes if dry_run else remove_volume(info)
+            freed.append({"run": info.run, "node": info.node, "nbytes": nbytes})
         except KtrainError as error:
             failures.append(error)
-    click.echo(f"{'would free' if dry_run else 'freed'} {freed} bytes in {settings.volume_root()}")
+    if output == "json":
+        click.echo(json.dumps({"dry_run": dry_run, "freed": freed}, indent=1))
+    else:
+        total = sum(row["nbytes"] for row in freed)
+        click.echo(f"{'would free' if dry_run else 'freed'} {total} bytes in {settings.volume_root()}")
     if failures:
         raise failures[0]
     return contract.EXIT_OK

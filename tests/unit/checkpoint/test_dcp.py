@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import traceback
@@ -23,10 +24,14 @@ from ktrain.base import ids
 from ktrain.base.clock import Deadline
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.catalog import RunCatalog, verify_commit
+from ktrain.checkpoint.collect import Collector
 from ktrain.checkpoint.dcp import RunStorageReader, RunStorageWriter, newest_step, step_of
 from ktrain.checkpoint.dcp_attempt import attempt_of
-from ktrain.checkpoint.stored import StoredCheckpoint
+from ktrain.checkpoint.removal import Seen, Terms
+from ktrain.checkpoint.retention import Latest
+from ktrain.checkpoint.stored import choose_commit
 from ktrain.errors import ConfigError, ConflictError, CorruptionError, NotFoundError
+from tests.unit.checkpoint.builders import TIMEOUTS
 from tests.unit.checkpoint.dcp_runs import load, payload, same, save, state, zeros
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -224,6 +229,43 @@ def test_load_without_its_record_is_not_found(run: str) -> None:
         load(run)
 
 
+def marks(run: str) -> list[str]:
+    return sorted(path.name for path in (Path(run) / "marks").glob("*"))
+
+
+def test_load_holds_its_step_against_a_collector_from_its_metadata_to_its_last_byte(run: str) -> None:
+    for step in (1, 2, 3):
+        save(run, step, state(step))
+    found, looked = catalog(run), []
+
+    class Watched(RunStorageReader):
+        def read_data(self, plan: Any, planner: Any) -> Any:
+            outcome = Collector(found, timeouts=TIMEOUTS).collect(Terms(Latest(1), found.newest_epoch()))
+            assert outcome.doubts == () and outcome.failure is None
+            looked.append((outcome.removed, outcome.spared, marks(run)))
+            return super().read_data(plan, planner)
+
+    loaded = zeros()
+    dcp.load(loaded, storage_reader=Watched(run, step=1))
+    ((removed, spared, held),) = looked
+    assert [removal.step for removal in removed] == [2] and [step for step, _ in spared] == [1] and len(held) == 1
+    assert same(loaded, state(1)) and marks(run) == []
+
+
+def test_load_that_fails_or_is_given_up_holds_nothing(run: str) -> None:
+    save(run, 1, state())
+    payload(run).write_bytes(payload(run).read_bytes()[:-1] + b"\x01\x02")
+    with pytest.raises(CheckpointException):
+        load(run)
+    assert marks(run) == []
+    reader = RunStorageReader(run)
+    reader.read_metadata()
+    assert len(marks(run)) == 1
+    del reader
+    gc.collect()
+    assert marks(run) == []
+
+
 def test_load_of_a_changed_byte_names_object_rank_and_range(run: str) -> None:
     save(run, 1, state())
     data = bytearray(payload(run).read_bytes())
@@ -256,6 +298,16 @@ def test_save_by_a_process_that_loaded_nothing_only_adds_beyond_the_newest(run: 
     save(run, 6, state(3))
 
     assert [commit.identity.epoch for commit in catalog(run).listing().commits] == [1, 2]
+
+
+def test_save_by_a_process_that_loaded_nothing_leaves_older_steps_on_the_line_and_no_doubt(run: str) -> None:
+    save(run, 1, state(1))
+    attempt_of(run).close()
+    save(run, 2, state(2))
+    seen, terms = Seen.read(catalog(run)), Terms(Latest(1), 9)
+    assert [commit.identity.epoch for commit in seen.line()] == [1, 2]
+    plan = Collector(catalog(run), timeouts=TIMEOUTS).plan(seen, terms)
+    assert plan.doubts == () and [removal.step for removal in plan.removals] == [1]
 
 
 def test_save_after_loading_an_older_step_leaves_the_newer_ones_off_the_line(run: str) -> None:
@@ -333,7 +385,7 @@ def test_storage_of_a_url_with_credentials_is_refused_before_anything_is_made(fo
     name = f"refused-{ids.random_id()}"
     url = form.format(name)
     for make in (RunStorageWriter, RunStorageReader, newest_step):
-        with pytest.raises(ConfigError, match="without password and query") as caught:
+        with pytest.raises(ConfigError, match="without password, token and query") as caught:
             make(url)
         assert name in str(caught.value)
         assert "hunter2" not in "".join(traceback.format_exception_only(caught.value))
@@ -394,7 +446,7 @@ def test_stored_checkpoint_of_an_unknown_step_is_not_found(run: str) -> None:
     save(run, 1, state())
 
     with pytest.raises(NotFoundError, match="no checkpoint of step 9"):
-        StoredCheckpoint.open(catalog(run), 9)
+        choose_commit(catalog(run), 9)
 
 
 def test_manifest_holds_planner_data_as_json(run: str) -> None:

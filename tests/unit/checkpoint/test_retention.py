@@ -143,7 +143,7 @@ def test_every_seconds_clock_that_went_back_keeps_one_more() -> None:
         lambda: Best(1, "loss", "smallest"),
         lambda: AnyOf(),
         lambda: AnyOf(3),  # type: ignore[arg-type]
-        lambda: as_retention("3"),  # type: ignore[arg-type]
+        lambda: as_retention(None),  # type: ignore[arg-type]
         lambda: retention.from_json({"newest": {"n": 3}}),
         lambda: retention.from_json({"latest": {"count": 3}}),
         lambda: retention.from_json([]),
@@ -152,3 +152,39 @@ def test_every_seconds_clock_that_went_back_keeps_one_more() -> None:
 def test_policy_that_cannot_be_is_refused(make: Any) -> None:
     with pytest.raises(ConfigError, match=r"^keep: "):
         make()
+
+
+TEXTS = [
+    ("3", Latest(3)),
+    ("latest:3", Latest(3)),
+    ("every_steps:1000", EverySteps(1000)),
+    ("every_seconds:0.5", EverySeconds(0.5)),
+    ("best:2:val_loss", Best(2, "val_loss")),
+    ("best:2:eval:loss", Best(2, "eval:loss")),
+    ("best:1:accuracy:max", Best(1, "accuracy", "max")),
+    ("best:1:max", Best(1, "max")),
+    ("latest:3, every_steps:10,best:1:loss:min", AnyOf(Latest(3), EverySteps(10), Best(1, "loss"))),
+]
+
+
+@pytest.mark.parametrize(("text", "policy"), TEXTS)
+def test_parse_text_names_the_policy(text: str, policy: Retention) -> None:
+    assert retention.parse(text) == policy == as_retention(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "all", "0", "latest", "latest:", "latest:0", "latest:2.5", "every_seconds:soon", "every_seconds:-1", "3:4"]
+    + ["best:2", "best:loss:2", "best:1:", "latest:3,", "latest:3;every_steps:2", "-1", "every_steps:1e3"],
+)
+def test_parse_text_that_names_none_is_refused_with_its_term(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^keep: .*(expected|found)") as caught:
+        retention.parse(text)
+    assert repr(text.split(",")[-1].strip()) in str(caught.value)
+
+
+@given(st.lists(SINGLE, min_size=1, max_size=4))
+def test_parse_of_what_a_policy_says_of_itself_is_the_policy(policies: list[Any]) -> None:
+    terms = [":".join([p.kind, *(str(getattr(p, name)) for name in p.__slots__)]) for p in policies]
+    found = retention.parse(",".join(terms))
+    assert (list(found.policies) if isinstance(found, AnyOf) else [found]) == policies

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from ktrain import native
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.drain import Drain
-from ktrain.checkpoint.stored import ProvenRanges, StoredCheckpoint, assemble, ranges_of, span, strides_of
+from ktrain.checkpoint.stored import (
+    ProvenRanges,
+    StoredCheckpoint,
+    assemble,
+    choose_commit,
+    ranges_of,
+    span,
+    strides_of,
+)
 from ktrain.errors import CorruptionError, NotFoundError
 from ktrain.format import record as records
 from ktrain.format.digest import join_digests
@@ -57,6 +65,10 @@ def piece(name: str, whole: numpy.ndarray, box: Box, role: Role = Role.SHARDED) 
     return Shard(name, str(whole.dtype), whole.shape, box, role), whole[where]
 
 
+def opened(made: RunCatalog) -> StoredCheckpoint:
+    return StoredCheckpoint.of(made, choose_commit(made, None))
+
+
 def read_all(stored: StoredCheckpoint, prefix: str = "") -> dict[str, bytes]:
     tensors = stored.tensors(prefix)
     with ProvenRanges(stored, ranges_of(tensors)) as proven:
@@ -90,7 +102,7 @@ def cut_tensors(draw: st.DrawFn) -> tuple[dict[str, numpy.ndarray], list[dict[Sh
 @settings(max_examples=60)
 def test_assemble_of_any_boxes_gives_the_whole_tensors(cut: tuple[dict[str, numpy.ndarray], list]) -> None:
     wholes, ranks = cut
-    stored = StoredCheckpoint.open(commit(FakeBucket(), ranks))
+    stored = opened(commit(FakeBucket(), ranks))
 
     assert read_all(stored) == {name: whole.tobytes() for name, whole in wholes.items()}
 
@@ -116,7 +128,7 @@ def test_span_holds_every_item_of_its_box_where_strides_say(data: st.DataObject)
 
 def test_tensors_of_a_rank_alone_are_those_of_the_lowest_rank() -> None:
     ranks = [dict([piece("part/own", numpy.full(2, rank, "int64"), Box.whole((2,)), Role.RANK)]) for rank in range(3)]
-    stored = StoredCheckpoint.open(commit(FakeBucket(), ranks))
+    stored = opened(commit(FakeBucket(), ranks))
 
     assert read_all(stored, "part/") == {"own": numpy.zeros(2, "int64").tobytes()}
 
@@ -130,7 +142,7 @@ def test_ranges_of_many_ranks_are_read_once_each() -> None:
         for rank in range(num_ranks):
             shard, data = piece(name, whole, Box((rank, 0), (1, 3000)))
             ranks[rank][shard] = data
-    stored = StoredCheckpoint.open(commit(FakeBucket(), ranks))
+    stored = opened(commit(FakeBucket(), ranks))
     tensors = stored.tensors("")
 
     with ProvenRanges(stored, ranges_of(tensors)) as proven:
@@ -147,7 +159,7 @@ def test_changed_byte_is_found_only_by_who_needs_it() -> None:
     data = bytearray(bucket.objects[name])
     data[-5] ^= 4
     bucket.objects[name] = bytes(data)
-    stored = StoredCheckpoint.open(made)
+    stored = opened(made)
 
     assert read_all(stored, "a") == {"": values.tobytes()}
     end = len(data)
@@ -158,7 +170,7 @@ def test_changed_byte_is_found_only_by_who_needs_it() -> None:
 def test_payload_that_is_gone_is_not_found() -> None:
     bucket = FakeBucket()
     made = commit(bucket, [dict([piece("a", numpy.ones(4), Box.whole((4,)))])])
-    stored = StoredCheckpoint.open(made)
+    stored = opened(made)
     for name in [name for name in bucket.objects if name.endswith(".safetensors")]:
         del bucket.objects[name]
 
@@ -168,7 +180,7 @@ def test_payload_that_is_gone_is_not_found() -> None:
 
 def test_tensor_that_no_rank_holds_whole_is_corruption() -> None:
     values = numpy.ones((4, 2), "float32")
-    stored = StoredCheckpoint.open(commit(FakeBucket(), [dict([piece("a", values, Box((0, 0), (3, 2)))])]))
+    stored = opened(commit(FakeBucket(), [dict([piece("a", values, Box((0, 0), (3, 2)))])]))
 
     with pytest.raises(CorruptionError, match=r"'a': no rank stored the items from \(3, 0\)"):
         stored.tensors("")
@@ -190,7 +202,7 @@ def test_dcp_folder_of_a_pipelines_stages_has_every_stages_parameters(tmp_path: 
         optimizer = {"kind": "optimizer", "groups": [group], "keys": [["m"]], "state": {f"model.s{stage}": 0}}
         module = {"kind": "module", "keys": [f"s{stage}"], "aliases": {}, "extra": {}}
         abouts.append({"model": module, "opt": {**optimizer, "values": {}, "other": {"x": 1}}})
-    stored = StoredCheckpoint.open(commit(FakeBucket(), ranks, abouts))
+    stored = opened(commit(FakeBucket(), ranks, abouts))
 
     _, tensors, left_out = write_dcp(stored, None, tmp_path)
 

@@ -29,7 +29,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_pin_step_is_listed_and_unpinned_again(run: StoredRun) -> None:
-    assert run.ckpt("pin", "--step", "10", "--output", "json").json == {"step": 10, "pinned": True}
+    assert run.ckpt("pin", "--step", "10", "--output", "json").json == {"dry_run": False, "step": 10, "pinned": True}
     pinned = {row["step"]: row["pinned"] for row in run.ckpt("ls", "--output", "json").json}
     assert pinned == {10: True, 20: False, 30: False}
     assert run.ckpt("pin", "--step", "10", "--off").code == contract.EXIT_OK
@@ -41,6 +41,15 @@ def test_pin_step_that_is_not_there_is_refused(run: StoredRun) -> None:
     assert answer.code == contract.EXIT_USAGE and "no checkpoint of step 40" in answer.err
     assert run.names("marks") == []
     assert run.ckpt("pin", "--step", "10", "--off").code == contract.EXIT_USAGE
+
+
+def test_pin_dry_run_says_what_would_be_and_changes_nothing(run: StoredRun) -> None:
+    said = run.ckpt("pin", "--step", "10", "--dry-run", "--output", "json").json
+    assert said == {"dry_run": True, "step": 10, "pinned": True} and run.names("marks") == []
+    assert run.ckpt("pin", "--step", "40", "--dry-run").code == contract.EXIT_USAGE
+    run.ckpt("pin", "--step", "10")
+    answer = run.ckpt("pin", "--step", "10", "--off", "--dry-run")
+    assert answer.out == "step 10 would not be pinned any more\n" and len(run.names("marks")) == 1
 
 
 # rm --step
@@ -121,6 +130,19 @@ def test_gc_keep_spares_pinned_steps_and_says_so_in_json(run: StoredRun) -> None
     done = run.ckpt("gc", "--keep", "1", "--output", "json")
     assert done.code == contract.EXIT_OK and done.json["removed"] == planned["removed"]
     assert run.steps() == [10, 30]
+
+
+def test_gc_keep_takes_the_text_of_any_policy(run: StoredRun) -> None:
+    planned = run.ckpt("gc", "--keep", "latest:1,every_steps:20", "--dry-run", "--output", "json").json
+    assert [removal["step"] for removal in planned["removed"]] == [10] and run.steps() == [10, 20, 30]
+    assert run.ckpt("gc", "--keep", "best:1:loss").code == contract.EXIT_OK
+    assert run.steps() == [30], "of steps without the metric the newest are the best"
+
+
+@pytest.mark.parametrize("keep", ["0", "newest", "latest:3;"])
+def test_gc_keep_that_is_no_policy_is_refused(run: StoredRun, keep: str) -> None:
+    answer = run.ckpt("gc", "--keep", keep)
+    assert answer.code == contract.EXIT_USAGE and answer.err.startswith("ktrain: keep: ") and repr(keep) in answer.err
 
 
 def test_gc_with_nothing_to_do_says_so(run: StoredRun) -> None:

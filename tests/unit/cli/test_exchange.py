@@ -10,9 +10,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ktrain.base import contract
+from ktrain.base.settings import Timeouts
+from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.cli.exchange import size_nbytes
 from ktrain.cli.main import main
 from ktrain.errors import ConfigError
+from ktrain.format.manifest import Identity
+from tests.unit.checkpoint.builders import put_checkpoint
 
 
 def run(*arguments: object) -> int:
@@ -53,6 +57,18 @@ def test_import_and_export_as_text_say_what_was_left_out(
 
     assert run("ckpt", "export", tmp_path / "run", tmp_path / "out", "--to", "safetensors") == contract.EXIT_OK
     assert "2 tensors, 72 bytes in 1 files" in capsys.readouterr().out
+
+
+def test_gc_of_a_run_that_began_by_an_import_is_in_no_doubt(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("ckpt", "import", source, tmp_path / "run", "--from", "safetensors") == contract.EXIT_OK
+    found = RunCatalog.open(str(tmp_path / "run"), timeouts=Timeouts(), create=False)
+    put_checkpoint(found.tier, Identity(found.run_id, 10, found.next_epoch({}), 2))
+    capsys.readouterr()
+
+    assert run("ckpt", "gc", tmp_path / "run", "--keep", "1", "--output", "json") == contract.EXIT_OK
+    assert [removal["step"] for removal in json.loads(capsys.readouterr().out)["removed"]] == [0]
 
 
 def test_import_into_the_same_run_again_is_a_conflict(source: Path, tmp_path: Path) -> None:

@@ -23,16 +23,16 @@ OPTIONS = {
     "cancel": set(),
     "ckpt ls": {"--volume", "--output"},
     "ckpt verify": {"--step", "--tier", "--output"},
-    "ckpt upgrade": {"--confirm"},
+    "ckpt upgrade": {"--confirm", "--dry-run", "--output"},
     "ckpt rm": {"--step", "--volume", "--all", "--force", "--yes", "--dry-run", "--output"},
     "ckpt show": {"--step", "--output"},
     "ckpt diff": {"--step", "--output"},
     "ckpt repair": {"--step", "--dry-run", "--output"},
-    "ckpt pin": {"--step", "--off", "--output"},
+    "ckpt pin": {"--step", "--off", "--dry-run", "--output"},
     "ckpt gc": {"--keep", "--dry-run", "--output"},
     "ckpt export": {"--to", "--step", "--part", "--max-shard-size", "--output"},
     "ckpt import": {"--from", "--part", "--step", "--key", "--exclude", "--tie", "--output"},
-    "ckpt quarantine": {"--step", "--epoch", "--off", "--reason", "--output"},
+    "ckpt quarantine": {"--step", "--epoch", "--off", "--reason", "--dry-run", "--output"},
 }  # fmt: skip
 
 

@@ -46,6 +46,15 @@ def test_quarantine_step_is_set_aside_in_every_epoch_and_listed(run: str, capsys
     assert [row.get("quarantined") for row in listed] == [None, "loss jumps", "loss jumps"]
 
 
+def test_quarantine_dry_run_shows_what_would_be_and_sets_nothing_aside(
+    run: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(shown(capsys, "ckpt", "quarantine", run, "--step", "20", "--dry-run")) == 2
+    assert shown(capsys, "ckpt", "quarantine", run) == []
+    assert ktrain("ckpt", "quarantine", run, "--step", "10", "--dry-run") == contract.EXIT_OK
+    assert capsys.readouterr().out == "after that set aside: step 10 of epoch 1: asked for by hand\n"
+
+
 def test_quarantine_off_trusts_the_step_of_one_epoch_again(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     shown(capsys, "ckpt", "quarantine", run, "--step", "20")
     found = shown(capsys, "ckpt", "quarantine", run, "--step", "20", "--epoch", "1", "--off")

@@ -25,7 +25,7 @@ def upgrade(*arguments: str) -> int:
     return int(caught.value.code or 0)
 
 
-@pytest.mark.parametrize("confirm", [[], ["--confirm"]])
+@pytest.mark.parametrize("confirm", [[], ["--confirm"], ["--confirm", "--dry-run"]])
 def test_upgrade_of_a_run_at_the_newest_version_says_so_and_changes_nothing(
     run: Path, confirm: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -45,3 +45,8 @@ def test_upgrade_of_no_run_makes_none(tmp_path: Path, capsys: pytest.CaptureFixt
     assert upgrade(str(tmp_path / "none"), "--confirm") == contract.EXIT_USAGE
     assert "there is no run here" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_upgrade_as_json_names_both_versions(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert upgrade(str(run), "--confirm", "--dry-run", "--output", "json") == contract.EXIT_OK
+    assert json.loads(capsys.readouterr().out) == {"dry_run": True, "format": 1, "newest": 1}

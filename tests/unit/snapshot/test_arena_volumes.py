@@ -31,7 +31,7 @@ def test_list_volumes_names_every_run_and_node(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("uri", ["s3://me:hunter2@bucket/net-a", "https://host/net-a?signature=hunter2"])
 def test_volume_of_a_uri_with_credentials_is_refused_and_writes_none_of_it(tmp_path: Path, uri: str) -> None:
-    with pytest.raises(ConfigError, match="without password and query") as caught:
+    with pytest.raises(ConfigError, match="without password, token and query") as caught:
         volume_at(tmp_path, uri=uri)
     assert "hunter2" not in str(caught.value)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]

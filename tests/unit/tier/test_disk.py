@@ -90,12 +90,17 @@ def test_node_disk_of_another_run_is_not_offered(disk: NodeDisk) -> None:
     assert "rank 0" in other.damaged[10, 1, 0]
 
 
-def test_collect_keeps_the_newest_and_the_protected(disk: NodeDisk) -> None:
-    for step in (10, 20, 30, 40):
-        disk.store(*snapshot(step))
-    removed = disk.collect(1, {(10, 1)})
-    assert sorted(identity.step for identity in removed) == [20, 30]
-    assert sorted(identity.step for _, identity in disk.scan()) == [10, 40]
+def test_collect_removes_what_is_named_and_nothing_else(disk: NodeDisk) -> None:
+    for step in (10, 20, 30):
+        for rank in (0, 1):
+            disk.store(*snapshot(step, rank))
+    disk.store(*snapshot(20, epoch=2))
+    reached: list[tuple[str, int]] = []
+    removed = disk.collect([(20, 1), (40, 1)], reached=lambda point, step: reached.append((point, step)))
+    assert removed == [snapshot(20)[0].identity] and reached == [("disk.doomed", 20), ("disk.manifest", 20)]
+    assert sorted((at.step, at.epoch) for _, at in disk.scan()) == [(10, 1), (10, 1), (20, 2), (30, 1), (30, 1)]
+    names = [stored.name for stored in disk.tier.list("", deadline=Deadline.after(10.0))]
+    assert len(names) == 10 and not any("000001-node" in name and "step-00000020" in name for name in names)
 
 
 def test_remove_leaves_no_folder(disk: NodeDisk) -> None:

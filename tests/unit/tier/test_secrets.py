@@ -70,7 +70,7 @@ class Whispering(Talkative):
 @pytest.mark.parametrize("client", [Talkative, Whispering])
 def test_bucket_error_of_a_client_that_quotes_credentials_shows_none(client: type[Talkative], call: str) -> None:
     fsspec.register_implementation(client.protocol, client, clobber=True)
-    tier = open_tier(f"{client.protocol}://me@host/run", timeouts=Timeouts())
+    tier = open_tier(f"{client.protocol}://host/run", timeouts=Timeouts())
     with pytest.raises(KtrainError) as caught:
         CALLS[call](tier)
     shown = "".join(traceback.format_exception(caught.value))
@@ -89,7 +89,7 @@ def test_bucket_error_of_a_client_that_quotes_credentials_shows_none(client: typ
     ],
 )
 def test_run_url_that_holds_a_secret_is_refused_without_showing_it(url: str, use: Callable[[str], Any]) -> None:
-    with pytest.raises(ConfigError, match="password and query") as caught:
+    with pytest.raises(ConfigError, match="password, token and query") as caught:
         use(url)
     assert SECRET not in "".join(traceback.format_exception(caught.value))
     assert "host/run" in str(caught.value)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ktrain.checkpoint.gate import Gate
+from ktrain.checkpoint.policy import Capture, Every, Keep
 from ktrain.train.loss import Loss
 from ktrain.train.session import Session, SessionConfig
 from ktrain.train.sharding import Mesh, Precision
@@ -23,10 +25,14 @@ class Shelf:
         self.losses: list[tuple[int, float]] = []
         self.values: list[dict[str, Any]] = []
         self.closed: list[bool] = []
+        self.policies: tuple[Any, ...] = ()
 
-    def open(self, run: str, *, state: Mapping[str, Any], every: Any, keep: Any) -> FakeCheckpointer:
-        del run, keep
-        return FakeCheckpointer(self, state, every)
+    def open(
+        self, run: str, *, state: Mapping[str, Any], every: Every, keep: Keep, gate: Gate, capture: Capture
+    ) -> FakeCheckpointer:
+        del run
+        self.policies = (keep, gate, capture)
+        return FakeCheckpointer(self, state, every.memory)
 
 
 class FakeCheckpointer:
@@ -61,7 +67,7 @@ class FakeCheckpointer:
 
 
 def open_session(shelf: Shelf, *, every: int = 1, seed: int = 7, precision: str = "fp32") -> Session:
-    config = SessionConfig("runs/test", Mesh.FSDP, Precision(precision), seed, every, 3)
+    config = SessionConfig("runs/test", Mesh.FSDP, Precision(precision), seed, Every(every))
     return Session(config, open_checkpointer=shelf.open)
 
 

@@ -7,7 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from ktrain.checkpoint.checkpointer import Checkpointer
+from ktrain.checkpoint.gate import Gate
+from ktrain.checkpoint.policy import Capture, Keep
 from ktrain.errors import ConfigError
+from ktrain.train.session import Session, session
 from ktrain.train.trainer import Moment, Notice, Trainer
 from tests.unit.train.fakes import Net, Regression, Shelf, open_session, squared_error
 
@@ -27,6 +31,25 @@ def trainer(run: Path, **changed: Any) -> Trainer:
 
 def test_trainer_has_at_most_twenty_parameters() -> None:
     assert len(inspect.signature(Trainer).parameters) <= 20
+
+
+@pytest.mark.parametrize("made", [session, trainer, Checkpointer])
+@pytest.mark.parametrize("wrong", [{"every": "often"}, {"keep": "all"}, {"gate": "go"}, {"capture": "later"}])
+def test_front_doors_refuse_a_wrong_policy_with_the_same_words(
+    tmp_path: Path, made: Any, wrong: dict[str, str]
+) -> None:
+    state: dict[str, Any] = {"state": {}} if made is Checkpointer else {}
+    ((name, value),) = wrong.items()
+    with pytest.raises(ConfigError, match=f"^{name}: .*{value}"):
+        made(tmp_path / "run", **state, **wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_trainer_policies_reach_the_checkpointer(tmp_path: Path) -> None:
+    config = trainer(tmp_path, keep="best:1:loss", gate="step-back", capture="at_once")._session.config
+    shelf = Shelf()
+    trainer(tmp_path).fit_within(Session(config, open_checkpointer=shelf.open))
+    assert shelf.policies == (Keep(bucket="best:1:loss"), Gate(then="step-back"), Capture.AT_ONCE)
 
 
 def test_moments_are_the_nine_that_were_promised() -> None:
