@@ -87,7 +87,7 @@ class Roster:
         member.freed = said["freed"]
         if said["has_looked"]:  # else it says nothing of its volume yet
             member.held = tuple((int(rank), Identity.from_json(identity)) for rank, identity in said["held"])
-        if said["on_disk"] is not None:
+        if said["has_looked"] and said["on_disk"] is not None:
             member.on_disk = tuple((int(rank), Identity.from_json(identity)) for rank, identity in said["on_disk"])
         for entry in said["manifests"]:
             member.manifests[(int(entry["rank"]), Identity.from_json(entry["identity"]))] = entry["text"]
