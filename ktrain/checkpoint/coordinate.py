@@ -224,7 +224,7 @@ class Coordinator:
             "node_sizes": list(attempt.node_sizes),
             "ranks": list(attempt.nodes.get(member.node, ())),
             "committed": self._commits.to_json(),
-            "protect": self._protected(),
+            "protect": _protected(self._commits, self._drains, restore),
             "kept_slots": self._policies.keep.kept,
             "peers": self._roster.wires(),
             "pull": self._roster.wanted_replicas(member, self._commits.memory, attempt),
@@ -239,15 +239,6 @@ class Coordinator:
             "free": self._free,
             "events_taken": member.events_taken,
         }
-
-    def _protected(self) -> list[tuple[int, int]]:
-        """(step, epoch) of the snapshots that no node may overwrite now."""
-        needed = self._commits.needed()
-        if self._drains.current is not None:
-            needed.append(self._drains.current.identity)
-        if self._restore is not None and self._restore.needed is not None:
-            needed.append(self._restore.needed)
-        return sorted({(identity.step, identity.epoch) for identity in needed})
 
     # The thread that talks to storage
 
@@ -307,7 +298,8 @@ class Coordinator:
         except KtrainError as error:
             with self._lock:
                 self._drains.failed(drain, f"{error.kind}: {error}")
-                attempt, is_gap = self._attempt, isinstance(error, Gap) and bool(self._attempt.node_sizes)
+                attempt = self._attempt
+                is_gap = isinstance(error, Gap) and bool(attempt.node_sizes)
                 if is_gap:
                     self._attempt = attempt.undivided()
                     self._emit("notice", message=f"step {drain.identity.step}: {_UNDIVIDED}")
@@ -340,3 +332,13 @@ class Coordinator:
             commits.durable_is_recorded = True
         if not in_doubt:  # else older steps may be the ones that are needed
             self._sweep.collect(Terms(keep, epoch, newest=drain.identity))
+
+
+def _protected(commits: Commits, drains: DrainSchedule, restore: RestoreDirector | None) -> list[tuple[int, int]]:
+    """(step, epoch) of the snapshots that no node may overwrite now."""
+    needed = commits.needed()
+    if drains.current is not None:
+        needed.append(drains.current.identity)
+    if restore is not None and restore.needed is not None:
+        needed.append(restore.needed)
+    return sorted({(identity.step, identity.epoch) for identity in needed})

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +17,8 @@ from ktrain.format.manifest import Manifest
 from ktrain.format.payload import copies_begin
 from tests.integration import once_worker
 from tests.integration.launching import Place, place
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -120,3 +125,34 @@ def test_nodes_that_hold_other_things_than_they_think_store_all_of_them(here: Pl
     assert restored["step"] in (10, 15, 20)
     assert_restored_exactly(here, 1)
     assert sum(in_bucket(here)) >= 2 * STATE_NBYTES
+
+
+def without_launcher(here: Place, world_size: int, steps: int) -> None:
+    """As torchrun starts a rank on each of some nodes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"KTRAIN_RUN": str(here.run), "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(world_size)}
+    common |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, str(here.script), "ddp", str(steps), "0"]
+    ranks = [
+        subprocess.Popen(command, env=here.environment(**common, RANK=str(rank)), stderr=subprocess.PIPE, text=True)
+        for rank in range(world_size)
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in ranks] == [0] * world_size, errors
+
+
+def test_job_without_a_launcher_is_stored_once_too(here: Place) -> None:
+    without_launcher(here, 3, 10)
+    sizes = in_bucket(here)
+    assert len(sizes) == 3
+    assert STATE_NBYTES <= sum(sizes) <= STATE_NBYTES + BESIDE_NBYTES
+    assert max(sizes) <= 1.05 * sum(sizes) / 3
+    without_launcher(here, 2, 15)
+    assert_restored_exactly(here, 1)
