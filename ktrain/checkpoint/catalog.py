@@ -43,6 +43,7 @@ class AttemptRecord:
     restored: dict[str, Any] | None = None
     committed: dict[str, Any] | None = None  # the attempt's first commit in any tier
     durable: dict[str, Any] | None = None  # the attempt's first commit in the bucket
+    undivided: dict[str, Any] | None = None  # from where on each node stored all that its ranks hold (ADR 0015)
     end: dict[str, Any] | None = None
 
     @property
@@ -69,7 +70,7 @@ class Listing:
     stored: tuple[Stored, ...] = field(default=(), compare=False, repr=False)
 
 
-_PARTS = ("start", "restored", "committed", "durable", "end")
+_PARTS = ("start", "restored", "committed", "durable", "undivided", "end")
 
 
 def _parse_attempt(stored: Stored) -> tuple[int, str]:
@@ -178,7 +179,7 @@ class RunCatalog:
             return False
 
     def record(self, epoch: int, part: str, fields: dict[str, Any]) -> None:
-        """Adds a part ("restored", "committed", "durable", "end") to an attempt's records."""
+        """Adds a part ("restored", "committed", "durable", "undivided", "end") to an attempt's records."""
         assert part in _PARTS[1:], part
         data = json.dumps({**fields, "time": self._clock.wall()}).encode()
         self.tier.write(_attempt_name(epoch, part), data, deadline=self._deadline())

@@ -285,6 +285,7 @@ class Coordinator:
         with self._lock:
             if director is self._restore:
                 self.trial = director.trial()
+                self._attempt = self._attempt.undivided() if director.is_undivided() else self._attempt
             if director.durable is not None and director is self._restore:
                 self._commits.note_bucket(director.durable)
 
@@ -309,9 +310,13 @@ class Coordinator:
         except KtrainError as error:
             with self._lock:
                 self._drains.failed(drain, f"{error.kind}: {error}")
-                if isinstance(error, Gap) and self._attempt.node_sizes:
-                    self._attempt = self._attempt.undivided()
+                attempt = self._attempt
+                is_gap = isinstance(error, Gap) and bool(attempt.node_sizes)
+                if is_gap:
+                    self._attempt = attempt.undivided()
                     self._emit("notice", message=f"step {drain.identity.step}: {_UNDIVIDED}")
+            if is_gap:
+                self._catalog.record(attempt.epoch, "undivided", {"step": drain.identity.step})
             return
         self._drain_done(drain)
 

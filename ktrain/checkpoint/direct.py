@@ -87,6 +87,10 @@ class RestoreDirector:
         key = (self.restored.step, self.restored.epoch)
         return quarantine.trial_of(key, self.review.trouble, self.gate.failures)
 
+    def is_undivided(self) -> bool:
+        """Whether the nodes' ranks did not divide things as they were told, in this attempt or the one before."""
+        return any(attempt.undivided is not None for attempt in self.review.attempts[-2:])
+
     def take_events(self, events: Iterable[Event]) -> None:
         """Takes the losses of the first steps, to be compared with those of before."""
         if self._losses is None:

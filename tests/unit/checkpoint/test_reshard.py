@@ -34,13 +34,16 @@ class Layout:
     mesh: tuple[int, ...]
     placements: tuple[tuple[Placement, ...], ...]
     per_node: int
+    is_told: bool = False  # the ranks know the nodes, so that shares are of the job
 
     @property
     def world_size(self) -> int:
         return torch.Size(self.mesh).numel()
 
     def topology(self, rank: int) -> Topology:
-        return Topology(rank, self.world_size, rank % self.per_node, self.per_node)
+        topology = Topology(rank, self.world_size, rank % self.per_node, self.per_node)
+        sizes = [self.per_node] * (self.world_size // self.per_node)
+        return topology.with_nodes(sizes) if self.is_told else topology
 
     def values(self, full: list[torch.Tensor], fill: bool) -> dict[str, Any]:
         mesh = mesh_of(self.mesh)
@@ -59,7 +62,8 @@ def layouts(draw: st.DrawFn, shapes: list[tuple[int, ...]]) -> Layout:
         for shape in shapes
     )
     size = torch.Size(mesh).numel()
-    return Layout(mesh, placements, draw(st.sampled_from([n for n in range(1, size + 1) if size % n == 0])))
+    per_node = draw(st.sampled_from([n for n in range(1, size + 1) if size % n == 0]))
+    return Layout(mesh, placements, per_node, draw(st.booleans()))
 
 
 @st.composite

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ktrain.format.shard import Box, missing_boxes
-from ktrain.state.shares import Block, share_out
+from ktrain.state.shares import Block, find_place, share_out
 
 PAGE = 4096
 lengths = st.lists(st.integers(0, 300), max_size=4).map(tuple)
@@ -116,3 +116,43 @@ def test_tensor_of_two_huge_rows_is_divided_within_its_rows() -> None:
 def test_leading_dimensions_of_one_item_are_divided_in_the_next() -> None:
     boxes = [share[0] for share in shares_of([Block((1, 4096, 512), 4)], 2)]
     assert boxes == [[Box((0, 0, 0), (1, 2048, 512))], [Box((0, 2048, 0), (1, 2048, 512))]]
+
+
+def by_node(num_nodes: int, per_node: int) -> list[list[int]]:
+    return [[node * per_node + at for at in range(per_node)] for node in range(num_nodes)]
+
+
+@given(blocks, st.integers(1, 6), st.integers(1, 5))
+def test_each_node_has_everything_once_and_the_job_once_as_shares(found: list[Block], num: int, per_node: int) -> None:
+    nodes = by_node(num, per_node)
+    shares = []
+    for node in nodes:
+        here = []
+        for rank in node:
+            place = find_place(nodes, rank)
+            share = share_out(found, place.num_shares, place.share)
+            before = share_out(found, place.num_shares, place.begin, place.share - place.begin)
+            after = share_out(found, place.num_shares, place.share + 1, place.end - place.share - 1)
+            here += [share, before, after]
+            shares.append(share)
+        assert_everything_once(found, here)
+    assert_everything_once(found, shares)
+
+
+def assert_everything_once(found: list[Block], parts: list[list[list[Box]]]) -> None:
+    for index, block in enumerate(found):
+        boxes = [box for part in parts for box in part[index]]
+        assert sum(box.numel for box in boxes) == block.numel
+        assert missing_boxes(block.lengths, boxes) == []
+        assert boxes
+
+
+@given(models, st.integers(1, 32), st.integers(1, 8))
+@example(llama(4096, 14336, 1024, 32), 128, 8)
+def test_share_of_the_job_is_at_most_a_fiftieth_or_a_page_from_the_mean(
+    found: list[Block], num: int, per_node: int
+) -> None:
+    assert {find_place(by_node(num, per_node), rank).share for rank in range(num * per_node)} == set(
+        range(num * per_node)
+    )
+    check_even(found, num * per_node)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ktrain.abc.source import copies_beside
 from ktrain.base.clock import Deadline
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.format.payload import CHUNK_NBYTES
 from ktrain.snapshot.staging import stage
 from ktrain.state.apply import RestoreNeeds, apply, plan_restore
 from ktrain.state.landing import land
-from ktrain.state.plan import plan_save
+from ktrain.state.plan import SavePlan, plan_save
 from ktrain.state.topology import Topology
 from ktrain.state.train_state import TrainState
 from ktrain.testing.memory_source import MemorySource
@@ -19,9 +20,21 @@ from ktrain.testing.memory_source import MemorySource
 ALONE = Topology(0, 1)
 
 
-def snapshot(state: TrainState, topology: Topology = ALONE, step: int = 7) -> tuple[Manifest, bytes]:
-    """One rank's snapshot; the manifest went through its bytes."""
+Taken = tuple[Manifest, bytes]
+
+
+def snapshot(state: TrainState, topology: Topology = ALONE, step: int = 7) -> Taken:
+    """One rank's snapshot, without the copies beside it; the manifest went through its bytes."""
+    return snapshot_and_copies(state, topology, step)[0]
+
+
+def snapshot_and_copies(state: TrainState, topology: Topology, step: int = 7) -> tuple[Taken, Taken | None]:
+    """One rank's share and copies."""
     plan = plan_save(state, topology)
+    return _taken(plan, topology, step), None if plan.copies is None else _taken(plan.copies, topology, step)
+
+
+def _taken(plan: SavePlan, topology: Topology, step: int) -> Taken:
     payload = bytearray(plan.layout.nbytes)
     chunks = stage(plan, memoryview(payload), num_threads=1)
     manifest = Manifest(
@@ -39,11 +52,16 @@ def snapshot(state: TrainState, topology: Topology = ALONE, step: int = 7) -> tu
 
 
 def restore(
-    state: TrainState, snapshots: Mapping[int, tuple[Manifest, bytes]], topology: Topology = ALONE
+    state: TrainState,
+    snapshots: Mapping[int, Taken],
+    topology: Topology = ALONE,
+    copies: Mapping[int, Taken] | None = None,
 ) -> RestoreNeeds:
-    """Plans, fetches and applies."""
-    source = MemorySource(snapshots)
-    needs = plan_restore(state, source.manifests, topology)
+    """Plans, fetches and applies. `copies` are those at hand, by the rank that they lie beside."""
+    beside = copies or {}
+    source = MemorySource({**snapshots, **{copies_beside(rank): taken for rank, taken in beside.items()}})
+    manifests = {rank: manifest for rank, (manifest, _) in snapshots.items()}
+    needs = plan_restore(state, manifests, topology, {rank: manifest for rank, (manifest, _) in beside.items()})
     landing = land(needs.targets)
     source.fetch(landing.views, into=landing.runs, deadline=Deadline.after(30))
     apply(state, needs, source, landing)
