@@ -101,6 +101,10 @@ class ListSink:
         with self._lock:
             return self._events[:limit]
 
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._events)
+
     def drop(self, count: int) -> None:
         """Forgets the oldest `count` events, after they were handed on."""
         with self._lock:

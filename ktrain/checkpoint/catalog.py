@@ -340,6 +340,7 @@ def verify_commit(catalog: RunCatalog, commit: CommitRecord) -> Iterator[Finding
         yield from (Finding(name=files.payload, **where, **bad) for bad in _bad_payload(catalog, files, manifest))
     if len(manifests) == len(commit.ranks):
         try:
+            records.check_plan(commit, [manifest.plan_digest for manifest in manifests])
             records.check_coverage(manifests)
         except CorruptionError as error:
             yield Finding(identity.step, identity.epoch, None, commit_path(commit), str(error))

@@ -17,6 +17,7 @@ import os
 import signal
 import threading
 from collections.abc import Mapping
+from contextlib import ExitStack
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -267,13 +268,14 @@ class Checkpointer:
         self._closed = True
         for signum, handler in self._signals.items():
             signal.signal(signum, handler)
-        if self._saver is not None:
-            self._saver.close()
-        if success:
-            self._pulse.note_closed()
-        self._pulse.flush(Deadline.after(self._timeouts.call_s, self._clock))
-        self._pulse.end()
-        self._line.close(success, reason)
+        with ExitStack() as rest:  # whatever fails in between, the run is let go
+            rest.callback(self._line.close, success, reason)
+            rest.callback(self._pulse.end)
+            if self._saver is not None:
+                self._saver.close()
+            if success:
+                self._pulse.note_closed()
+            self._pulse.flush(Deadline.after(self._timeouts.call_s, self._clock))
 
     def __enter__(self) -> Checkpointer:
         return self

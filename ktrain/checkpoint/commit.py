@@ -63,9 +63,11 @@ def _is_written(catalog: RunCatalog, commit: CommitRecord) -> bool:
 
 
 def prove(catalog: RunCatalog, commit: CommitRecord) -> None:
-    """Every payload is listed with its size, every manifest is the one of the record, every tensor is covered."""
+    """Every payload is listed with its size, every manifest and the plan are those of the record, all is covered."""
     _require_payloads(catalog, commit)
-    records.check_coverage([catalog.read_manifest(commit, files) for files in commit.ranks])
+    manifests = [catalog.read_manifest(commit, files) for files in commit.ranks]
+    records.check_plan(commit, [manifest.plan_digest for manifest in manifests])
+    records.check_coverage(manifests)
 
 
 def require_untouched(catalog: RunCatalog, commit: CommitRecord) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,29 @@ class _Rank:
         }
 
 
+@dataclass(slots=True)
+class _EventMark:
+    """How far a rank's events have come.
+
+    Attributes:
+        instance: of the rank's pulse, which numbers them.
+        taken: how many this keeper has taken.
+        waiting: (how many of the rank's, index after the last of them among this keeper's own), oldest first.
+        logged: how many the head has taken.
+    """
+
+    instance: str
+    taken: int = 0
+    waiting: deque[tuple[int, int]] = field(default_factory=deque)
+    logged: int = 0
+
+    def look(self, num_sent: int) -> int:
+        """How many the head has taken, when it has taken the first `num_sent` of this keeper's."""
+        while self.waiting and self.waiting[0][1] <= num_sent:
+            self.logged = self.waiting.popleft()[0]
+        return self.logged
+
+
 @dataclass(frozen=True, slots=True)
 class NodePlace:
     """Where a keeper is: `node` names the volume's folder, `member` the keeper (a node may have several)."""
@@ -94,7 +118,7 @@ class NodeKeeper:
         self._wanted_manifests: list[dict[str, Any]] = []
         self._restore_round = -1
         self._restore: dict[str, Any] | None = None  # the newest round, with its long part
-        self._event_marks: dict[int, tuple[str, int]] = {}  # rank -> its pulse's instance, events taken from it
+        self._event_marks: dict[int, _EventMark] = {}
         self._freed = threading.Event()
         self._volume: NodeVolume | None = None
         self._disk: NodeDisk | None = None
@@ -189,6 +213,7 @@ class NodeKeeper:
             ready = epoch == int(said["epoch"]) and opened
             return {
                 "ready": ready,
+                "events_logged": self._event_marks[rank].look(self._events_sent),
                 "run": view.get("run"),
                 "format": view.get("format"),
                 "world_size": view.get("world_size"),
@@ -204,14 +229,16 @@ class NodeKeeper:
 
     def _take_events(self, rank: int, said: dict[str, Any]) -> None:
         """Takes the events that are new: a pulse whose answer was lost comes again."""
-        instance, taken = self._event_marks.get(rank, ("", 0))
-        if instance != said["instance"]:
-            taken = 0
+        mark = self._event_marks.get(rank)
+        if mark is None or mark.instance != said["instance"]:
+            mark = self._event_marks[rank] = _EventMark(said["instance"])
+        before = mark.taken
         for index, value in enumerate(said["events"], start=int(said["events_from"])):
-            if index >= taken:
+            if index >= mark.taken:
                 self.events.emit(Event.from_json(value))
-                taken = index + 1
-        self._event_marks[rank] = (said["instance"], taken)
+                mark.taken = index + 1
+        if mark.taken > before:
+            mark.waiting.append((mark.taken, self._events_sent + len(self.events)))
 
     def _restore_for(self, said: dict[str, Any]) -> dict[str, Any] | None:
         """The head's word on the restore; the long part only to a rank that has not seen its round."""
@@ -247,9 +274,10 @@ class NodeKeeper:
         with self._beat_lock:
             batch = self.events.peek(_EVENTS_PER_BEAT)
             answer = self._head.call("beat", self._beat_message(batch), timeout_s=self._timeouts.call_s)
-            taken = max(0, int(answer["events_taken"]) - self._events_sent)
-            self.events.drop(min(taken, len(batch)))
-            self._events_sent += min(taken, len(batch))
+            with self._lock:  # both at once, for those who count
+                taken = min(max(0, int(answer["events_taken"]) - self._events_sent), len(batch))
+                self.events.drop(taken)
+                self._events_sent += taken
             self._take(answer)
 
     def _beat_message(self, batch: list[Event]) -> dict[str, Any]:

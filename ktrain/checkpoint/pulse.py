@@ -21,6 +21,30 @@ from ktrain.checkpoint.policy import Policies
 from ktrain.errors import ConflictError, DeadlineError, KtrainError
 
 _LOG = logging.getLogger(__name__)
+_LOG_POLL_S = 0.01  # between two pulses of a rank that waits for its events to be in the log
+
+
+class LogMark:
+    """How far a rank's events have come on their way into the run's log. Safe from any thread.
+
+    Attributes:
+        num_said: how many this rank has said.
+        num_logged: how many of them, from the first on, the head has put into the log.
+    """
+
+    def __init__(self, wake: threading.Event, clock: Clock) -> None:
+        self._wake = wake
+        self._clock = clock
+        self.num_said = 0
+        self.num_logged = 0
+
+    def wait(self, count: int, deadline: Deadline, is_hurried: threading.Event) -> bool:
+        """Waits until the first `count` events are in the log; false when that was not so in time, or it is hurried."""
+        while self.num_logged < count:
+            self._wake.set()
+            if self._clock.wait(is_hurried, min(_LOG_POLL_S, deadline.remaining_s())) or deadline.expired():
+                return self.num_logged >= count
+        return True
 
 
 class Pulse:
@@ -54,6 +78,7 @@ class Pulse:
         self._fenced: KtrainError | None = None
         self._unreachable: KtrainError | None = None
         self._wake = threading.Event()
+        self.log = LogMark(self._wake, clock)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ktrain-pulse", daemon=True)
 
@@ -72,7 +97,10 @@ class Pulse:
 
     def emit(self, kind: str, **fields: Any) -> None:
         """An event, on its way to the run's log."""
-        self._events.emit(make(kind, self._epoch, clock=self._clock, **fields))
+        event = make(kind, self._epoch, clock=self._clock, **fields)
+        with self._lock:
+            self._events.emit(event)
+            self.log.num_said += 1
         self._wake.set()
 
     def note_phase(self, phase: str) -> None:
@@ -230,6 +258,7 @@ class Pulse:
                 self._wake.set()
             if answer.get("refusal"):
                 self._fenced = KtrainError(answer["refusal"])
+            self.log.num_logged = answer.get("events_logged", 0)
             self._answers += 1
             self._answered.notify_all()
             if self._stop is not None and (self._stop_ack or [None])[0] != self._stop["step"]:

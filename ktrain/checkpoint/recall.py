@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from ktrain.base import contract
 from ktrain.checkpoint import lineage, quarantine
 from ktrain.checkpoint.agreement import RestoreAgreement
-from ktrain.checkpoint.catalog import AttemptRecord, Listing, RunCatalog
+from ktrain.checkpoint.catalog import AttemptRecord, Listing, RunCatalog, commit_path
 from ktrain.checkpoint.lineage import Candidate, Copy
 from ktrain.errors import ConfigError, CorruptionError, KtrainError, NotFoundError, UnavailableError
 from ktrain.format.manifest import Identity, Manifest
-from ktrain.format.record import CommitRecord, parse_commit_name
+from ktrain.format.record import CommitRecord, check_plan, parse_commit_name
 
 ManifestTexts = Mapping[tuple[str, int, Identity], str]
+CopyKey: TypeAlias = tuple[str, str, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class Recall:
         self._listing: Listing | None = None
         self._attempts: list[AttemptRecord] = []
         self._wanted: dict[str, list[dict[str, Any]]] = {}
+        self._plans: dict[int, str] = {}  # rank -> digest of its plan, of the candidate that is tried
 
     def wanted_from(self, node: str) -> list[dict[str, Any]]:
         """Manifests that the search still needs from a node's memory."""
@@ -79,7 +81,7 @@ class Recall:
                 return Outcome(error=("config", self._too_new(newer, dict(listing.broken))))
             if candidate is None:
                 return self._nothing(found, listing, agreement, bad)
-            self._wanted = {}
+            self._wanted, self._plans = {}, {}
             manifests: dict[int, str] = {}
             dropped = False
             for rank, copies in candidate.copies.items():
@@ -92,6 +94,10 @@ class Recall:
                 continue
             if self._wanted:
                 return None
+            wrong = list(_of_other_plans(listing.commits, candidate.identity, self._plans, excluded))
+            if wrong:
+                bad += wrong
+                continue
             bad += _bad_records(listing, agreement)
             return Outcome(candidate=candidate.without(excluded), manifests=manifests, bad_copies=tuple(bad))
 
@@ -119,7 +125,7 @@ class Recall:
         copies: Sequence[Copy],
         texts: ManifestTexts,
         listing: Listing,
-        excluded: set[tuple[str, str, int, int, int]],
+        excluded: set[CopyKey],
         bad: list[dict[str, Any]],
     ) -> str | None:
         """Text of a proven manifest from the first copy that gives one; asks a node where it is not here yet."""
@@ -129,13 +135,17 @@ class Recall:
                 continue
             try:
                 if copy.tier == contract.TIER_BUCKET:
-                    return _from_bucket(self._catalog, listing.commits, copy)
+                    manifest = _from_bucket(self._catalog, listing.commits, copy)
+                    self._plans[copy.rank] = manifest.plan_digest
+                    return manifest.to_bytes().decode()
                 text = texts.get((copy.place, copy.rank, copy.identity))
                 if text is None:
                     wanted = {"rank": copy.rank, "identity": copy.identity.to_json()}
                     self._wanted.setdefault(copy.place, []).append(wanted)
                     return None
-                _check(Manifest.from_bytes(text.encode()), copy)
+                manifest = Manifest.from_bytes(text.encode())
+                _check(manifest, copy)
+                self._plans[copy.rank] = manifest.plan_digest
                 return text
             except (CorruptionError, ConfigError, NotFoundError) as error:
                 bad.append(
@@ -237,9 +247,25 @@ def _check(manifest: Manifest, copy: Copy) -> None:
         )
 
 
-def _from_bucket(catalog: RunCatalog, commits: Sequence[CommitRecord], copy: Copy) -> str:
+def _of_other_plans(
+    commits: Sequence[CommitRecord], identity: Identity, plans: Mapping[int, str], excluded: set[CopyKey]
+) -> Iterator[dict[str, Any]]:
+    """Leaves out the copies of each record of the step that contradicts the manifests, and says so."""
+    for commit in commits:
+        keys = {Copy(contract.TIER_BUCKET, commit.write_id, files.rank, identity).key() for files in commit.ranks}
+        if commit.identity != identity or keys <= excluded:
+            continue
+        try:
+            check_plan(commit, [plans[files.rank] for files in commit.ranks])
+        except CorruptionError as error:
+            excluded |= keys
+            about = {"step": identity.step, "rank": None, "tier": contract.TIER_BUCKET, "where": commit_path(commit)}
+            yield {**about, "reason": str(error)}
+
+
+def _from_bucket(catalog: RunCatalog, commits: Sequence[CommitRecord], copy: Copy) -> Manifest:
     for commit in commits:
         if commit.write_id == copy.place and commit.identity == copy.identity:
             files = next(files for files in commit.ranks if files.rank == copy.rank)
-            return catalog.read_manifest(commit, files).to_bytes().decode()
+            return catalog.read_manifest(commit, files)
     raise NotFoundError(f"commit {copy.place} of step {copy.identity.step}: it is gone from the listing")

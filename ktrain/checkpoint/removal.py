@@ -6,7 +6,7 @@ Invariant: an object is named here only if ktrain gives it this very name.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,9 @@ class Removal:
     """One try to commit that goes: its record, if it has one, and then these files."""
 
     write: Write
-    why: str  # "superseded", "off the line", "never committed", "half removed", "asked for"
+    why: (
+        str  # "superseded", "off the line", "never committed", "half removed", "asked for", "its record cannot be read"
+    )
     files: tuple[Stored, ...]
     record: str | None = None
 
@@ -148,6 +150,25 @@ def abandoned(seen: Seen, terms: Terms) -> list[Removal]:
         and all(_is_rank_file(stored.name, write) for stored in files)
         and _has_ended(write[1], seen.attempts, terms)
     ]
+
+
+def unreadable(seen: Seen, whole: Collection[tuple[int, int]]) -> list[Removal]:
+    """Records that are torn or damaged, with the files of their try, where nobody can need them.
+
+    `whole`: (step, epoch) of checkpoints that are proven by another record. Files that a readable record names stay,
+    and so does what a newer ktrain wrote.
+    """
+    files = _files_by_write(seen.listing)
+    named = {name for commit in seen.listing.commits for each in commit.ranks for name in (each.payload, each.manifest)}
+    found = []
+    for name, _ in seen.listing.broken:
+        write = records.parse_commit_name(name)
+        if write is None or name in seen.listing.newer or write[:2] not in whole:
+            continue
+        own = tuple(stored for stored in files.get(write, ()) if _is_rank_file(stored.name, write))
+        if not any(stored.name in named for stored in own):
+            found.append(Removal(write, "unreadable record", own, name))
+    return found
 
 
 def _has_ended(epoch: int, attempts: list[AttemptRecord], terms: Terms) -> bool:

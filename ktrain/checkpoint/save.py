@@ -41,6 +41,7 @@ _LOG = logging.getLogger(__name__)
 # What is wrong with the volume and not with the caller or with us.
 _TIER_FAILURES = (CapacityError, ConflictError, CorruptionError, NotFoundError, UnavailableError, OSError)
 _DRAIN_SLOTS = 1  # read by the drain while the next snapshots are taken
+_LOG_BEATS = 4  # a seal waits for the run's log at most
 _COPY_SHARE = 0.5  # of the silence after which a rank counts as hung
 
 
@@ -53,10 +54,12 @@ class _Snapshot:
     writer: SlotWriter
     staging: SlotStaging
     window: Window
+    num_events: int  # of this rank, up to the step, that are to be in the log before the seal
     stall_s: float = 0.0  # in `save`; what `window` adds comes later
     is_sealed: bool = False
     proves: bool = False  # whether it is watched up to the next optimizer step, with all its bytes
     is_judged: bool = False  # where it proves: whether training has come there
+    is_awaited: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
 
 
@@ -85,6 +88,7 @@ class Saver:
         self._guard = UpdateGuard(state, self.wait_copied)
         self._tables: dict[bool, tuple[Layout, Written]] = {}  # of the copies, and of the share
         self._turn = 0  # number of saves
+        self._log_stands_at: int | None = None  # events in the log when it was last waited for in vain
         self._is_proven = False  # one window was watched as a whole, and nothing changed in it
         self._newest: _Snapshot | None = None  # from `save` until it has ended
         self._work: queue.SimpleQueue[_Snapshot | None] = queue.SimpleQueue()  # at most one, and the word to end
@@ -214,6 +218,7 @@ class Saver:
         if made is None:
             return True
         self.wait_copied()
+        made.is_awaited.set()
         if not self._clock.wait(made.ended, self.wait_s):
             return False
         self._newest = None
@@ -240,7 +245,8 @@ class Saver:
             writer.abandon()
             raise
         # Without the tensors: those that wait are held by `staging` until they are copied.
-        made = _Snapshot(step, plan.without_tensors(), writer, staging, Window(self._clock))
+        num_events = self._pulse.log.num_said if self._topology.rank == 0 else 0  # the losses are rank 0's to say
+        made = _Snapshot(step, plan.without_tensors(), writer, staging, Window(self._clock), num_events)
         made.proves = staging.waits and not self._is_proven
         if not staging.waits:
             made.window.close(None)
@@ -282,6 +288,7 @@ class Saver:
         chunks = staging.digest()
         self._faults.reached("save.staged", step=step, rank=rank)
         plans = [made.plan] if made.plan.copies is None else [made.plan, made.plan.copies]
+        self._await_log(made)
         made.writer.seal(*(self._manifest(step, *each) for each in zip(plans, chunks, strict=True)))
         self._faults.reached("save.sealed", step=step, rank=rank)
         self.saved_step = step
@@ -290,6 +297,25 @@ class Saver:
         self._pulse.note_sealed()
         fields = {"rank": rank, "step": step, "tier": contract.TIER_MEMORY, "nbytes": slot_nbytes(made.plan)}
         self._pulse.emit("snapshot", stall_s=made.stall_s + made.window.waited_s, **fields)
+
+    def _await_log(self, made: _Snapshot) -> None:
+        """Bounded: what was said up to this step is in the run's log before the snapshot can be restored.
+
+        Where somebody waits for the seal, or the log stands still since the last try, it is sealed at once.
+        """
+        log = self._pulse.log
+        if log.num_logged >= made.num_events or log.num_logged == self._log_stands_at:
+            return
+        deadline = Deadline.after(_LOG_BEATS * settings.timeouts().beat_s, self._clock)
+        if log.wait(made.num_events, deadline, made.is_awaited):
+            self._log_stands_at = None
+        elif not made.is_awaited.is_set():
+            self._log_stands_at = log.num_logged
+            self._pulse.emit(
+                "notice",
+                message=f"rank {self._topology.rank}: step {made.step} is sealed before the run's log has all that was "
+                f"said up to it; the head did not confirm it within {deadline.total_s:g} s",
+            )
 
     def _copy_at_once(self, why: str) -> None:
         """From now on nothing is left to the background: this loop changes its state at other moments too."""

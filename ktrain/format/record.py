@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from ktrain.base import contract
 from ktrain.errors import ConfigError, CorruptionError
 from ktrain.format import document
+from ktrain.format.digest import join_digests
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.format.payload import box_text
 from ktrain.format.shard import Box, Role, Shard, missing_boxes
@@ -142,6 +143,17 @@ def parse_commit_name(name: str) -> tuple[int, int, str] | None:
         return None
     step, epoch, write_id = int(match[1]), int(match[2]), match[3]
     return (step, epoch, write_id) if commit_name(step, epoch, write_id) == name else None
+
+
+def check_plan(commit: CommitRecord, plan_digests: Sequence[str]) -> None:
+    """Proves that a record is of the plans by which its ranks saved; theirs are given in its order of ranks.
+
+    Raises:
+        CorruptionError: the record and the manifests contradict each other.
+    """
+    found = join_digests(plan_digests)
+    if found != commit.plan_digest:
+        raise _gap(commit.identity, f"expected the plan {commit.plan_digest}, found {found} in its ranks' manifests")
 
 
 def check_coverage(manifests: Sequence[Manifest]) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ktrain.base import contract
 from ktrain.format.manifest import Identity
 from ktrain.format.payload import CHUNK_NBYTES
+from ktrain.format.record import CommitRecord
 from ktrain.tier.disk import payload_name
 from tests.faults.job import NEWEST, OLDER, Alarm, Job, Resumed, Stopped
 from tests.faults.model import Case
@@ -107,6 +108,11 @@ def flip_in_plan_digest(data: bytes) -> bytes:
     return _flip(data, at)
 
 
+def put_another_plan(data: bytes) -> bytes:
+    """A record that is whole in itself, of other plans than its ranks' manifests are."""
+    return replace(CommitRecord.from_bytes(data), plan_digest="0123456789abcdef").to_bytes()
+
+
 BYTES: dict[str, Callable[[bytes], bytes]] = {
     "bit flip": flip_bit,
     "bit flip in the header": flip_bit_in_header,
@@ -161,6 +167,7 @@ def cases() -> Iterator[Case]:
             yield _whole_replaced(name, tier, _replacing(tier, replace_both, other))
     for name, change in BYTES.items():
         yield _record(f"{name} in a record", change)
+    yield _record("plan of another save in a record", put_another_plan)
     yield Case(
         fault="lost record",
         tier="bucket",

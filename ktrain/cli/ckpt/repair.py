@@ -10,23 +10,30 @@ import click
 
 from ktrain.base import contract, settings
 from ktrain.checkpoint.catalog import RunCatalog
+from ktrain.checkpoint.collect import Collector, Plan
+from ktrain.checkpoint.commit import prove
+from ktrain.checkpoint.marks import write_of
 from ktrain.checkpoint.reading import reading
-from ktrain.checkpoint.removal import Seen
+from ktrain.checkpoint.removal import Removal, Seen, Terms, unreadable
 from ktrain.checkpoint.repair import Damage, Places, choose_spares, find_damage, rebuild
-from ktrain.cli.ckpt.base import DRY_RUN, OUTPUT, open_run, warn_unprotected
+from ktrain.cli.ckpt.base import DRY_RUN, OUTPUT, held, open_run, say_wait, warn_unprotected
+from ktrain.cli.ckpt.gc import describe
 from ktrain.errors import KtrainError, NotFoundError
 
 
 @click.command()
 @click.argument("run")
 @click.option("--step", type=int, help="Only this step.")
+@click.option("--confirm", is_flag=True, help="Remove records that cannot be read, of checkpoints that are whole.")
 @DRY_RUN
 @OUTPUT
-def repair(run: str, step: int | None, dry_run: bool, output: str) -> int:
+def repair(run: str, step: int | None, confirm: bool, dry_run: bool, output: str) -> int:
     """Read every byte of RUN's bucket and write new copies of what is damaged, from good ones.
 
     Good copies are looked for in this machine's memory volumes, its disk tier, and other commits of the step. Nothing
-    is replaced or removed. Exit code 0: all of the line is whole; 3: something could not be repaired.
+    is replaced. With --confirm a record that cannot be read is removed with its files, where another record of the same
+    checkpoint is proven; RUN must not be live then. Exit code 0: all of the line is whole; 3: something could not be
+    repaired.
     """
     catalog = open_run(run)
     disk = settings.env(contract.ENV_DISK)
@@ -35,12 +42,43 @@ def repair(run: str, step: int | None, dry_run: bool, output: str) -> int:
     known = [commit.identity.step for commit in seen.listing.commits]
     if step is not None and step not in known and contract.step_dirname(step) not in str(seen.listing.broken):
         raise NotFoundError(f"run {run}: there is no checkpoint of step {step} in the bucket; see `ktrain ckpt ls`")
-    rows = [_repair(catalog, damage, places, dry_run) for damage in find_damage(catalog, seen, places.timeouts, step)]
+    damaged = find_damage(catalog, seen, places.timeouts, step)
+    rows = [_repair(catalog, damage, places, dry_run) for damage in damaged]
+    left = {(damage.step, damage.epoch) for damage in damaged}
+    whole = {at for commit in seen.line() if (at := write_of(commit)[:2]) not in left and step in (None, at[0])}
+    removals = unreadable(seen, whole)
+    if confirm and not dry_run and removals:
+        with held(catalog, run):
+            removals = _remove(catalog, whole)
+    is_removed = confirm and not dry_run
     if output == "json":
-        click.echo(json.dumps({"dry_run": dry_run, "damaged": rows}, indent=1))
+        listed = [removal.to_json() for removal in removals]
+        click.echo(
+            json.dumps({"dry_run": dry_run, "damaged": rows, "removed": is_removed, "unreadable": listed}, indent=1)
+        )
     else:
         _print(rows, dry_run)
+        for removal in removals:
+            click.echo(f"{'removed' if is_removed else 'can be removed by --confirm'}: {describe(removal)}")
     return contract.EXIT_OK if all(row["failure"] is None for row in rows) else contract.EXIT_CORRUPT
+
+
+def _remove(catalog: RunCatalog, whole: set[tuple[int, int]]) -> list[Removal]:
+    """Plans anew, now that nobody else runs: what was whole a moment ago may have been collected since."""
+    collector = Collector(catalog, timeouts=settings.timeouts())
+    terms = Terms(None, catalog.newest_epoch(), holds_run=True)
+    seen, _ = collector.plan_watched(terms, say_wait)
+    proven = set()
+    for commit in seen.line():
+        if write_of(commit)[:2] in whole:
+            prove(catalog, commit)
+            proven.add(write_of(commit)[:2])
+    outcome = collector.carry_out(Plan(removals=tuple(unreadable(seen, proven))), terms)
+    if outcome.failure is not None:
+        raise outcome.failure
+    for step, reason in outcome.spared:
+        click.echo(f"stays: the record of step {step} that cannot be read: {reason}", err=True)
+    return outcome.removed
 
 
 def _repair(catalog: RunCatalog, damage: Damage, places: Places, dry_run: bool) -> dict[str, Any]:

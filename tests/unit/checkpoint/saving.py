@@ -59,11 +59,13 @@ class Keeper:
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
+        self.logs = True  # the head answers, and has put them into the run's log
 
     def call(self, name: str, params: dict[str, Any], *, timeout_s: float) -> dict[str, Any]:
         del name, timeout_s
         self.events.extend(params["events"])
-        return {"ready": True, "committed": {}, "stop": None, "restore": None}
+        logged = len(self.events) if self.logs else 0
+        return {"ready": True, "committed": {}, "stop": None, "restore": None, "events_logged": logged}
 
 
 class Rig:
@@ -71,18 +73,18 @@ class Rig:
 
     def __init__(self, folder: Path, parts: Mapping[str, Any], gate: Gate | None = None) -> None:
         self.gate = gate or Gate()
-        self._keeper = Keeper()
-        self._pulse = Pulse(self._keeper, rank=0, epoch=1, policies=Policies(), timeouts=Timeouts(), clock=SYSTEM_CLOCK)
-        self._pulse.start()
-        line = AgentLine(self._keeper, 1, "node-0", folder)
+        self.keeper = Keeper()
+        self.pulse = Pulse(self.keeper, rank=0, epoch=1, policies=Policies(), timeouts=Timeouts(), clock=SYSTEM_CLOCK)
+        self.pulse.start()
+        line = AgentLine(self.keeper, 1, "node-0", folder)
         faults: Any = self.gate
-        self.saver = Saver(TrainState(parts), Topology(0, 1), Keep(), line=line, pulse=self._pulse, faults=faults)
+        self.saver = Saver(TrainState(parts), Topology(0, 1), Keep(), line=line, pulse=self.pulse, faults=faults)
         self.saver.open_volume("runs/net", RUN, FORMAT)
         self.saver.wait_s = PATIENCE_S
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        assert self._pulse.flush(Deadline.after(PATIENCE_S))
-        return [event for event in self._keeper.events if event["kind"] == kind]
+        assert self.pulse.flush(Deadline.after(PATIENCE_S))
+        return [event for event in self.keeper.events if event["kind"] == kind]
 
     def snapshot(self, step: int) -> dict[str, torch.Tensor]:
         """The sealed snapshot of a step, proven, as an independent reader finds it."""
@@ -107,7 +109,7 @@ class Rig:
         for point in list(self.gate._held):
             self.gate.open(point)
         self.saver.close()
-        self._pulse.end()
+        self.pulse.end()
 
 
 def same(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> bool:

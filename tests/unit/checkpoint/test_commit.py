@@ -80,6 +80,11 @@ def leave_a_hole(bucket: FakeBucket, drain: Drain) -> None:
     bucket.objects[files.payload], bucket.objects[files.manifest] = payload, data
     values = {name: getattr(files, name) for name in type(files).__slots__}
     drain.files[1] = type(files)(**{**values, "manifest_nbytes": len(data), "manifest_digest": twin.digest()})
+    drain.plan_digests[1] = twin.plan_digest
+
+
+def report_another_plan(bucket: FakeBucket, drain: Drain) -> None:
+    drain.plan_digests[0] = "0123456789abcdef"
 
 
 @pytest.mark.parametrize(
@@ -92,6 +97,7 @@ def leave_a_hole(bucket: FakeBucket, drain: Drain) -> None:
         swap_manifests,
         put_manifest_of_another_step,
         leave_a_hole,
+        report_another_plan,
     ],
 )
 def test_commit_anything_unproven_commits_nothing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -184,3 +185,17 @@ def test_refusal_of_what_was_restored_ends_the_rank_at_its_next_step(keeper: Kee
     pulse.emit("log", number=1)
     with pytest.raises(KtrainError):
         pulse.wait_answer(soon(), "hand over")
+
+
+def test_wait_for_the_log_ends_once_the_head_has_them_in_time_or_hurried(keeper: Keeper, pulse: Pulse) -> None:
+    pulse.emit("log", value=1)
+    pulse.emit("log", value=2)
+    assert pulse.log.num_said == 2
+    hurried = threading.Event()
+    assert not pulse.log.wait(2, Deadline.after(0.05), hurried)
+    keeper.answer["events_logged"] = 1
+    assert pulse.log.wait(1, soon(), hurried) and pulse.log.num_logged == 1
+    hurried.set()
+    assert not pulse.log.wait(2, soon(), hurried)
+    keeper.answer["events_logged"] = 2
+    assert pulse.log.wait(2, soon(), threading.Event())

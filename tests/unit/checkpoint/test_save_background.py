@@ -16,7 +16,7 @@ from torch import nn
 
 from ktrain.checkpoint.policy import Capture
 from ktrain.errors import InternalError
-from tests.unit.checkpoint.saving import COPYING, STAGED, Rig, same
+from tests.unit.checkpoint.saving import COPYING, SEALED, STAGED, Rig, same
 
 WIDTH = 64  # a weight of 16 KiB: large enough to be left to the background
 
@@ -397,3 +397,44 @@ def test_close_while_a_copy_runs_seals_it(loop: Loop, tmp_path: Path) -> None:
         assert rig.saver.saved_step == 2
         with Rig(tmp_path, loop.parts) as other:
             assert same(other.snapshot(2), expected)
+
+
+def test_seal_waits_for_the_log_of_what_was_said_before_it(rig: Rig) -> None:
+    rig.keeper.logs = False
+    rig.gate.hold(STAGED, SEALED)
+    rig.pulse.emit("step", step=10, loss=0.5)
+    assert rig.saver.save(10)
+    rig.gate.await_reached(STAGED)
+    rig.gate.open(STAGED)
+    rig.saver.wait_copied()
+    assert rig.pulse.log.num_logged == 0
+    rig.keeper.logs = True
+    rig.gate.await_reached(SEALED)
+    assert rig.pulse.log.num_logged >= 1
+    rig.gate.open(SEALED)
+    assert rig.saver.finish()
+    assert rig.events("notice") == []
+
+
+def test_seal_goes_on_without_a_log_and_says_so_once(rig: Rig) -> None:
+    rig.keeper.logs = False
+    for step in (10, 20):
+        rig.gate.hold(SEALED)
+        rig.pulse.emit("step", step=step, loss=0.5)
+        assert rig.saver.save(step)
+        rig.gate.await_reached(SEALED)
+        rig.gate.open(SEALED)
+        assert rig.saver.finish()
+    (said,) = rig.events("notice")
+    assert "step 10 is sealed before the run's log" in said["message"]
+
+
+def test_save_does_not_wait_for_the_log_of_the_one_before_it(rig: Rig) -> None:
+    rig.keeper.logs = False
+    for step in (10, 20, 30):
+        rig.pulse.emit("step", step=step, loss=0.5)
+        assert rig.saver.save(step)
+        rig.saver.wait_copied()
+    assert rig.saver.finish()
+    assert rig.events("notice") == [] and rig.events("save_skipped") == []
+    assert rig.steps_held() == [10, 20, 30]

@@ -8,7 +8,7 @@ import pytest
 
 from ktrain.base import contract, ids
 from ktrain.checkpoint.marks import metrics_name, pin_name
-from tests.unit.checkpoint.builders import flip, identity, put_checkpoint
+from tests.unit.checkpoint.builders import deadline, flip, identity, put_checkpoint
 from tests.unit.cli.runs import StoredRun
 
 
@@ -142,3 +142,40 @@ def test_repair_that_finds_no_copy_says_which_rank(run: StoredRun) -> None:
     assert answer.code == contract.EXIT_CORRUPT and "rank 1" in answer.err and "NOT REPAIRED" in answer.err
     assert run.ckpt("repair", "--step", "10").code == contract.EXIT_OK
     assert run.ckpt("repair", "--step", "15").code == contract.EXIT_USAGE
+
+
+def tear(run: StoredRun, step: int, write_id: str) -> str:
+    """A record that was not written to its end; its name."""
+    name = f"checkpoints/step-{step:08d}/commit-000001-{write_id}.json"
+    run.tier.write(name, run.read(name)[:-40], deadline=deadline())
+    return name
+
+
+def test_repair_removes_a_torn_record_of_a_whole_checkpoint_when_confirmed_alone(run: StoredRun) -> None:
+    put_checkpoint(run.tier, identity(20), "cafe")
+    torn = tear(run, 20, "cafe")
+    before = run.names()
+    for arguments in ((), ("--dry-run", "--confirm")):
+        said = run.ckpt("repair", "--output", "json", *arguments).json
+        assert [row["write_id"] for row in said["unreadable"]] == ["cafe"] and not said["removed"]
+        assert run.names() == before
+    answer = run.ckpt("repair", "--confirm")
+    assert answer.code == contract.EXIT_OK and "removed: step 20" in answer.out
+    assert {name for name in before if "cafe" in name} == set(before) - set(run.names()) >= {torn}
+    assert run.ckpt("verify").code == contract.EXIT_OK
+
+
+def test_repair_leaves_a_torn_record_that_is_the_only_word_of_its_step(run: StoredRun) -> None:
+    torn = tear(run, 20, "0a1b")
+    spoil(run, 20, "rank-00000.safetensors")
+    before = run.names()
+    answer = run.ckpt("repair", "--confirm")
+    assert answer.code == contract.EXIT_CORRUPT and run.names() == before and torn in before
+
+
+def test_repair_leaves_a_torn_record_of_a_pinned_step(run: StoredRun) -> None:
+    put_checkpoint(run.tier, identity(20), "cafe")
+    torn = tear(run, 20, "cafe")
+    run.ckpt("pin", "--step", "20")
+    answer = run.ckpt("repair", "--confirm")
+    assert answer.code == contract.EXIT_OK and "pinned" in answer.err and torn in run.names()

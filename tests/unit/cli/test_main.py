@@ -27,7 +27,7 @@ OPTIONS = {
     "ckpt rm": {"--step", "--volume", "--all", "--force", "--yes", "--dry-run", "--output"},
     "ckpt show": {"--step", "--output"},
     "ckpt diff": {"--step", "--output"},
-    "ckpt repair": {"--step", "--dry-run", "--output"},
+    "ckpt repair": {"--step", "--confirm", "--dry-run", "--output"},
     "ckpt pin": {"--step", "--off", "--dry-run", "--output"},
     "ckpt gc": {"--keep", "--dry-run", "--output"},
     "ckpt export": {"--to", "--step", "--part", "--max-shard-size", "--output"},
