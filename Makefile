@@ -71,7 +71,7 @@ bench: $(BUILT)
 	$(BIN)/python -m benchmarks
 
 bench-gpu: $(BUILT)
-	$(BIN)/python -m benchmarks --gpu
+	$(BIN)/python -m benchmarks --gpu $(if $(RECORD),--record $(RECORD))
 
 # Other libraries beside ktrain, each in an environment of its own laid over this one: it finds torch and ktrain here, so
 # that all of them run with the same build of torch, and its own packages come first.

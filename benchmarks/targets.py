@@ -197,7 +197,7 @@ class Verdict:
         return self.target.short_by(self.value)
 
     @property
-    def isreached(self) -> bool:
+    def is_reached(self) -> bool:
         return self.short_by <= 0
 
 
@@ -258,13 +258,13 @@ def page(found: Sequence[Found], notes: Mapping[str, Mapping[str, str]], missing
     reasons: list[str] = []
     for row in ROWS:
         said = verdicts(row, found)
-        said_reached = reached(row, said)
+        verdict = reached(row, said)
         measured = "; ".join(f"{one.text} ({one.case}: {one.way})" for one in said) or "not measured in this run"
-        lines.append(f"| {row.figure} | {row.at_least} | {measured} | {said_reached} | {row.field_today} |")
-        if said_reached != "yes":
+        lines.append(f"| {row.figure} | {row.at_least} | {measured} | {verdict} | {row.field_today} |")
+        if verdict != "yes":
             note = notes.get(row.key, {})
             told = " ".join(f"{name.capitalize()}: {note[name]}" for name in ("limit", "tried") if name in note)
-            reasons.append(f"- **{row.figure}** ({said_reached}). {told or 'No note yet: see benchmarks/notes.toml.'}")
+            reasons.append(f"- **{row.figure}** ({verdict}). {told or 'No note yet: see benchmarks/notes.toml.'}")
     parts = ["\n".join(lines)]
     if reasons:
         parts.append("## What falls short\n\n" + "\n".join(reasons))
