@@ -192,7 +192,7 @@ class Coordinator:
             if int(said["epoch"]) == epoch:
                 self._take_ranks(member, said)
             restored = None if self._restore is None else self._restore.restored
-            self._commits.derive(self._roster.inventories(), self._roster.disks(), restored)
+            self._commits.follow(self._roster, restored)
             answer = self._answer(member, said)
         self._wake.set()
         return answer
