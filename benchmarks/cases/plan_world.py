@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,9 +15,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.bench import Bench
-from benchmarks.harness import Case, Kind, Measured, Outcome, Proofs, Step, measure
+from benchmarks.harness import Case, Figure, Kind, Measured, Outcome, Proofs, Step, Unit, measure
 from benchmarks.snapshots import ALONE
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.format.payload import CHUNK_NBYTES, Entry
@@ -51,9 +53,11 @@ def _run(bench: Bench) -> Outcome:
     proofs = Proofs()
     num_parameters = bench.sizes.num_small // 4
     rows: list[Measured] = []
+    figures: list[Figure] = []
+    topology = Topology(_RANK, _WORLD, _RANK % _PER_NODE, _PER_NODE).with_nodes([_PER_NODE] * (_WORLD // _PER_NODE))
     for layout in _LAYOUTS:
         with _rank(_RANK):
-            state, topology = _state(layout, num_parameters), Topology(_RANK, _WORLD, _RANK % _PER_NODE, _PER_NODE)
+            state = _state(layout, num_parameters)
             first = partial(_first, state, topology)
             plan = first()
             proofs.true(f"{layout.name}: every byte has its tensor", _is_whole(plan))
@@ -63,7 +67,22 @@ def _run(bench: Bench) -> Outcome:
             rows += measure(steps, bench.sizes.repeats)
             again = Step(f"unchanged plan, {what}", Kind.KTRAIN, 0, partial(plan_save, state, topology))
             rows += measure([again], bench.sizes.repeats)
-    return Outcome(proofs, [*rows, *_restores(bench, proofs)])
+            with _Collectives() as collectives:
+                plan_save(state, topology)
+            figures.append(Figure(f"collectives of an unchanged plan, {layout.name}", collectives.num, Unit.COUNT))
+    return Outcome(proofs, [*rows, *_restores(bench, proofs)], figures)
+
+
+class _Collectives(TorchDispatchMode):
+    """Counts what goes to other ranks while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num += "c10d" in function.namespace
+        return function(*args, **(kwargs or {}))
 
 
 def _restores(bench: Bench, proofs: Proofs) -> list[Measured]:

@@ -9,7 +9,7 @@ from ktrain.base import contract
 from ktrain.checkpoint import lineage
 from ktrain.checkpoint.lineage import Inventories
 from ktrain.checkpoint.replication import Replication
-from ktrain.checkpoint.roster import Attempt
+from ktrain.checkpoint.roster import Attempt, Roster
 from ktrain.format.manifest import Identity
 
 
@@ -21,6 +21,7 @@ class Commits:
         self._emit = emit
         self.replication = replication
         self._newest: dict[str, Identity] = {}
+        self._followed: tuple[int, Identity | None, Identity | None] | None = None
         self.first_is_recorded = False  # the run directory knows that this attempt has committed
         self.durable_is_recorded = False  # it knows that this attempt has committed in the bucket
 
@@ -58,11 +59,21 @@ class Commits:
         """Tier -> [step, epoch]."""
         return {tier: [identity.step, identity.epoch] for tier, identity in self._newest.items()}
 
+    def follow(self, roster: Roster, restored: Identity | None) -> None:
+        """Derives anew where a beat has changed something.
+
+        Nearly all beats of a large job say what the last ones said, and a join of all inventories takes milliseconds.
+        """
+        known = roster.num_changes, restored, self.replication.wanted
+        if known != self._followed:
+            self._followed = known
+            self.derive(roster.inventories(), roster.disks(), restored)
+
     def derive(self, volumes: Inventories, disks: Inventories, restored: Identity | None) -> None:
         """Finds what is complete on volumes and disks: of this attempt's epoch, or what it continued from."""
         home = self._attempt.home
         wanted: dict[int, list[str]] = {}
-        for identity, ranks in self._of_the_line(volumes, restored):
+        for identity, ranks in self._of_the_line(volumes, restored, (contract.TIER_MEMORY, contract.TIER_PEER)):
             if identity == self.replication.wanted:
                 wanted = ranks
             if any(node not in ranks.get(rank, ()) for rank, node in home.items()):
@@ -72,17 +83,27 @@ class Commits:
                 self._advance(contract.TIER_PEER, identity)
         self.replication.look(wanted, home)
 
-        for identity, ranks in self._of_the_line(disks, restored):
+        for identity, ranks in self._of_the_line(disks, restored, (contract.TIER_DISK,)):
             if all(node in ranks.get(rank, ()) for rank, node in home.items()):
                 self._advance(contract.TIER_DISK, identity)
 
     def _of_the_line(
-        self, inventories: Inventories, restored: Identity | None
+        self, inventories: Inventories, restored: Identity | None, tiers: tuple[str, ...]
     ) -> Iterator[tuple[Identity, dict[int, list[str]]]]:
-        for identity, ranks in lineage.copies_by_rank(inventories).items():
-            known = identity.epoch == self._attempt.epoch or identity == restored
-            if known and self._attempt.home and identity.world_size == len(self._attempt.home):
-                yield identity, ranks
+        """What may be committed anew in one of the tiers, and which nodes hold it by rank."""
+        epoch, world_size = self._attempt.epoch, len(self._attempt.home)
+        known = [self._newest.get(tier) for tier in tiers]
+        least = min((-1, -1) if newest is None else (newest.step, newest.epoch) for newest in known)
+        # First of all entries those that can tell something new: few of the many thousand.
+        fresh = {
+            node: [
+                (rank, at)
+                for rank, at in held
+                if (at.step, at.epoch) > least and (at.epoch == epoch or at == restored) and at.world_size == world_size
+            ]
+            for node, held in inventories.items()
+        }
+        yield from lineage.copies_by_rank(fresh).items()
 
     def _advance(self, tier: str, identity: Identity) -> None:
         known = self._newest.get(tier)

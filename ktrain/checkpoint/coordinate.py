@@ -198,7 +198,7 @@ class Coordinator:
             if int(said["epoch"]) == epoch:
                 self._take_ranks(member, said)
             restored = None if self._restore is None else self._restore.restored
-            self._commits.derive(self._roster.inventories(), self._roster.disks(), restored)
+            self._commits.follow(self._roster, restored)
             if len(self._roster.wires().keys() & self._attempt.nodes.keys()) > 1:
                 self._commits.replication.choose(self._commits.memory, self._commits.peer)
             answer = self._answer(member, said)

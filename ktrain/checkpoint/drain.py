@@ -6,7 +6,7 @@ come and go in the middle of a drain (ADR 0013).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,11 +119,12 @@ class Drain:
         asked by everybody in turn.
         """
         live = [member for member in members if now_s - member.heard_s <= lease_s]
+        alive = {member.instance for member in live}
         waiting = [rank for rank in range(self.identity.world_size) if rank not in self.files]
         for rank in waiting:
-            if not self._is_at_work(rank, live):
+            if not self._is_at_work(rank, alive):
                 self._find_uploader(rank, live, patient=now_s - self.started_s < lease_s)
-        at_work = [rank for rank in waiting if self._is_at_work(rank, live)]
+        at_work = {rank for rank in waiting if self._is_at_work(rank, alive)}
         for rank in waiting:
             failures = list(self.failures.get(rank, {}).values())
             if rank in at_work or self.failure is not None:
@@ -135,9 +136,9 @@ class Drain:
             elif now_s - self.moved_s > lease_s and not any((rank, self.identity) in member.held for member in live):
                 self.failure = f"no node that answers holds rank {rank} of {self.identity} any more"
 
-    def _is_at_work(self, rank: int, live: Iterable[Member]) -> bool:
+    def _is_at_work(self, rank: int, alive: Collection[str]) -> bool:
         uploader = self.uploaders.get(rank)
-        return uploader not in self.failures.get(rank, {}) and any(member.instance == uploader for member in live)
+        return uploader in alive and uploader not in self.failures.get(rank, {})
 
     def _find_uploader(self, rank: int, live: Iterable[Member], *, patient: bool) -> None:
         failed = self.failures.get(rank, {})

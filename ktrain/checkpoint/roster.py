@@ -73,6 +73,8 @@ class Roster:
 
     def __init__(self) -> None:
         self._members: dict[str, Member] = {}
+        self.num_changes = 0
+        """Counts beats after which volumes and disks hold something else than before, and nodes that are forgotten."""
 
     def take(self, said: Mapping[str, Any], now_s: float) -> tuple[Member, list[Event]]:
         """Takes a beat; returns the member and the events that are new (a beat whose answer was lost comes again)."""
@@ -85,10 +87,12 @@ class Roster:
         member.heard_s = now_s
         member.wire = said["wire"]
         member.freed = said["freed"]
+        had = member.held, member.on_disk
         if said["has_looked"]:  # else it says nothing of its volume yet
             member.held = tuple((int(rank), Identity.from_json(identity)) for rank, identity in said["held"])
         if said["has_looked"] and said["on_disk"] is not None:
             member.on_disk = tuple((int(rank), Identity.from_json(identity)) for rank, identity in said["on_disk"])
+        self.num_changes += (member.held, member.on_disk) != had
         for entry in said["manifests"]:
             member.manifests[(int(entry["rank"]), Identity.from_json(entry["identity"]))] = entry["text"]
         fresh = []
@@ -104,6 +108,7 @@ class Roster:
 
     def forget(self, node: str) -> None:
         """A node is gone with its volume."""
+        self.num_changes += 1
         self._members = {name: member for name, member in self._members.items() if member.node != node}
 
     def forget_ranks(self) -> None:
