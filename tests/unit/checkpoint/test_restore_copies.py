@@ -96,6 +96,7 @@ class World:
             restorer = Restorer(
                 TrainState({"part": fresh}), topology(0), self.shelf.volume, pulse, keeper, str(self.shelf.folder / "r")
             )
+            restorer._tier.close()
             restorer._tier = self.bucket
             restorer._disk = self.shelf.disk
             restorer._close = lambda: None  # type: ignore[method-assign] -- the shelf's to close
