@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ktrain.abc.proven import BadBytes
-from ktrain.abc.transport import Transport
+from ktrain.abc.transport import PartialRead, Transport
 from ktrain.base import contract
 from ktrain.base.clock import Clock, Deadline
 from ktrain.base.faults import FaultPoints
@@ -84,6 +84,7 @@ class Carrier:
         self.on_disk: Sequence[tuple[int, Identity]] = ()  # replaced whole
         self._wakes = {"drain": threading.Event(), "disk": threading.Event(), "pull": threading.Event()}
         self._pull_lock = threading.Lock()  # one pull at a time: bounded chunks in flight
+        self._fault_lock = threading.Lock()  # a plan counts, and is not made for several threads
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -234,6 +235,15 @@ class Carrier:
         with self._pull_lock:
             protect = self._wanted.protect
             return self._transport.pull(source, rank, identity, protect=protect, deadline=deadline).wire_nbytes
+
+    def read(self, wanted: PartialRead, owner: str, deadline: Deadline) -> int:
+        """Brings parts of a snapshot of another node into a reader's file; returns the bytes that crossed the wire."""
+        if self._transport is None:
+            raise UnavailableError(f"{wanted}: this node has no wire to its peers")
+        source = self._source_of(owner, deadline)
+        with self._fault_lock:
+            self._faults.reached("read.parts", step=wanted.identity.step, rank=wanted.rank)
+        return self._transport.read(source, wanted, deadline=deadline)
 
     def _source_of(self, owner: str, deadline: Deadline) -> str:
         """Waits, bounded, until both ends of the wire are up (a replaced node joins the wire while ranks start)."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ktrain.abc.transport import Transport
+from ktrain.abc.transport import PartialRead, Transport
 from ktrain.base import contract, ids, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
 from ktrain.base.control import Caller, Handler
@@ -163,7 +163,7 @@ class NodeKeeper:
 
     def handlers(self) -> dict[str, Handler]:
         """Calls that workers of this node make."""
-        return {"pulse": self._pulse, "fetch": self._fetch}
+        return {"pulse": self._pulse, "fetch": self._fetch, "read": self._read}
 
     def _pulse(self, said: dict[str, Any]) -> dict[str, Any]:
         """A worker's sign of life with its news; the answer is what it must know."""
@@ -224,6 +224,12 @@ class NodeKeeper:
         copy = Copy.from_json(said["copy"])
         deadline = Deadline.after(float(said["timeout_s"]), self._clock)
         return {"wire_nbytes": self._carrier.pull(copy.rank, copy.identity, copy.place, deadline)}
+
+    def _read(self, said: dict[str, Any]) -> dict[str, Any]:
+        """Brings parts of a peer's copy into a file of a rank that restores."""
+        copy, wanted = Copy.from_json(said["copy"]), PartialRead.from_json(said["wanted"])
+        deadline = Deadline.after(float(said["timeout_s"]), self._clock)
+        return {"wire_nbytes": self._carrier.read(wanted, copy.place, deadline)}
 
     # Beats
 

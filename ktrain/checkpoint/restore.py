@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ktrain import device
+from ktrain.abc.transport import PartialRead
 from ktrain.base import contract, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.base.control import Caller
@@ -15,7 +16,7 @@ from ktrain.checkpoint import lineage
 from ktrain.checkpoint.agreement import RestoreState
 from ktrain.checkpoint.lineage import Copy
 from ktrain.checkpoint.pulse import Pulse
-from ktrain.checkpoint.source import Failure, NearestSource, Openers
+from ktrain.checkpoint.source import Failure, NearestSource, Openers, PeerCalls
 from ktrain.errors import ConfigError, CorruptionError, UnavailableError, from_kind
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.snapshot.arena import NodeVolume
@@ -135,11 +136,13 @@ class Restorer:
             needs = plan_restore(self._state, manifests, self._topology)
         except ConfigError as error:
             raise ConfigError(f"{error}\n{self._consequence()}") from error
+        identity = Identity.from_json(word["identity"])
+        is_same_size = identity.world_size == self._topology.world_size
         openers = Openers(
             volume=self._volume,
             disk=self._disk,
             tier=self._tier,
-            pull=self._pull,
+            peers=PeerCalls(self._pull, self._read_parts, self._topology.rank if is_same_size else None),
             deadline_of=lambda nbytes: Deadline.after(self._timeouts.storage_s + nbytes / 1e6, self._clock),
             num_threads=self._topology.copy_threads,
         )
@@ -153,8 +156,7 @@ class Restorer:
             source.close()
             self._report("failed", copies=[failure.to_json() for failure in source.failures])
             return
-        identity = Identity.from_json(word["identity"])
-        own = manifests.get(self._topology.rank) if identity.world_size == self._topology.world_size else None
+        own = manifests.get(self._topology.rank) if is_same_size else None
         digest = None if own is None else own.plan_digest
         self._loaded = _Loaded(identity, needs, landing, source, self._clock.monotonic() - started, digest)
         self._report("ready")
@@ -164,6 +166,12 @@ class Restorer:
         timeout_s = self._timeouts.restore_s / 2
         said = {"copy": copy.to_json(), "timeout_s": timeout_s}
         return int(self._keeper.call("fetch", said, timeout_s=timeout_s + self._timeouts.call_s)["wire_nbytes"])
+
+    def _read_parts(self, copy: Copy, wanted: PartialRead, deadline: Deadline) -> int:
+        """Has the node keeper bring parts of a peer's copy into a file; returns the bytes that crossed the wire."""
+        timeout_s = deadline.remaining_s()
+        said = {"copy": copy.to_json(), "wanted": wanted.to_json(), "timeout_s": timeout_s}
+        return int(self._keeper.call("read", said, timeout_s=timeout_s + self._timeouts.call_s)["wire_nbytes"])
 
     def _refused(self, failure: Failure) -> None:
         """A copy that is bad is named in the events, and a bad slot of this node is taken out of the inventory."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ktrain.abc.transport import PartialRead
 from ktrain.base import contract, settings
 from ktrain.base.clock import Deadline
 from ktrain.base.control import Caller, LocalCaller
@@ -23,7 +24,7 @@ from ktrain.checkpoint.coordinate import Coordinator
 from ktrain.checkpoint.lineage import Copy
 from ktrain.checkpoint.node import NodeKeeper, NodePlace
 from ktrain.checkpoint.policy import Every, Keep, Policies
-from ktrain.checkpoint.source import NearestSource, Openers
+from ktrain.checkpoint.source import NearestSource, Openers, PeerCalls
 from ktrain.errors import CorruptionError, KtrainError, UnavailableError
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.snapshot.arena import NodeVolume
@@ -78,6 +79,8 @@ class Worker:
     error: tuple[str, str] | None = None
     tiers: dict[int, str] = field(default_factory=dict)
     ready_round: int = 0
+    wanted: dict[int, tuple[int, int]] = field(default_factory=dict)  # by saved rank; its own snapshot where empty
+    wire_nbytes: int = 0  # of the last restore
     disk: NodeDisk | None = None  # this process's own, as `checkpoint.restore` opens it
     reached: Callable[[str], None] = lambda moment: None  # called in the middle of a save; may raise
 
@@ -149,24 +152,36 @@ class Worker:
             volume=self.volume,
             tier=cluster.catalog.tier,
             disk=self.disk,
-            pull=lambda copy: self.caller.call("fetch", {"copy": copy.to_json(), "timeout_s": 5.0}, timeout_s=5.0)[
-                "wire_nbytes"
-            ],
+            peers=PeerCalls(self._pull, self._read_parts, self.rank),
             deadline_of=lambda nbytes: Deadline.after(10.0),
             num_threads=1,
         )
         source = NearestSource(manifests, copies, openers, lambda failure: self._refused(failure, cluster))
         try:
-            source.fetch({self.rank: [(0, manifests[self.rank].nbytes)]}, deadline=Deadline.after(10.0))
-            expected, _ = snapshot(self.rank, manifests[self.rank].identity)
-            assert bytes(source.view(self.rank, 0, len(expected))) == expected, "bytes that nobody saved were loaded"
+            wanted = self.wanted or {self.rank: (0, manifests[self.rank].nbytes)}
+            source.fetch({rank: [span] for rank, span in wanted.items()}, deadline=Deadline.after(10.0))
+            for rank, (begin, end) in wanted.items():
+                expected, _ = snapshot(rank, manifests[rank].identity)
+                assert bytes(source.view(rank, begin, end)) == expected[begin:end], (
+                    "bytes that nobody saved were loaded"
+                )
             self.tiers = dict(source.tiers)
+            self.wire_nbytes = source.tally.wire_nbytes
             self.restore = {"round": number, "status": "ready"}
         except (CorruptionError, UnavailableError):
             failures = [failure.to_json() for failure in source.failures]
             self.restore = {"round": number, "status": "failed", "copies": failures}
         finally:
             source.close()
+
+    def _pull(self, copy: Copy) -> int:
+        said = {"copy": copy.to_json(), "timeout_s": 5.0}
+        return int(self.caller.call("fetch", said, timeout_s=5.0)["wire_nbytes"])
+
+    def _read_parts(self, copy: Copy, wanted: PartialRead, deadline: Deadline) -> int:
+        del deadline
+        said = {"copy": copy.to_json(), "wanted": wanted.to_json(), "timeout_s": 5.0}
+        return int(self.caller.call("read", said, timeout_s=5.0)["wire_nbytes"])
 
     def _refused(self, failure: Any, cluster: Cluster) -> None:
         cluster.refused.append(failure)
@@ -260,6 +275,7 @@ class Cluster:
         self.workers: list[Worker] = []
         self.epoch = 0
         self.drains = True
+        self.wanted: dict[int, dict[int, tuple[int, int]]] = {}  # what ranks want of saved ranks; else their own
 
     def new_coordinator(self) -> Coordinator:
         return Coordinator(self.catalog, timeouts=self.timeouts, emit=self.events.append, clock=self.clock)
@@ -289,7 +305,8 @@ class Cluster:
         run, root = self.catalog.run_id, settings.env(contract.ENV_DISK)
         disk = open_disk(root, run=run, node=node.name, timeouts=self.timeouts)
         caller = LocalCaller(node.keeper.handlers())
-        return Worker(rank, self.epoch, caller, node.volume, policies=self.policies, disk=disk)
+        wanted = self.wanted.get(rank, {})
+        return Worker(rank, self.epoch, caller, node.volume, policies=self.policies, disk=disk, wanted=wanted)
 
     def turn(self, count: int = 1) -> None:
         for _ in range(count):
