@@ -26,6 +26,7 @@ POINTS = (
     "drain.manifest",  # after the payload, before the manifest
     "commit.begin",  # all files are there, no record yet
     "commit.record",  # the record is written, nothing knows of it
+    "restore.fill",  # before a node's agent brings a payload from the bucket into its volume for all nodes
     "read.parts",  # before a node's agent reads parts of a peer's snapshot for a rank
     "restore.loaded",  # bytes are proven, nothing is applied
     "restore.applied",  # applied here, perhaps not yet on other ranks

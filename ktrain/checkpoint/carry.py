@@ -17,6 +17,8 @@ from ktrain.base import contract
 from ktrain.base.clock import Clock, Deadline
 from ktrain.base.faults import FaultPoints
 from ktrain.base.settings import Timeouts
+from ktrain.checkpoint.fill import Filler, WantedFills
+from ktrain.checkpoint.source import Failure
 from ktrain.checkpoint.upload import Uploader, refuse_slot
 from ktrain.errors import CapacityError, ConflictError, CorruptionError, KtrainError, NotFoundError, UnavailableError
 from ktrain.format.manifest import Identity
@@ -35,6 +37,7 @@ class Wanted:
     pull: Sequence[Mapping[str, Any]] = ()
     peers: Mapping[str, str] = field(default_factory=dict)
     protect: Sequence[tuple[int, int]] = ()
+    fill: WantedFills = field(default_factory=WantedFills)  # from the bucket into the volume, before a restore reads
     disk: Mapping[str, Any] | None = None  # what is to be on this node's disk, and how many to keep there
     epoch: int = 0
 
@@ -56,6 +59,7 @@ class Carrier:
     Args:
         emit: takes an event's kind and fields.
         drained: takes what the head is to know of one rank's upload; from several threads.
+        filled: called when `fills` has something new.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Carrier:
         *,
         emit: Callable[..., None],
         drained: Callable[[dict[str, Any]], None],
+        filled: Callable[[], None],
         timeouts: Timeouts,
         clock: Clock,
     ) -> None:
@@ -82,14 +87,16 @@ class Carrier:
         self._not_kept: dict[int, Identity] = {}  # rank -> the replica that was said to be missing
         self._no_room_until: dict[int, float] = {}  # rank -> until when a lack of room is nothing to be said
         self.on_disk: Sequence[tuple[int, Identity]] = ()  # replaced whole
-        self._wakes = {"drain": threading.Event(), "disk": threading.Event(), "pull": threading.Event()}
+        self._filler = Filler(ends.run_url, timeouts, clock, changed=filled, bad=self._say_bad_fill)
+        self._wakes = {name: threading.Event() for name in ("drain", "disk", "pull", "fill")}
         self._pull_lock = threading.Lock()  # one pull at a time: bounded chunks in flight
         self._fault_lock = threading.Lock()  # a plan counts, and is not made for several threads
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Starts the threads."""
-        for name, work in (("drain", self._drain_once), ("disk", self._disk_once), ("pull", self._pull_once)):
+        works = {"drain": self._drain_once, "disk": self._disk_once, "pull": self._pull_once, "fill": self._fill_once}
+        for name, work in works.items():
             thread = threading.Thread(target=self._loop, args=(name, work), name=f"ktrain-{name}", daemon=True)
             thread.start()
             self._threads.append(thread)
@@ -124,6 +131,21 @@ class Carrier:
 
     def _drain_once(self, memory: dict[Any, Any]) -> None:
         self._uploader.work(self._wanted.drain, self._volume(), self._faults)
+
+    # What a restore reads once a job
+
+    @property
+    def fills(self) -> Sequence[Mapping[str, Any]]:
+        """What the head is to know of the fills of the newest restore."""
+        return self._filler.reports
+
+    def _fill_once(self, memory: dict[Any, Any]) -> None:
+        self._filler.work(self._wanted.fill, self._volume(), self._faults)
+
+    def _say_bad_fill(self, failure: Failure) -> None:
+        copy = failure.copy
+        where = {"step": copy.identity.step, "rank": copy.rank, "tier": copy.tier, "where": copy.place}
+        self._emit("bad_copy", reason=failure.reason, begin=failure.begin, end=failure.end, **where)
 
     # The node's own disk
 
@@ -177,7 +199,7 @@ class Carrier:
                 refuse_slot(volume, slot.manifest, error, emit=self._emit, node=self._node)
                 raise
         fields = {"rank": rank, "step": identity.step, "tier": contract.TIER_DISK}
-        self._emit("drained", nbytes=nbytes, seconds=self._clock.monotonic() - started, **fields)
+        self._emit("drained", nbytes=nbytes, seconds=self._clock.monotonic() - started, node=self._node, **fields)
 
     # Pull
 

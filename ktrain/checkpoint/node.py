@@ -21,6 +21,7 @@ from ktrain.base.control import Caller, Handler
 from ktrain.base.events import Event, ListSink, make
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.carry import Carrier, Ends, Wanted
+from ktrain.checkpoint.fill import WantedFills
 from ktrain.checkpoint.lineage import Copy
 from ktrain.checkpoint.upload import DrainReports
 from ktrain.errors import ConflictError, CorruptionError, KtrainError
@@ -109,6 +110,7 @@ class NodeKeeper:
             Ends(run_url, place.node, lambda: self._volume, lambda: self._disk, transport),
             emit=self.emit,
             drained=self._note_drained,
+            filled=self._wake.set,
             timeouts=timeouts,
             clock=clock,
         )
@@ -274,6 +276,7 @@ class NodeKeeper:
                 "ranks": {str(rank): known.to_json(now) for rank, known in self._ranks.items()},
                 "restore_round": self._restore_round,
                 "drained": self._drained.newest(),
+                "filled": list(self._carrier.fills),
                 "freed": self._freed.is_set(),
                 "events_from": self._events_sent,
                 "events": [event.to_json() for event in batch],
@@ -310,6 +313,7 @@ class NodeKeeper:
                 peers=answer["peers"],
                 protect=[(int(step), int(epoch)) for step, epoch in answer["protect"]],
                 disk=answer["disk"],
+                fill=WantedFills.from_json(answer["fill"], self._restore),
                 epoch=int(answer["epoch"]),
             )
         )

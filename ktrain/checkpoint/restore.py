@@ -16,7 +16,7 @@ from ktrain.checkpoint import lineage
 from ktrain.checkpoint.agreement import RestoreState
 from ktrain.checkpoint.lineage import Copy
 from ktrain.checkpoint.pulse import Pulse
-from ktrain.checkpoint.source import Failure, NearestSource, Openers, PeerCalls
+from ktrain.checkpoint.source import Failure, NearestSource, Openers, PeerCalls, Tally
 from ktrain.errors import ConfigError, CorruptionError, UnavailableError, from_kind
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.snapshot.arena import NodeVolume
@@ -94,9 +94,13 @@ class Restorer:
                 raise from_kind(word["error"]["kind"], f"{word['error']['message']}\n{self._consequence()}")
             if state is RestoreState.FRESH:
                 self._round = number
-                self._report("applied", tier="none", nbytes=0, wanted_nbytes=0, num_reads=0, wire_nbytes=0, seconds=0.0)
+                self._report("applied", tier="none", seconds=0.0, **_read_of(Tally()))
                 return 0
-            if state is RestoreState.LOADING and number != self._round and "sources" in word:
+            if state is RestoreState.WEIGHING and number != self._round and "manifests" in word:
+                self._round = number
+                self._say_wants(word)
+                deadline = self._deadline()
+            elif state is RestoreState.LOADING and number != self._round and "sources" in word:
                 self._round = number
                 self._load(word)
                 faults.reached("restore.loaded", step=int(word["identity"]["step"]), rank=self._topology.rank)
@@ -130,12 +134,9 @@ class Restorer:
         """Reads and proves this rank's part of the agreed step, and says so."""
         self._drop()
         started = self._clock.monotonic()
-        manifests = {int(rank): Manifest.from_bytes(text.encode()) for rank, text in word["manifests"].items()}
+        manifests = _manifests_of(word)
         copies = {int(rank): [Copy.from_json(value) for value in values] for rank, values in word["sources"].items()}
-        try:
-            needs = plan_restore(self._state, manifests, self._topology)
-        except ConfigError as error:
-            raise ConfigError(f"{error}\n{self._consequence()}") from error
+        needs = self._plan(manifests)
         identity = Identity.from_json(word["identity"])
         is_same_size = identity.world_size == self._topology.world_size
         openers = Openers(
@@ -160,6 +161,21 @@ class Restorer:
         digest = None if own is None else own.plan_digest
         self._loaded = _Loaded(identity, needs, landing, source, self._clock.monotonic() - started, digest)
         self._report("ready")
+
+    def _plan(self, manifests: Mapping[int, Manifest]) -> RestoreNeeds:
+        try:
+            return plan_restore(self._state, manifests, self._topology)
+        except ConfigError as error:
+            raise ConfigError(f"{error}\n{self._consequence()}") from error
+
+    def _say_wants(self, word: Mapping[str, Any]) -> None:
+        """Tells the head how much this rank will read of each saved rank, and how large that is."""
+        manifests = _manifests_of(word)
+        wants = {
+            saved: [sum(end - begin for begin, end in ranges), manifests[saved].nbytes]
+            for saved, ranges in self._plan(manifests).ranges.items()
+        }
+        self._report("wants", wants=wants)
 
     def _pull(self, copy: Copy) -> int:
         """Has the node keeper bring a peer's copy into this node's volume; returns the bytes that crossed the wire."""
@@ -201,10 +217,7 @@ class Restorer:
         self._report(
             "applied",
             tier=lineage.slowest(source.tiers.values()) if source.tiers else contract.TIER_MEMORY,
-            nbytes=source.tally.nbytes,
-            wanted_nbytes=source.tally.wanted_nbytes,
-            num_reads=source.tally.num_reads,
-            wire_nbytes=source.tally.wire_nbytes,
+            **_read_of(source.tally),
             seconds=loaded.seconds + self._clock.monotonic() - started,
             exact=device.is_deterministic() and loaded.plan_digest == self._plan_digest(),
         )
@@ -219,3 +232,13 @@ class Restorer:
             return plan_save(self._state, self._topology).digest
         except ConfigError:
             return None
+
+
+def _manifests_of(word: Mapping[str, Any]) -> dict[int, Manifest]:
+    return {int(rank): Manifest.from_bytes(text.encode()) for rank, text in word["manifests"].items()}
+
+
+def _read_of(tally: Tally) -> dict[str, int]:
+    """What a report on a restore says of its reads."""
+    names = ("nbytes", "wanted_nbytes", "num_reads", "wire_nbytes", "bucket_nbytes")
+    return {name: getattr(tally, name) for name in names}

@@ -51,6 +51,7 @@ class Member:
     on_disk: tuple[tuple[int, Identity], ...] = ()
     ranks: dict[int, dict[str, Any]] = field(default_factory=dict)
     manifests: dict[tuple[int, Identity], str] = field(default_factory=dict)
+    filled: tuple[Mapping[str, Any], ...] = ()  # what it said of its fills: rank, round, reason, nbytes
     events_taken: int = 0
     freed: bool = False
 
@@ -70,6 +71,7 @@ class Roster:
         member.heard_s = now_s
         member.wire = said["wire"]
         member.freed = said["freed"]
+        member.filled = tuple(said["filled"])
         member.held = tuple((int(rank), Identity.from_json(identity)) for rank, identity in said["held"])
         member.on_disk = tuple((int(rank), Identity.from_json(identity)) for rank, identity in said["on_disk"])
         for entry in said["manifests"]:

@@ -72,6 +72,7 @@ class Tally:
     wanted_nbytes: int = 0
     num_reads: int = 0
     wire_nbytes: int = 0
+    bucket_nbytes: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)  # of wire_nbytes, which threads add to
 
     def crossed(self, nbytes: int) -> None:
@@ -321,6 +322,8 @@ class _Fetch:
         refuses = error is not None and not attempt.is_refused
         if error is None:
             self._source.tally.nbytes += future.result()
+            if attempt.copy.tier == contract.TIER_BUCKET:
+                self._source.tally.bucket_nbytes += future.result()
         elif refuses:
             attempt.is_refused = True
             attempt.reader.stop()

@@ -137,6 +137,9 @@ class Worker:
         elif state == "fresh":
             self.restored = 0
             self.restore = applied(number, "none", self.exact)
+        elif state == "weighing" and self.ready_round != number and "manifests" in word:
+            self.ready_round = number
+            self.restore = {"round": number, "status": "wants", "wants": self._wants(word)}
         elif state == "loading" and self.ready_round != number and "sources" in word:
             self.ready_round = number
             self._load(word, cluster, number)
@@ -144,6 +147,11 @@ class Worker:
             self.restored = self.step = int(word["identity"]["step"])
             self.phase = "train"
             self.restore = applied(number, max(self.tiers.values(), key=contract.TIERS.index), self.exact)
+
+    def _wants(self, word: dict[str, Any]) -> dict[int, list[int]]:
+        sizes = {int(rank): Manifest.from_bytes(text.encode()).nbytes for rank, text in word["manifests"].items()}
+        wanted = self.wanted or {self.rank: (0, sizes[self.rank])}
+        return {rank: [end - begin, sizes[rank]] for rank, (begin, end) in wanted.items()}
 
     def _load(self, word: dict[str, Any], cluster: Cluster, number: int) -> None:
         manifests = {int(rank): Manifest.from_bytes(text.encode()) for rank, text in word["manifests"].items()}
@@ -192,7 +200,7 @@ class Worker:
 
 
 def applied(number: int, tier: str, exact: bool) -> dict[str, Any]:
-    read = {"nbytes": 1, "wanted_nbytes": 1, "num_reads": 1, "wire_nbytes": 0}
+    read = {"nbytes": 1, "wanted_nbytes": 1, "num_reads": 1, "wire_nbytes": 0, "bucket_nbytes": 0}
     return {"round": number, "status": "applied", "tier": tier, **read, "seconds": 0.1, "exact": exact}
 
 
@@ -206,6 +214,8 @@ class Node:
         self.calls = SlotCalls()  # of the workers; a test puts faults there
         self.agent_calls = SlotCalls()  # of the agent, which lands replicas
         self.volume = self.open_volume(self.calls)  # the workers' own
+        self.fills = True  # slots from the bucket, where the head wants it
+        self.at_fill: Callable[[], None] | None = None  # once, before the next fill
         self.start_agent()
 
     def open_volume(self, calls: SlotCalls) -> NodeVolume:
@@ -236,6 +246,12 @@ class Node:
         carrier = self.keeper._carrier  # its threads are not started here
         carrier._pull_once(self.pulled)
         carrier._disk_once(self.stored)
+        if carrier._wanted.fill.copies:
+            act, self.at_fill = self.at_fill, None
+            if act is not None:
+                act()
+        if self.fills:
+            self.keeper._carrier._fill_once({})
         if drain:
             carrier._drain_once(self.drained)
 
