@@ -14,7 +14,7 @@ from benchmarks.harness import Proofs
 from ktrain.base.clock import Deadline
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.lineage import Copy
-from ktrain.checkpoint.source import NearestSource, Openers
+from ktrain.checkpoint.source import NearestSource, Openers, PeerCalls
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.format.payload import CHUNK_NBYTES
 from ktrain.snapshot.arena import Held, NodeVolume
@@ -170,7 +170,7 @@ class Restored:
             disk=None,
             volume=self._volume,
             tier=self._tier,
-            pull=lambda copy: 0,
+            peers=PeerCalls(lambda copy: 0, lambda copy, wanted, deadline: 0, 0),
             deadline_of=lambda nbytes: Deadline.after(_PATIENCE_S),
             num_threads=self._num_threads,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from ktrain.base.clock import Deadline
@@ -36,10 +37,59 @@ class Receipt:
         return cls(**{**value, "identity": Identity.from_json(value["identity"])})
 
 
-class Transport(Protocol):
-    """Pulls snapshots between the volumes of two nodes.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Whole chunks of a payload, with the digests that prove them."""
 
-    A protocol of three calls, so that a faster wire can stand beside Ray. The receiver pulls and owns all it
+    begin: int
+    end: int  # a chunk's border, or the end of the payload
+    chunks: Sequence[int]
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True, slots=True)
+class PartialRead:
+    """What a reader wants of a snapshot, and where it is to be written.
+
+    The digests are the reader's: what the source says of its snapshot is not asked.
+    """
+
+    rank: int
+    identity: Identity
+    chunk_nbytes: int
+    parts: Sequence[Part]  # sorted, apart from each other
+    file: Path  # of the reader, on this node; the parts are written one behind the other from its first byte
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}, step {self.identity.step}, epoch {self.identity.epoch}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "rank": self.rank,
+            "identity": self.identity.to_json(),
+            "chunk_nbytes": self.chunk_nbytes,
+            "parts": [[part.begin, part.end, list(part.chunks)] for part in self.parts],
+            "file": str(self.file),
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> PartialRead:
+        parts = [Part(int(begin), int(end), tuple(chunks)) for begin, end, chunks in value["parts"]]
+        identity = Identity.from_json(value["identity"])
+        return cls(int(value["rank"]), identity, int(value["chunk_nbytes"]), parts, Path(value["file"]))
+
+
+class Transport(Protocol):
+    """Pulls snapshots between the volumes of two nodes, whole or in parts.
+
+    A protocol of four calls, so that a faster wire can stand beside Ray. The receiver pulls and owns all it
     takes: nothing has to be given back when the source dies. Safe from any thread.
     """
 
@@ -67,6 +117,22 @@ class Transport(Protocol):
             CorruptionError: a chunk was wrong twice; the source's copy or the way to it is bad.
             CapacityError: no slot is free, or the volume is full.
             UnavailableError: the source could not be reached, or the wire broke.
+            DeadlineError: it took too long.
+        """
+
+    def read(self, source: str, wanted: PartialRead, *, deadline: Deadline) -> int:
+        """Brings parts of a snapshot from the node at `source` into a file of the reader; no slot is taken.
+
+        Every chunk is proven by the reader's digests; a piece that arrived bad is asked for once more. After an error
+        some parts may be written, and a call that was given up may still be writing.
+
+        Returns:
+            the bytes that crossed the wire.
+
+        Raises:
+            NotFoundError: the source does not hold that snapshot.
+            CorruptionError: a chunk was wrong twice; the source's copy or the way to it is bad.
+            UnavailableError: the source could not be reached, the wire broke, or the file cannot be written.
             DeadlineError: it took too long.
         """
 

@@ -15,6 +15,7 @@ ENV_VOLUME = "KTRAIN_VOLUME"  # folder on a memory-backed file system for the me
 ENV_PATIENCE = "KTRAIN_PATIENCE_S"  # the one setting from which every timeout is derived
 ENV_FAULTS = "KTRAIN_FAULTS"  # fault points to fire in this process (tests)
 ENV_DRAIN_RATE = "KTRAIN_DRAIN_BYTES_PER_S"  # what one node's drains may send to the bucket; unset means no limit
+ENV_SPREAD = "KTRAIN_RESTORE_SPREAD"  # whether a restore reads the bucket once a job: auto, always, never
 ENV_DISK = "KTRAIN_DISK"  # node directory of the disk tier; unset means no disk tier
 
 # Exit codes of workers, head and command line.

@@ -21,14 +21,14 @@ KINDS = frozenset(
     {
         "run_started",  # head took the run: nodes, world_size, version
         "attempt_started",  # world_size, nodes
-        "restored",  # step, tier, tiers (per rank), nbytes, wanted_nbytes, num_reads, seconds, wire_bytes
+        "restored",  # step, tier, tiers (per rank), nbytes, wanted_nbytes, num_reads, wire_bytes, bucket_bytes, spread
         "fresh_start",  # nothing to restore: step 0
         "step",  # step, loss, samples (rank 0's view)
         "snapshot",  # rank, step, tier "memory", nbytes, stall_s
         "save_skipped",  # rank, step, tier, reason
         "committed",  # step, tier, nbytes, seconds
         "replicated",  # rank, step, source, target, nbytes, seconds (through the transport)
-        "drained",  # rank, step, tier, nbytes, seconds
+        "drained",  # rank, step, tier, node, nbytes, seconds
         "collected",  # tier, step: removed by retention
         "quarantined",  # step, epoch, attempts, reason: set aside, an older step is restored
         "loss_mismatch",  # step, expected, found, exact, restored, from_epoch: a restored state does not do what it did

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 from ktrain.base import contract
@@ -69,6 +70,14 @@ class Timeouts:
     def stop_s(self) -> float:
         """From a request to stop until processes are ended."""
         return max(30.0, self.patience_s)
+
+
+class Spread(StrEnum):
+    """Whether a restore reads each byte of the bucket once and passes it on between the nodes."""
+
+    AUTO = "auto"  # where it is estimated to be faster
+    ALWAYS = "always"
+    NEVER = "never"
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +181,22 @@ def drain_bytes_per_s() -> float | None:
             "unset or correct it"
         )
     return rate
+
+
+def restore_spread() -> Spread:
+    """`KTRAIN_RESTORE_SPREAD`, as the head finds it; `auto` where it is unset.
+
+    Raises:
+        ConfigError: it is none of the three words.
+    """
+    text = env(contract.ENV_SPREAD) or Spread.AUTO
+    try:
+        return Spread(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"environment variable {contract.ENV_SPREAD}: expected {', '.join(Spread)}, found {text!r}; unset or "
+            "correct it"
+        ) from error
 
 
 def volume_root() -> Path:

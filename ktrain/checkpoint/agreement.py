@@ -28,6 +28,8 @@ class RestoreState(StrEnum):
 
     GATHERING = "gathering"  # not every rank has asked yet
     PLANNING = "planning"  # all asked; the head chooses a step and brings the manifests together
+    WEIGHING = "weighing"  # ranks say what they would read, and read nothing
+    FILLING = "filling"  # all have said; nodes may bring payloads from the bucket near before any rank reads
     LOADING = "loading"  # ranks read and prove their parts
     SETTLED = "settled"  # all have proven theirs; the head records the choice
     GO = "go"  # every rank applies
@@ -53,16 +55,20 @@ class RestoreAgreement:
     deadline: Deadline | None = None
 
     def report(self, rank: int, report: Mapping[str, Any], deadline: Deadline) -> None:
-        """Takes what a rank says: status "waiting", "ready", "failed" (with the copies that failed) or "applied"."""
+        """Takes what a rank says: status "waiting", "wants" (with how much of what), "ready", "failed" (with the
+        copies that failed) or "applied".
+        """
         if self.deadline is None:
             self.deadline = deadline  # the patience begins with the first rank that asks
         self.reports[rank] = dict(report)
         if self.state is RestoreState.GATHERING:
             self.round = max(self.round, int(report["round"]))
-            if self._all("waiting", "ready", "failed"):
+            if self._all("waiting", "wants", "ready", "failed"):
                 self.state = RestoreState.PLANNING
             elif self._all("ready", "applied"):
                 self.state = RestoreState.GO  # a new head, and the one before had said so: some have applied already
+        elif self.state is RestoreState.WEIGHING and self._all_of_round("wants"):
+            self.state = RestoreState.FILLING
         elif self.state is RestoreState.LOADING and self._all_of_round("ready", "failed"):
             self._settle()
 
@@ -85,6 +91,11 @@ class RestoreAgreement:
         self.excluded |= self.corrupt | given_up
         self.state = RestoreState.PLANNING if failed else RestoreState.SETTLED
 
+    def weigh(self, candidate: Candidate, manifests: dict[int, str]) -> None:
+        """Begins a round in which the ranks only say what they want of a chosen checkpoint."""
+        self.load(candidate, manifests)
+        self.state = RestoreState.WEIGHING
+
     def load(self, candidate: Candidate, manifests: dict[int, str]) -> None:
         """Begins a new round on a chosen checkpoint."""
         self.round += 1
@@ -104,7 +115,7 @@ class RestoreAgreement:
         """Ranks whose answer the current state waits for."""
         if self.state is RestoreState.GATHERING:
             return sorted(set(range(self.world_size)) - set(self.reports))
-        if self.state is RestoreState.LOADING:
+        if self.state in (RestoreState.WEIGHING, RestoreState.LOADING):
             return sorted(rank for rank, said in self.reports.items() if said["round"] != self.round)
         return []
 

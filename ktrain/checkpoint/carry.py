@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ktrain.abc.proven import BadBytes
-from ktrain.abc.transport import Transport
+from ktrain.abc.transport import PartialRead, Transport
 from ktrain.base import contract
 from ktrain.base.clock import Clock, Deadline
 from ktrain.base.faults import FaultPoints
 from ktrain.base.settings import Timeouts
+from ktrain.checkpoint.fill import Filler, WantedFills
+from ktrain.checkpoint.source import Failure
 from ktrain.checkpoint.upload import Uploader, refuse_slot
 from ktrain.errors import CapacityError, ConflictError, CorruptionError, KtrainError, NotFoundError, UnavailableError
 from ktrain.format.manifest import Identity
@@ -38,6 +40,7 @@ class Wanted:
     protect_kept: Sequence[tuple[int, int]] = ()  # the part of it that no replica may overwrite
     disk: Mapping[str, Any] | None = None  # what is to be on this node's disk
     disk_gone: Sequence[tuple[int, int]] = ()  # (step, epoch) of what is to go from there
+    fill: WantedFills = field(default_factory=WantedFills)  # from the bucket into the volume, before a restore reads
     epoch: int = 0
 
 
@@ -58,6 +61,7 @@ class Carrier:
     Args:
         emit: takes an event's kind and fields.
         drained: takes what the head is to know of one rank's upload; from several threads.
+        filled: called when `fills` has something new.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Carrier:
         *,
         emit: Callable[..., None],
         drained: Callable[[dict[str, Any]], None],
+        filled: Callable[[], None],
         timeouts: Timeouts,
         clock: Clock,
     ) -> None:
@@ -84,13 +89,16 @@ class Carrier:
         self._not_kept: dict[int, Identity] = {}  # rank -> the replica that was said to be missing
         self._no_room_until: dict[int, float] = {}  # rank -> until when a lack of room is nothing to be said
         self.on_disk: Sequence[tuple[int, Identity]] | None = None  # replaced whole; None before the first look
-        self._wakes = {"drain": threading.Event(), "disk": threading.Event(), "pull": threading.Event()}
+        self._filler = Filler(ends.run_url, timeouts, clock, changed=filled, bad=self._say_bad_fill)
+        self._wakes = {name: threading.Event() for name in ("drain", "disk", "pull", "fill")}
         self._pull_lock = threading.Lock()  # one pull at a time: bounded chunks in flight
+        self._fault_lock = threading.Lock()  # a plan counts, and is not made for several threads
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Starts the threads."""
-        for name, work in (("drain", self._drain_once), ("disk", self._disk_once), ("pull", self._pull_once)):
+        works = {"drain": self._drain_once, "disk": self._disk_once, "pull": self._pull_once, "fill": self._fill_once}
+        for name, work in works.items():
             thread = threading.Thread(target=self._loop, args=(name, work), name=f"ktrain-{name}", daemon=True)
             thread.start()
             self._threads.append(thread)
@@ -125,6 +133,21 @@ class Carrier:
 
     def _drain_once(self, memory: dict[Any, Any]) -> None:
         self._uploader.work(self._wanted.drain, self._volume(), self._faults)
+
+    # What a restore reads once a job
+
+    @property
+    def fills(self) -> Sequence[Mapping[str, Any]]:
+        """What the head is to know of the fills of the newest restore."""
+        return self._filler.reports
+
+    def _fill_once(self, memory: dict[Any, Any]) -> None:
+        self._filler.work(self._wanted.fill, self._volume(), self._faults)
+
+    def _say_bad_fill(self, failure: Failure) -> None:
+        copy = failure.copy
+        where = {"step": copy.identity.step, "rank": copy.rank, "tier": copy.tier, "where": copy.place}
+        self._emit("bad_copy", reason=failure.reason, begin=failure.begin, end=failure.end, **where)
 
     # The node's own disk
 
@@ -190,7 +213,7 @@ class Carrier:
                 refuse_slot(volume, slot.manifest, error, emit=self._emit, node=self._node)
                 raise
         fields = {"rank": rank, "step": identity.step, "tier": contract.TIER_DISK}
-        self._emit("drained", nbytes=nbytes, seconds=self._clock.monotonic() - started, **fields)
+        self._emit("drained", nbytes=nbytes, seconds=self._clock.monotonic() - started, node=self._node, **fields)
 
     def _store_copies(self, disk: NodeDisk, volume: NodeVolume, rank: int, identity: Identity) -> int:
         """The copies beside a share go along, because no other node can read this disk; bad ones are left out."""
@@ -281,6 +304,15 @@ class Carrier:
         with self._pull_lock:
             receipt = self._transport.pull(source, rank, identity, protect=protect(), deadline=deadline)
         return receipt.wire_nbytes
+
+    def read(self, wanted: PartialRead, owner: str, deadline: Deadline) -> int:
+        """Brings parts of a snapshot of another node into a reader's file; returns the bytes that crossed the wire."""
+        if self._transport is None:
+            raise UnavailableError(f"{wanted}: this node has no wire to its peers")
+        source = self._source_of(owner, deadline)
+        with self._fault_lock:
+            self._faults.reached("read.parts", step=wanted.identity.step, rank=wanted.rank)
+        return self._transport.read(source, wanted, deadline=deadline)
 
     def _source_of(self, owner: str, deadline: Deadline) -> str:
         """Waits, bounded, until both ends of the wire are up (a replaced node joins the wire while ranks start)."""

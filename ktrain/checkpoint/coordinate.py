@@ -241,6 +241,7 @@ class Coordinator:
             "disk": self._commits.wanted_on_disk(every=self._pacer.every.disk),
             "disk_gone": self._sweeps.disks.gone(attempt.epoch),
             "restore": None if restore is None else restore.answer(member.node, int(said["restore_round"])),
+            "fill": None if restore is None else restore.wanted_fills(member),
             "want_manifests": [] if restore is None else restore.wanted_from(member.node),
             "stop": None if self._stop is None else self._stop.to_json(),
             "cadence": self._pacer.to_json(),
@@ -278,8 +279,9 @@ class Coordinator:
     def _work_restore(self) -> None:
         with self._lock:
             director, gate = self._restore, self._policies.gate
-        if director is None:
-            return
+            if director is None:
+                return
+            director.spreading.has_wire = self._wire is not None
         director.gate = gate
         director.work()
         with self._lock:

@@ -20,11 +20,19 @@ from ktrain.checkpoint.gate import Gate, LossGate, Mismatch, OnMismatch, recorde
 from ktrain.checkpoint.log import read_backwards
 from ktrain.checkpoint.pacer import Pacer, read_last
 from ktrain.checkpoint.recall import Outcome, Recall
-from ktrain.checkpoint.roster import Attempt, Roster
+from ktrain.checkpoint.roster import Attempt, Member, Roster
+from ktrain.checkpoint.spreading import Spreading
 from ktrain.errors import DeadlineError, KtrainError, UnavailableError
 from ktrain.format.manifest import Identity
 
-_TOLD = (RestoreState.LOADING, RestoreState.SETTLED, RestoreState.GO)
+_TOLD = (
+    RestoreState.WEIGHING,
+    RestoreState.FILLING,
+    RestoreState.LOADING,
+    RestoreState.SETTLED,
+    RestoreState.GO,
+)
+_DECIDED = (RestoreState.GO, RestoreState.FRESH, RestoreState.FAILED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +63,7 @@ class RestoreDirector:
         self._home = attempt.home
         self._agreement = RestoreAgreement(len(attempt.home), desk.timeouts.restore_s)
         self._recall: Recall | None = None
+        self.spreading = Spreading(desk.catalog, attempt, desk.timeouts, desk.clock)
         self.gate = Gate()  # the ranks' policy
         self.refusal: str | None = None  # why the ranks must not go on from what they restored
         self._losses: LossGate | None = None  # from "go" on; a new head leaves the rest of the comparison out
@@ -134,8 +143,7 @@ class RestoreDirector:
         with self._lock:
             agreement = self._agreement
             state = agreement.state
-            waiting = (RestoreState.GATHERING, RestoreState.PLANNING, RestoreState.LOADING, RestoreState.SETTLED)
-            if state in waiting and agreement.deadline is not None and agreement.deadline.expired():
+            if state not in _DECIDED and agreement.deadline is not None and agreement.deadline.expired():
                 agreement.fail(*self._late())
                 return
         try:
@@ -148,6 +156,8 @@ class RestoreDirector:
     def _work_on(self, state: RestoreState) -> None:
         if state is RestoreState.PLANNING:
             self._plan()
+        elif state is RestoreState.FILLING:
+            self._load_when_filled()
         elif state is RestoreState.SETTLED:
             self._go()
         elif state is RestoreState.GO:
@@ -178,6 +188,7 @@ class RestoreDirector:
         if outcome.candidate is None and outcome.error is None:
             self._catalog.record(self._epoch, "restored", {"step": 0, "epoch": 0, "identity": None})
         last = read_last(self._catalog) if self._pacer.is_auto else None
+        is_weighed = outcome.candidate is not None and self.spreading.opens(outcome.candidate)
         with self._lock:
             self._recall = None
             self.review = recall.review
@@ -187,18 +198,37 @@ class RestoreDirector:
                 self._emit("quarantined", **quarantine.describe(mark))
             for fields in outcome.bad_copies:
                 self._emit("bad_copy", **fields)
-            self._settle(outcome)
+            self._settle(outcome, is_weighed)
 
-    def _settle(self, outcome: Outcome) -> None:
+    def _settle(self, outcome: Outcome, is_weighed: bool) -> None:
         agreement = self._agreement
         if outcome.error is not None:
             agreement.fail(*outcome.error)
+        elif outcome.candidate is not None and is_weighed:
+            agreement.weigh(outcome.candidate, outcome.manifests)
         elif outcome.candidate is not None:
             agreement.load(outcome.candidate, outcome.manifests)
         else:
             agreement.round += 1
             agreement.state = RestoreState.FRESH
             self._emit("fresh_start", step=0)
+
+    def _load_when_filled(self) -> None:
+        """Weighs what the ranks want; they read once what the nodes fill is there, or not to be waited for."""
+        with self._lock:
+            agreement, spreading = self._agreement, self.spreading
+            candidate = agreement.candidate
+            assert candidate is not None
+            if not spreading.is_chosen and spreading.choose(agreement.reports, agreement.round, self._roster):
+                return  # the nodes hear of it with their next beats
+            if spreading.is_settled(candidate.identity, self._roster):
+                agreement.load(spreading.with_fills(candidate, self._roster), agreement.manifests)
+
+    def wanted_fills(self, member: Member) -> dict[str, Any] | None:
+        """What a keeper is to bring from the bucket into its volume now."""
+        if self._agreement.state is not RestoreState.FILLING or self._agreement.candidate is None:
+            return None
+        return self.spreading.wanted_from(member, self._agreement.candidate)
 
     def _go(self) -> None:
         """All ranks have proven theirs: the choice is recorded before anybody can commit on top of it."""
@@ -266,8 +296,10 @@ class RestoreDirector:
             if self._said or agreement.candidate is None or not agreement.done():
                 return
             self._said = True
-            reports = agreement.reports
+            reports, spreading = agreement.reports, self.spreading
             tiers = {str(rank): report["tier"] for rank, report in sorted(reports.items())}
+            if spreading.filled(agreement.candidate):  # what was in memory or at a peer had come from there
+                tiers = dict.fromkeys(tiers, contract.TIER_BUCKET)
             self._emit(
                 "restored",
                 step=agreement.candidate.identity.step,
@@ -277,6 +309,9 @@ class RestoreDirector:
                 wanted_nbytes=sum(report["wanted_nbytes"] for report in reports.values()),
                 num_reads=sum(report["num_reads"] for report in reports.values()),
                 wire_bytes=sum(report["wire_nbytes"] for report in reports.values()),
+                bucket_bytes=sum(report["bucket_nbytes"] for report in reports.values())
+                + spreading.nbytes(self._roster),
+                spread=spreading.reason,
                 seconds=max(report["seconds"] for report in reports.values()),
                 from_epoch=agreement.candidate.identity.epoch,
             )

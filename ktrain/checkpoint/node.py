@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ktrain.abc.transport import Transport
+from ktrain.abc.transport import PartialRead, Transport
 from ktrain.base import contract, ids, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
 from ktrain.base.control import Caller, Handler
 from ktrain.base.events import Event, ListSink, make
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.carry import Carrier, Ends, Wanted
+from ktrain.checkpoint.fill import WantedFills
 from ktrain.checkpoint.lineage import Copy
 from ktrain.checkpoint.upload import DrainReports
 from ktrain.errors import ConflictError, CorruptionError, KtrainError
@@ -133,6 +134,7 @@ class NodeKeeper:
             Ends(run_url, place.node, lambda: self._volume, lambda: self._disk, transport),
             emit=self.emit,
             drained=self._note_drained,
+            filled=self._wake.set,
             timeouts=timeouts,
             clock=clock,
         )
@@ -187,7 +189,7 @@ class NodeKeeper:
 
     def handlers(self) -> dict[str, Handler]:
         """Calls that workers of this node make."""
-        return {"pulse": self._pulse, "fetch": self._fetch}
+        return {"pulse": self._pulse, "fetch": self._fetch, "read": self._read}
 
     def _pulse(self, said: dict[str, Any]) -> dict[str, Any]:
         """A worker's sign of life with its news; the answer is what it must know."""
@@ -254,6 +256,12 @@ class NodeKeeper:
         deadline = Deadline.after(float(said["timeout_s"]), self._clock)
         return {"wire_nbytes": self._carrier.pull(copy.rank, copy.identity, copy.place, deadline)}
 
+    def _read(self, said: dict[str, Any]) -> dict[str, Any]:
+        """Brings parts of a peer's copy into a file of a rank that restores."""
+        copy, wanted = Copy.from_json(said["copy"]), PartialRead.from_json(said["wanted"])
+        deadline = Deadline.after(float(said["timeout_s"]), self._clock)
+        return {"wire_nbytes": self._carrier.read(wanted, copy.place, deadline)}
+
     # Beats
 
     def _beat_loop(self) -> None:
@@ -299,6 +307,7 @@ class NodeKeeper:
                 "ranks": {str(rank): known.to_json(now) for rank, known in self._ranks.items()},
                 "restore_round": self._restore_round,
                 "drained": self._drained.newest(),
+                "filled": list(self._carrier.fills),
                 "freed": self._freed.is_set(),
                 "events_from": self._events_sent,
                 "events": [event.to_json() for event in batch],
@@ -337,6 +346,7 @@ class NodeKeeper:
                 protect_kept=[(int(step), int(epoch)) for step, epoch in answer["protect_kept"]],
                 disk=answer["disk"],
                 disk_gone=[(int(step), int(epoch)) for step, epoch in answer["disk_gone"]],
+                fill=WantedFills.from_json(answer["fill"], self._restore),
                 epoch=int(answer["epoch"]),
             )
         )

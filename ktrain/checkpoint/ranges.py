@@ -85,6 +85,20 @@ def split_span(span: Span, nbytes: int, chunk_nbytes: int) -> list[tuple[int, in
     return list(zip(bounds, [*bounds[1:], span.end], strict=True))
 
 
+def batches(spans: Sequence[Span], nbytes: int, chunk_nbytes: int) -> list[list[Span]]:
+    """The spans in groups of at most `nbytes` (or one chunk) together; a larger span in pieces with the same runs."""
+    found: list[list[Span]] = []
+    room = 0
+    for span in spans:
+        for begin, end in split_span(span, nbytes, chunk_nbytes):
+            if end - begin > room or not found:
+                found.append([])
+                room = nbytes
+            found[-1].append(Span(begin, end, span.runs))
+            room -= end - begin
+    return found
+
+
 def table_of(runs: Runs) -> Table:
     """The columns as one array of 64-bit integers, a row of it for each."""
     columns = (runs.address, runs.nbytes, runs.offset, runs.count, runs.source_step, runs.target_step)

@@ -1,4 +1,4 @@
-"""One copy of one saved rank, opened: a slot of the own volume, or an object of a tier.
+"""One copy of one saved rank, opened: a slot of the own volume, an object of a tier, or a slot of a peer.
 
 Invariant: no byte is lent by `view` or written to memory before its whole chunk matched the digest that was made at
 the snapshot, after the last hop that the bytes took (design promise 2).
@@ -9,7 +9,7 @@ from __future__ import annotations
 import array
 import bisect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -18,17 +18,23 @@ import numpy
 
 from ktrain import native
 from ktrain.abc.tier import FillsMemory, Tier
+from ktrain.abc.transport import Part, PartialRead
 from ktrain.base.clock import Deadline
-from ktrain.checkpoint.ranges import Share, Span, plan_spans, runs_of, split_span, table_of
+from ktrain.checkpoint.ranges import Share, Span, batches, plan_spans, runs_of, split_span, table_of
 from ktrain.errors import CorruptionError, InternalError
 from ktrain.format.manifest import Manifest
 from ktrain.native import Runs
 from ktrain.snapshot.arena import SlotReader
+from ktrain.snapshot.scratch import Scratch
 
 FILE_READ_NBYTES = 8 << 20
 """Of one call where the tier fills memory of ours: large beside the cost of a call, small enough for the caches."""
 BUCKET_READ_NBYTES = 32 << 20
 """Of one request. With 16 MiB the S3 server of the tests took twice as long as with 32 and more (2026-11-25)."""
+
+
+PEER_READ_NBYTES = 16 << 20
+"""Of one read from a peer: large beside the cost of a call, small beside what a volume has free."""
 
 
 class BadCopy(CorruptionError):
@@ -176,31 +182,15 @@ class TierReader:
         self._fills = stored.tier if isinstance(stored.tier, FillsMemory) else None
         self._read_nbytes = BUCKET_READ_NBYTES if self._fills is None else FILE_READ_NBYTES
         self._proof = _Proof(manifest, 1)  # reads run side by side already
-        self._views: list[tuple[int, memoryview]] = []  # sorted by where they begin
+        self._views = _Views()
         self._is_stopped = False
 
     def reads(self, share: Share) -> list[Read]:
-        self._views = [
-            (begin, numpy.empty(end - begin, dtype=numpy.uint8).data)
-            for begin, end in sorted(share.views)
-            if end > begin
-        ]
         found: list[Read] = []
-        for span in plan_spans(self._manifest, self._with_views(share), closes_gaps=True):
+        for span in plan_spans(self._manifest, self._views.landing(share), closes_gaps=True):
             for begin, end in split_span(span, self._read_nbytes, self._manifest.chunk_nbytes):
                 found.append(partial(self._read, begin, end, span.runs))
         return found
-
-    def _with_views(self, share: Share) -> Share:
-        """The share with its views landing in memory of this reader."""
-        views = [
-            (numpy.frombuffer(memory, dtype=numpy.uint8).ctypes.data, memory.nbytes, begin, 1, 0, 0)
-            for begin, memory in self._views
-        ]
-        table = numpy.concatenate(
-            (table_of(share.runs), numpy.array(views, dtype=numpy.int64).reshape(-1, 6).T), axis=1
-        )
-        return Share(runs=runs_of(table[:, numpy.argsort(table[2], kind="stable")]))
 
     def _read(self, begin: int, end: int, runs: Runs, deadline: Deadline) -> int:
         if self._is_stopped:
@@ -232,17 +222,109 @@ class TierReader:
         self._proof.land(data, begin, runs, self._stored.name)
 
     def view(self, begin: int, end: int) -> memoryview:
-        at = bisect.bisect_right(self._views, begin, key=lambda view: view[0]) - 1
-        start, memory = self._views[at] if at >= 0 else (begin, memoryview(b""))
-        if end - start > memory.nbytes:
-            raise _not_asked_for(self._stored.name, begin, end)
-        return memory[begin - start : end - start]
+        return self._views.view(self._stored.name, begin, end)
 
     def stop(self) -> None:
         self._is_stopped = True
 
     def close(self) -> None:
-        self._views = []
+        self._views = _Views()
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """How parts of another node's slot are brought: `read` returns the bytes that crossed the wire."""
+
+    name: str
+    read: Callable[[PartialRead, Deadline], int]
+    scratch: Scratch
+    deadline_of: Callable[[int], Deadline]
+    crossed: Callable[[int], None]  # takes the bytes that crossed the wire; from several threads
+
+
+class PeerReader:
+    """A sealed slot of another node's volume, read in parts. Several parts travel together, so no gap is read over."""
+
+    is_near = False
+
+    def __init__(self, peer: Peer, manifest: Manifest) -> None:
+        self._peer = peer
+        self._manifest = manifest
+        self._proof = _Proof(manifest, 1)  # reads run side by side already
+        self._views = _Views()
+        self._is_stopped = False
+
+    def reads(self, share: Share) -> list[Read]:
+        spans = plan_spans(self._manifest, self._views.landing(share), closes_gaps=False)
+        return [partial(self._read, batch) for batch in batches(spans, PEER_READ_NBYTES, self._manifest.chunk_nbytes)]
+
+    def _read(self, batch: Sequence[Span], deadline: Deadline) -> int:
+        if self._is_stopped:
+            return 0
+        peer, manifest = self._peer, self._manifest
+        nbytes = sum(span.end - span.begin for span in batch)
+        deadline.check(f"read rank {manifest.rank} from {peer.name}")
+        file = peer.scratch.take()
+        try:
+            parts = [self._part(span.begin, span.end) for span in batch]
+            wanted = PartialRead(manifest.rank, manifest.identity, manifest.chunk_nbytes, parts, file.path)
+            within = deadline.sooner(peer.deadline_of(nbytes).remaining_s())
+            peer.crossed(peer.read(wanted, within))
+        except BaseException:
+            peer.scratch.drop(file)  # the wire may still be writing to it
+            raise
+        try:
+            at = 0
+            for span in batch:
+                data = file.memory[at : at + span.end - span.begin]
+                self._proof.land(data, span.begin, span.runs, f"peer {peer.name}")
+                at += len(data)
+        finally:
+            peer.scratch.give(file)
+        return nbytes
+
+    def _part(self, begin: int, end: int) -> Part:
+        size = self._manifest.chunk_nbytes
+        return Part(begin, end, self._manifest.chunks[begin // size : -(-end // size)])
+
+    def view(self, begin: int, end: int) -> memoryview:
+        return self._views.view(f"peer {self._peer.name}", begin, end)
+
+    def stop(self) -> None:
+        self._is_stopped = True
+
+    def close(self) -> None:
+        self._views = _Views()
+
+
+class _Views:
+    """Memory for what is to be viewed of a copy whose bytes do not stay near."""
+
+    def __init__(self) -> None:
+        self._memory: list[tuple[int, memoryview]] = []  # sorted by where they begin
+
+    def landing(self, share: Share) -> Share:
+        """The share with its views landing in memory of this object."""
+        self._memory = [
+            (begin, numpy.empty(end - begin, dtype=numpy.uint8).data)
+            for begin, end in sorted(share.views)
+            if end > begin
+        ]
+        views = [
+            (numpy.frombuffer(memory, dtype=numpy.uint8).ctypes.data, memory.nbytes, begin, 1, 0, 0)
+            for begin, memory in self._memory
+        ]
+        table = numpy.concatenate(
+            (table_of(share.runs), numpy.array(views, dtype=numpy.int64).reshape(-1, 6).T), axis=1
+        )
+        return Share(runs=runs_of(table[:, numpy.argsort(table[2], kind="stable")]))
+
+    def view(self, where: str, begin: int, end: int) -> memoryview:
+        at = bisect.bisect_right(self._memory, begin, key=lambda view: view[0]) - 1
+        start, memory = self._memory[at] if at >= 0 else (begin, memoryview(b""))
+        if end - start > memory.nbytes:
+            raise _not_asked_for(where, begin, end)
+        return memory[begin - start : end - start]
 
 
 def _not_asked_for(where: str, begin: int, end: int) -> InternalError:

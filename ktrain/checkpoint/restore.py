@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from ktrain import device
 from ktrain.abc.source import copies_beside
+from ktrain.abc.transport import PartialRead
 from ktrain.base import contract, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.base.collector import without_collections
@@ -17,7 +18,7 @@ from ktrain.checkpoint import lineage
 from ktrain.checkpoint.agreement import RestoreState
 from ktrain.checkpoint.lineage import Copy
 from ktrain.checkpoint.pulse import Pulse
-from ktrain.checkpoint.source import Failure, NearestSource, Openers
+from ktrain.checkpoint.source import Failure, NearestSource, Openers, PeerCalls, Tally
 from ktrain.errors import ConfigError, CorruptionError, KtrainError, UnavailableError, from_kind
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.snapshot.arena import NodeVolume
@@ -28,6 +29,9 @@ from ktrain.state.topology import Topology
 from ktrain.state.train_state import TrainState
 from ktrain.tier.disk import NodeDisk, open_disk
 from ktrain.tier.location import open_tier
+
+_Beside: TypeAlias = dict[int, tuple[Manifest, Copy]]
+"""Copies that this node has beside the shares of saved ranks, by these (ADR 0015)."""
 
 
 @dataclass(slots=True)
@@ -95,9 +99,13 @@ class Restorer:
                 raise from_kind(word["error"]["kind"], f"{word['error']['message']}\n{self._consequence()}")
             if state is RestoreState.FRESH:
                 self._round = number
-                self._report("applied", tier="none", nbytes=0, wanted_nbytes=0, num_reads=0, wire_nbytes=0, seconds=0.0)
+                self._report("applied", tier="none", seconds=0.0, **_read_of(Tally()))
                 return 0
-            if state is RestoreState.LOADING and number != self._round and "sources" in word:
+            if state is RestoreState.WEIGHING and number != self._round and "manifests" in word:
+                self._round = number
+                self._say_wants(word)
+                deadline = self._deadline()
+            elif state is RestoreState.LOADING and number != self._round and "sources" in word:
                 self._round = number
                 self._load(word)
                 faults.reached("restore.loaded", step=int(word["identity"]["step"]), rank=self._topology.rank)
@@ -131,19 +139,15 @@ class Restorer:
         """Reads and proves this rank's part of the agreed step, and says so."""
         self._drop()
         started = self._clock.monotonic()
-        with without_collections():
-            manifests = {int(rank): Manifest.from_bytes(text.encode()) for rank, text in word["manifests"].items()}
+        manifests = _manifests_of(word)
         places = {int(rank): [Copy.from_json(value) for value in values] for rank, values in word["sources"].items()}
         identity = Identity.from_json(word["identity"])
+        is_same_size = identity.world_size == self._topology.world_size
         bound = Deadline.after(self._timeouts.restore_s, self._clock)
         beside = self._find_copies(identity)
         while True:
             try:
-                needs = plan_restore(
-                    self._state, manifests, self._topology, {rank: manifest for rank, (manifest, _) in beside.items()}
-                )
-            except ConfigError as error:
-                raise ConfigError(f"{error}\n{self._consequence()}") from error
+                needs = self._plan(manifests, beside)
             except CorruptionError as error:  # it does not count, wherever it lies
                 said = [Failure(copy, True, str(error)).to_json() for copies in places.values() for copy in copies]
                 self._report("failed", copies=said)
@@ -151,7 +155,7 @@ class Restorer:
             source = NearestSource(
                 manifests | {copies_beside(rank): manifest for rank, (manifest, _) in beside.items()},
                 places | {copies_beside(rank): [copy] for rank, (_, copy) in beside.items()},
-                self._openers(),
+                self._openers(is_same_size),
                 self._refused,
             )
             self._has_written = True
@@ -167,14 +171,14 @@ class Restorer:
                     return
                 # Copies are an extra: what they had is read from the shares.
                 beside = {rank: found for rank, found in beside.items() if rank not in bad}
-        own = manifests.get(self._topology.rank) if identity.world_size == self._topology.world_size else None
+        own = manifests.get(self._topology.rank) if is_same_size else None
         digest = None if own is None else own.plan_digest
         self._loaded = _Loaded(identity, needs, landing, source, self._clock.monotonic() - started, digest)
         self._report("ready")
 
-    def _find_copies(self, identity: Identity) -> dict[int, tuple[Manifest, Copy]]:
+    def _find_copies(self, identity: Identity) -> _Beside:
         """The copies beside shares of a snapshot that this node has, by rank: in memory, or else on its disk."""
-        found: dict[int, tuple[Manifest, Copy]] = {}
+        found: _Beside = {}
         for tier, place in ((contract.TIER_MEMORY, self._volume), (contract.TIER_DISK, self._disk)):
             if place is None or self._volume is None:
                 continue
@@ -191,21 +195,51 @@ class Restorer:
                 self._refused(Failure(copy, True, reason))
         return found
 
-    def _openers(self) -> Openers:
+    def _openers(self, is_same_size: bool) -> Openers:
         return Openers(
             volume=self._volume,
             disk=self._disk,
             tier=self._tier,
-            pull=self._pull,
+            peers=PeerCalls(self._pull, self._read_parts, self._topology.rank if is_same_size else None),
             deadline_of=lambda nbytes: Deadline.after(self._timeouts.storage_s + nbytes / 1e6, self._clock),
             num_threads=self._topology.copy_threads,
         )
+
+    def _plan(self, manifests: Mapping[int, Manifest], beside: _Beside) -> RestoreNeeds:
+        copies = {rank: manifest for rank, (manifest, _) in beside.items()}
+        try:
+            return plan_restore(self._state, manifests, self._topology, copies)
+        except ConfigError as error:
+            raise ConfigError(f"{error}\n{self._consequence()}") from error
+
+    def _say_wants(self, word: Mapping[str, Any]) -> None:
+        """Tells the head how much this rank will read of each saved rank's share, and how large that is.
+
+        Of a checkpoint with a gap it wants nothing: `_load` refuses it.
+        """
+        manifests = _manifests_of(word)
+        try:
+            ranges = self._plan(manifests, self._find_copies(Identity.from_json(word["identity"]))).ranges
+        except CorruptionError:
+            ranges = {}
+        wants = {
+            saved: [sum(end - begin for begin, end in wanted), manifests[saved].nbytes]
+            for saved, wanted in ranges.items()
+            if saved in manifests
+        }
+        self._report("wants", wants=wants)
 
     def _pull(self, copy: Copy) -> int:
         """Has the node keeper bring a peer's copy into this node's volume; returns the bytes that crossed the wire."""
         timeout_s = self._timeouts.restore_s / 2
         said = {"copy": copy.to_json(), "timeout_s": timeout_s}
         return int(self._keeper.call("fetch", said, timeout_s=timeout_s + self._timeouts.call_s)["wire_nbytes"])
+
+    def _read_parts(self, copy: Copy, wanted: PartialRead, deadline: Deadline) -> int:
+        """Has the node keeper bring parts of a peer's copy into a file; returns the bytes that crossed the wire."""
+        timeout_s = deadline.remaining_s()
+        said = {"copy": copy.to_json(), "wanted": wanted.to_json(), "timeout_s": timeout_s}
+        return int(self._keeper.call("read", said, timeout_s=timeout_s + self._timeouts.call_s)["wire_nbytes"])
 
     def _refused(self, failure: Failure) -> None:
         """A copy that is bad is named in the events, and a bad slot of this node is taken out of the inventory."""
@@ -240,10 +274,7 @@ class Restorer:
         self._report(
             "applied",
             tier=lineage.slowest(source.tiers.values()) if source.tiers else contract.TIER_MEMORY,
-            nbytes=source.tally.nbytes,
-            wanted_nbytes=source.tally.wanted_nbytes,
-            num_reads=source.tally.num_reads,
-            wire_nbytes=source.tally.wire_nbytes,
+            **_read_of(source.tally),
             seconds=loaded.seconds + self._clock.monotonic() - started,
             exact=device.is_deterministic() and loaded.plan_digest == self._plan_digest(),
         )
@@ -258,3 +289,14 @@ class Restorer:
             return plan_save(self._state, self._topology).digest
         except ConfigError:
             return None
+
+
+def _manifests_of(word: Mapping[str, Any]) -> dict[int, Manifest]:
+    with without_collections():
+        return {int(rank): Manifest.from_bytes(text.encode()) for rank, text in word["manifests"].items()}
+
+
+def _read_of(tally: Tally) -> dict[str, int]:
+    """What a report on a restore says of its reads."""
+    names = ("nbytes", "wanted_nbytes", "num_reads", "wire_nbytes", "bucket_nbytes")
+    return {name: getattr(tally, name) for name in names}

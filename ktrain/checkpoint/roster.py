@@ -64,6 +64,7 @@ class Member:
     on_disk: tuple[tuple[int, Identity], ...] | None = None  # None before it has looked
     ranks: dict[int, dict[str, Any]] = field(default_factory=dict)
     manifests: dict[tuple[int, Identity], str] = field(default_factory=dict)
+    filled: tuple[Mapping[str, Any], ...] = ()  # what it said of its fills: rank, round, reason, nbytes
     events_taken: int = 0
     freed: bool = False
 
@@ -87,6 +88,7 @@ class Roster:
         member.heard_s = now_s
         member.wire = said["wire"]
         member.freed = said["freed"]
+        member.filled = tuple(said["filled"])
         had = member.held, member.on_disk
         if said["has_looked"]:  # else it says nothing of its volume yet
             member.held = tuple((int(rank), Identity.from_json(identity)) for rank, identity in said["held"])

@@ -7,38 +7,49 @@ brings the same bytes again.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
 from ktrain.abc.source import copies_beside
 from ktrain.abc.tier import Tier
+from ktrain.abc.transport import PartialRead
 from ktrain.base import contract
 from ktrain.base.clock import Deadline
 from ktrain.checkpoint.lineage import Copy
 from ktrain.checkpoint.ranges import Ranges, Share, wanted_nbytes
 from ktrain.checkpoint.readers import (
     BUCKET_READ_NBYTES,
+    PEER_READ_NBYTES,
     BadCopy,
     Buffers,
     Object,
+    Peer,
+    PeerReader,
     Reader,
     TierReader,
     VolumeReader,
 )
-from ktrain.errors import CorruptionError, KtrainError, NotFoundError, UnavailableError
+from ktrain.errors import CapacityError, CorruptionError, KtrainError, NotFoundError, UnavailableError
 from ktrain.format import record as records
 from ktrain.format.manifest import Manifest
 from ktrain.native import NO_RUNS, Runs
 from ktrain.snapshot.arena import NodeVolume
+from ktrain.snapshot.scratch import Scratch
 from ktrain.tier.disk import NodeDisk
 from ktrain.tier.disk import copies_name as disk_copies_name
 from ktrain.tier.disk import payload_name as disk_payload_name
 
 IN_FLIGHT_NBYTES = 256 << 20
 """Bytes that one rank has on their way from tiers at a time; bounds its memory and its number of calls."""
+
+WHOLE_SHARE = 1 / 1.1
+"""Who wants at least this part of a peer's snapshot has it pulled whole: the node then holds a replica."""
+WHOLE_SHARE_OF_OWN = 0.5
+"""The same for a rank's own snapshot, whose replica in the own volume serves the next restore."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +74,32 @@ class Tally:
     wanted_nbytes: int = 0
     num_reads: int = 0
     wire_nbytes: int = 0
+    bucket_nbytes: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)  # of wire_nbytes, which threads add to
+
+    def crossed(self, nbytes: int) -> None:
+        """So much came over the wire. Safe from any thread."""
+        with self.lock:
+            self.wire_nbytes += nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class PeerCalls:
+    """How a rank gets at the snapshots of other nodes; each call returns the bytes that crossed the wire.
+
+    `rank` is the saved rank that is this rank's own, None where there is none (another number of ranks).
+    """
+
+    pull: Callable[[Copy], int]  # the whole snapshot into a slot of the own volume
+    read: Callable[[Copy, PartialRead, Deadline], int]  # parts of it into a file
+    rank: int | None = None
 
 
 class Openers:
     """Opens copies for one rank on one node.
 
     Args:
-        pull: brings a peer's copy into the own volume; returns the bytes that crossed the wire.
+        peers: the way to copies in the memory of other nodes.
         deadline_of: how long one call for so many bytes may take.
         num_threads: of this rank, for bytes that lie in memory.
     """
@@ -80,20 +110,21 @@ class Openers:
         volume: NodeVolume | None,
         disk: NodeDisk | None,
         tier: Tier,
-        pull: Callable[[Copy], int],
+        peers: PeerCalls,
         deadline_of: Callable[[int], Deadline],
         num_threads: int,
     ) -> None:
         self._volume = volume
         self._disk = disk
         self._tier = tier
-        self._pull = pull
+        self._peers = peers
         self._deadline_of = deadline_of
         self._num_threads = num_threads
         self._buffers = Buffers()
+        self._scratch: Scratch | None = None
 
-    def open(self, copy: Copy, manifest: Manifest, tally: Tally) -> Reader:
-        """The copy, opened where it lies; a peer's copy is pulled into this node's volume first."""
+    def open(self, copy: Copy, share: Share, manifest: Manifest, tally: Tally) -> Reader:
+        """The copy, opened where it lies for a share of it; a peer's is pulled first where most of it is wanted."""
         if copy.rank < 0:
             return self._open_beside(copy, manifest)
         if copy.tier == contract.TIER_BUCKET:
@@ -108,8 +139,13 @@ class Openers:
         if self._volume is None:
             raise UnavailableError(f"rank {copy.rank}, {copy.identity}: this process has no volume")
         if copy.tier == contract.TIER_PEER:
-            tally.wire_nbytes += self._pull(copy)
+            return self._open_peer(self._volume, copy, share, manifest, tally)
         return VolumeReader(self._volume.open(copy.rank, copy.identity), manifest, self._num_threads)
+
+    def close(self) -> None:
+        """Gives back what reads from peers used."""
+        if self._scratch is not None:
+            self._scratch.close()
 
     def _open_beside(self, copy: Copy, manifest: Manifest) -> Reader:
         """Copies beside a share on this node's volume or disk."""
@@ -119,6 +155,28 @@ class Openers:
             return TierReader(Object(self._disk.tier, name, self._deadline_of), manifest, self._buffers)
         assert self._volume is not None, "copies are looked for where there is a volume"
         return VolumeReader(self._volume.copies.open(rank, copy.identity), manifest, self._num_threads)
+
+    def _open_peer(self, volume: NodeVolume, copy: Copy, share: Share, manifest: Manifest, tally: Tally) -> Reader:
+        whole_nbytes = manifest.nbytes * (WHOLE_SHARE_OF_OWN if copy.rank == self._peers.rank else WHOLE_SHARE)
+        if wanted_nbytes(share) >= whole_nbytes:
+            try:
+                tally.crossed(self._peers.pull(copy))
+            except CapacityError:
+                pass  # parts need no slot
+        try:
+            return VolumeReader(volume.open(copy.rank, copy.identity), manifest, self._num_threads)
+        except NotFoundError:
+            pass  # nobody on this node has pulled it
+        if self._scratch is None:
+            self._scratch = Scratch(volume.path, PEER_READ_NBYTES)
+        peer = Peer(
+            copy.place,
+            lambda wanted, deadline: self._peers.read(copy, wanted, deadline),
+            self._scratch,
+            self._deadline_of,
+            tally.crossed,
+        )
+        return PeerReader(peer, manifest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +238,12 @@ class NearestSource:
         for reader in self._readers.values():
             reader.close()
         self._readers = {}
+        self._openers.close()
 
     # For a fetch
 
-    def open(self, copy: Copy) -> Reader:
-        return self._openers.open(copy, self._manifests[copy.rank], self.tally)
+    def open(self, copy: Copy, share: Share) -> Reader:
+        return self._openers.open(copy, share, self._manifests[copy.rank], self.tally)
 
     def accept(self, copy: Copy, reader: Reader) -> None:
         """The copy has brought and proven all that was wanted of it."""
@@ -245,7 +304,7 @@ class _Fetch:
         for copy in wanted.copies:
             reader: Reader | None = None
             try:
-                reader = source.open(copy)
+                reader = source.open(copy, wanted.share)
                 reads = reader.reads(wanted.share)
                 if reader.is_near:
                     for read in reads:
@@ -276,6 +335,8 @@ class _Fetch:
         refuses = error is not None and not attempt.is_refused
         if error is None:
             self._source.tally.nbytes += future.result()
+            if attempt.copy.tier == contract.TIER_BUCKET:
+                self._source.tally.bucket_nbytes += future.result()
         elif refuses:
             attempt.is_refused = True
             attempt.reader.stop()

@@ -160,7 +160,8 @@ class Uploader:
             self._report({**about, "failure": failure, "bad_copy": bad_copy})
             return
         seconds = self._clock.monotonic() - started_s
-        self._emit("drained", rank=rank, step=at.step, tier=contract.TIER_BUCKET, nbytes=files.nbytes, seconds=seconds)
+        where = {"rank": rank, "step": at.step, "tier": contract.TIER_BUCKET, "node": self._node}
+        self._emit("drained", nbytes=files.nbytes, seconds=seconds, **where)
         fields = {name: getattr(files, name) for name in RankFiles.__slots__}
         self._report({**about, "plan_digest": plan_digest, "files": fields})
 

@@ -27,8 +27,12 @@ class RaySource:
     def open(self, rank: int, identity: dict[str, Any]) -> tuple[str, bytes]:
         return self._source.open(rank, identity)
 
-    def read(self, handle: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
-        return np.frombuffer(self._source.read(handle, begin, end), dtype=np.uint8)
+    def lease(self, rank: int, identity: dict[str, Any]) -> str:
+        return self._source.lease(rank, identity)
+
+    def read(self, handle: str, ranges: list[tuple[int, int]]) -> npt.NDArray[np.uint8]:
+        found = [np.frombuffer(self._source.read(handle, begin, end), dtype=np.uint8) for begin, end in ranges]
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
     def release(self, handle: str) -> None:
         self._source.release(handle)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ktrain.abc.transport import Receipt
+from ktrain.abc.transport import PartialRead, Receipt
 from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
 from ktrain.base.control import Client
 from ktrain.errors import KtrainError, UnavailableError
@@ -110,22 +110,28 @@ class RayTransport:
         protect: Sequence[tuple[int, int]],
         deadline: Deadline,
     ) -> Receipt:
-        with self._lock:
-            serving = self._serving
-        if serving is None:
-            raise UnavailableError(
-                f"pull of rank {rank}, step {identity.step}: node {self._wire.node} is in no Ray cluster now"
-            )
-        timeout_s = deadline.remaining_s()
         params = {
             "source": source,
             "rank": rank,
             "identity": identity.to_json(),
             "protect": [list(pair) for pair in protect],
-            "timeout_s": timeout_s,
         }
+        answer = self._call("pull", params, f"pull of rank {rank}, step {identity.step}", deadline)
+        return Receipt.from_json(answer)
+
+    def read(self, source: str, wanted: PartialRead, *, deadline: Deadline) -> int:
+        params = {"source": source, "wanted": wanted.to_json()}
+        return int(self._call("read", params, f"read of {wanted}", deadline)["wire_nbytes"])
+
+    def _call(self, name: str, params: dict[str, Any], what: str, deadline: Deadline) -> dict[str, Any]:
+        """What the child answers."""
+        with self._lock:
+            serving = self._serving
+        if serving is None:
+            raise UnavailableError(f"{what}: node {self._wire.node} is in no Ray cluster now")
+        timeout_s = deadline.remaining_s()
         client = Client(serving["control"], self._token)
-        return Receipt.from_json(client.call("pull", params, timeout_s=timeout_s + _GRACE_S))
+        return client.call(name, {**params, "timeout_s": timeout_s}, timeout_s=timeout_s + _GRACE_S)
 
     def close(self) -> None:
         with self._lock:

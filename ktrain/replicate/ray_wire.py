@@ -1,23 +1,26 @@
 """A node's driver: joins one generation of the run's Ray cluster and lives as long as that does.
 
 Started by `RayTransport` as `python -m ktrain.replicate.ray_wire CONFIG`. It tells its state on standard
-output, one JSON object a line, and answers `pull` on a Unix socket. It ends when its stdin closes, when its raylet
-ends or when the head is gone; a new generation gets a new process, because Ray may end a driver that lost its
-raylet.
+output, one JSON object a line, and answers `pull` and `read` on a Unix socket. It ends when its stdin closes, when
+its raylet ends or when the head is gone; a new generation gets a new process, because Ray may end a driver that lost
+its raylet.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ktrain import native
+from ktrain.abc.transport import PartialRead
 from ktrain.base import control, ids
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.errors import DeadlineError, KtrainError, UnavailableError, from_kind
@@ -89,9 +92,11 @@ class RayWire:
         self._config = config
         self._announce = announce
         self._volume = NodeVolume(Path(config.volume_root), run=config.run, node=config.node)
-        self._actors: dict[str, Any] = {}  # by name; guarded by _pulling
+        self._actors: dict[str, Any] = {}  # by name; guarded by _finding
         self._stopping = threading.Lock()
+        self._finding = threading.Lock()
         self._pulling = threading.Lock()  # one pull at a time: pieces in flight bound the memory of both ends
+        self._reading = threading.BoundedSemaphore(landing.IN_FLIGHT)  # reads, one piece each; a pull takes all places
         name = f"ray-{config.generation}-{ids.random_id(3)}"
         environment = ray_settings.environment(Path(config.token_file))
         self._kept = KeptRay(Path(config.work_dir), name, environment=environment)
@@ -130,7 +135,9 @@ class RayWire:
         self._actor = self._start_actor(actor_name)
         _get(self._actor.ready.remote(), "start of the source actor", deadline)
         token = Path(config.token_file).read_text()
-        self._server = control.Server({"pull": self._pull}, address=f"unix:{self._kept.folder}/wire.sock", token=token)
+        self._server = control.Server(
+            {"pull": self._pull, "read": self._read}, address=f"unix:{self._kept.folder}/wire.sock", token=token
+        )
         address = f"ray:{config.generation}:{actor_name}"
         self._announce({"event": "serving", "address": address, "control": self._server.address})
 
@@ -178,21 +185,49 @@ class RayWire:
         if not self._pulling.acquire(timeout=deadline.remaining_s()):
             raise DeadlineError(f"pull of {wanted}: other pulls of this node took {deadline.total_s:g} s")
         try:
-            actor = self._find(parse_address(params["source"], self._config.generation))
-            receipt = landing.land(self._volume, _ActorChunks(actor, str(wanted)), wanted, deadline=deadline)
+            with self._places(landing.IN_FLIGHT, f"pull of {wanted}", deadline):
+                actor = self._find(parse_address(params["source"], self._config.generation))
+                chunks = _ActorChunks(actor, f"pull of {wanted}")
+                receipt = landing.land(self._volume, chunks, wanted, deadline=deadline)
         finally:
             self._pulling.release()
         return receipt.to_json()
 
+    def _read(self, params: dict[str, Any]) -> dict[str, Any]:
+        deadline = Deadline.after(float(params["timeout_s"]))
+        wanted = PartialRead.from_json(params["wanted"])
+        with self._places(1, f"read of {wanted}", deadline):
+            actor = self._find(parse_address(params["source"], self._config.generation))
+            chunks = _ActorChunks(actor, f"read of {wanted}")
+            return {"wire_nbytes": landing.land_parts(chunks, wanted, num_ahead=1, deadline=deadline)}
+
+    @contextlib.contextmanager
+    def _places(self, count: int, what: str, deadline: Deadline) -> Iterator[None]:
+        """Room for so many pieces in flight. Only one caller at a time may ask for more than one."""
+        taken = 0
+        try:
+            while taken < count:
+                if not self._reading.acquire(timeout=deadline.remaining_s()):
+                    raise DeadlineError(f"{what}: what else this node takes in took {deadline.total_s:g} s")
+                taken += 1
+            yield
+        finally:
+            for _ in range(taken):
+                self._reading.release()
+
     def _find(self, name: str) -> Any:
         import ray
 
-        if name not in self._actors:
-            try:
-                self._actors[name] = ray.get_actor(name, namespace=namespace(self._config.run))
-            except ValueError as error:
-                raise UnavailableError(f"pull: there is no source {name!r} in the Ray cluster; ask again") from error
-        return self._actors[name]
+        with self._finding:
+            known = self._actors.get(name)
+        if known is not None:
+            return known
+        try:
+            found = ray.get_actor(name, namespace=namespace(self._config.run))
+        except ValueError as error:
+            raise UnavailableError(f"pull: there is no source {name!r} in the Ray cluster; ask again") from error
+        with self._finding:
+            return self._actors.setdefault(name, found)
 
 
 class _ActorChunks:
@@ -203,11 +238,14 @@ class _ActorChunks:
         self._what = what
 
     def open(self, rank: int, identity: Identity, *, deadline: Deadline) -> tuple[str, bytes]:
-        handle, manifest = _get(self._actor.open.remote(rank, identity.to_json()), f"pull of {self._what}", deadline)
+        handle, manifest = _get(self._actor.open.remote(rank, identity.to_json()), self._what, deadline)
         return str(handle), bytes(manifest)
 
-    def request(self, handle: str, begin: int, end: int) -> landing.Piece:
-        return _ActorPiece(self._actor.read.remote(handle, begin, end), f"pull of {self._what}, byte {begin}")
+    def lease(self, rank: int, identity: Identity, *, deadline: Deadline) -> str:
+        return str(_get(self._actor.lease.remote(rank, identity.to_json()), self._what, deadline))
+
+    def request(self, handle: str, ranges: landing.Ranges) -> landing.Piece:
+        return _ActorPiece(self._actor.read.remote(handle, list(ranges)), f"{self._what}, byte {ranges[0][0]}")
 
     def release(self, handle: str) -> None:
         self._actor.release.remote(handle)

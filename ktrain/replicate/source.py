@@ -43,11 +43,19 @@ class VolumeSource:
         Raises:
             NotFoundError: this node holds no such sealed snapshot.
         """
+        handle, reader = self._lease(rank, identity)
+        return handle, reader.manifest.to_bytes()
+
+    def lease(self, rank: int, identity: dict[str, Any]) -> str:
+        """Leases a snapshot for a reader that has a manifest of it; see `open`."""
+        return self._lease(rank, identity)[0]
+
+    def _lease(self, rank: int, identity: dict[str, Any]) -> tuple[str, SlotReader]:
         reader = self._volume.open(rank, Identity.from_json(identity))
         handle = ids.random_id()
         with self._lock:
             self._leases[handle] = _Lease(reader, self._clock.monotonic())
-        return handle, reader.manifest.to_bytes()
+        return handle, reader
 
     def read(self, handle: str, begin: int, end: int) -> memoryview:
         """Read-only bytes `[begin, end)` of the payload; valid until the lease ends.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ktrain.abc.transport import Receipt
+from ktrain.abc.transport import PartialRead, Receipt
 from ktrain.base.clock import Deadline
 from ktrain.errors import DeadlineError, UnavailableError
 from ktrain.format.manifest import Identity
-from ktrain.replicate.landing import Piece, Wanted, land
+from ktrain.replicate.landing import IN_FLIGHT, Piece, Ranges, Wanted, land, land_parts
 from ktrain.replicate.source import VolumeSource
 from ktrain.snapshot.arena import NodeVolume
 
@@ -54,6 +54,10 @@ class LocalTransport:
         chunks = _LocalChunks(self._wire, source.removeprefix("local:"))
         return land(self._volume, chunks, Wanted(rank, identity, protect, self._slots), deadline=deadline)
 
+    def read(self, source: str, wanted: PartialRead, *, deadline: Deadline) -> int:
+        chunks = _LocalChunks(self._wire, source.removeprefix("local:"))
+        return land_parts(chunks, wanted, num_ahead=IN_FLIGHT, deadline=deadline)
+
     def close(self) -> None:
         self._wire.nodes.pop(self._volume.node, None)
         self.source.close()
@@ -68,16 +72,21 @@ class _LocalChunks:
         deadline.check(f"pull from {self.node}")
         return self._source().open(rank, identity.to_json())
 
-    def request(self, handle: str, begin: int, end: int) -> Piece:
-        return _LocalPiece(self, handle, begin, end)
+    def lease(self, rank: int, identity: Identity, *, deadline: Deadline) -> str:
+        deadline.check(f"read from {self.node}")
+        return self._source().lease(rank, identity.to_json())
+
+    def request(self, handle: str, ranges: Ranges) -> Piece:
+        return _LocalPiece(self, handle, ranges)
 
     def release(self, handle: str) -> None:
         if self.node in self.wire.nodes:
             self.wire.nodes[self.node].source.release(handle)
 
-    def read(self, handle: str, begin: int, end: int) -> bytes:
-        self.wire.before_piece(self.node, begin, end)
-        return self.wire.on_piece(bytes(self._source().read(handle, begin, end)))
+    def read(self, handle: str, ranges: Ranges) -> bytes:
+        self.wire.before_piece(self.node, ranges[0][0], ranges[-1][1])
+        source = self._source()
+        return self.wire.on_piece(b"".join(source.read(handle, begin, end) for begin, end in ranges))
 
     def _source(self) -> VolumeSource:
         if self.node in self.wire.cut or self.node not in self.wire.nodes:
@@ -89,10 +98,9 @@ class _LocalChunks:
 class _LocalPiece:
     chunks: _LocalChunks
     handle: str
-    begin: int
-    end: int
+    ranges: Ranges
 
     def take(self, deadline: Deadline) -> bytes:
         if deadline.expired():
-            raise DeadlineError(f"pull from {self.chunks.node}: byte {self.begin}: out of time")
-        return self.chunks.read(self.handle, self.begin, self.end)
+            raise DeadlineError(f"pull from {self.chunks.node}: byte {self.ranges[0][0]}: out of time")
+        return self.chunks.read(self.handle, self.ranges)

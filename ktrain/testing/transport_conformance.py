@@ -6,15 +6,24 @@ Subclass it in a test file and give it a `wires` fixture: a `WirePair` whose rec
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from ktrain import native
-from ktrain.abc.transport import Receipt, Transport
+from ktrain.abc.transport import Part, PartialRead, Receipt, Transport
 from ktrain.base import ids
 from ktrain.base.clock import Deadline
-from ktrain.errors import CapacityError, CorruptionError, DeadlineError, KtrainError, NotFoundError
+from ktrain.errors import (
+    CapacityError,
+    CorruptionError,
+    DeadlineError,
+    KtrainError,
+    NotFoundError,
+    UnavailableError,
+)
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.format.payload import CHUNK_NBYTES, lay_out
 from ktrain.format.shard import Box, Role, Shard
@@ -40,6 +49,11 @@ class WirePair:
         assert address is not None
         deadline = Deadline.after(self.wait_s)
         return self.receiver.pull(address, rank, identity, protect=protect, deadline=deadline)
+
+    def read(self, wanted: PartialRead, wait_s: float | None = None) -> int:
+        address = self.source.address()
+        assert address is not None
+        return self.receiver.read(address, wanted, deadline=Deadline.after(self.wait_s if wait_s is None else wait_s))
 
 
 def seal_snapshot(volume: NodeVolume, rank: int, identity: Identity, nbytes: int) -> Held:
@@ -75,6 +89,19 @@ def flip_byte(volume: NodeVolume, held: Held, offset: int) -> None:
         byte = file.read(1)[0]
         file.seek(offset)
         file.write(bytes([byte ^ 0x10]))
+
+
+def want_chunks(volume: NodeVolume, held: Held, spans: Sequence[tuple[int, int]], file: Path) -> PartialRead:
+    """A read of runs of chunks `[first, last)` of a sealed snapshot into a new file."""
+    with volume.open(held.rank, held.identity) as slot:
+        manifest = slot.manifest
+    size = manifest.chunk_nbytes
+    parts = [
+        Part(first * size, min(last * size, manifest.nbytes), manifest.chunks[first:last]) for first, last in spans
+    ]
+    wanted = PartialRead(held.rank, held.identity, size, parts, file)
+    file.write_bytes(bytes(wanted.nbytes + 1))
+    return wanted
 
 
 def _identity(wires: WirePair, step: int, epoch: int = 1) -> Identity:
@@ -175,3 +202,62 @@ class TransportConformance:
                 protect=(),
                 deadline=Deadline.after(wires.wait_s),
             )
+
+    def test_read_parts_arrive_bit_for_bit_and_take_no_slot(self, wires: WirePair, rank: int, tmp_path: Path) -> None:
+        held = seal_snapshot(wires.source_volume, rank, _identity(wires, 10), self.LARGE_NBYTES)
+        num_chunks = -(-held.nbytes // CHUNK_NBYTES)
+        spans = [(0, 1), (3, 5), (7, num_chunks - 1), (num_chunks - 1, num_chunks)]  # the last chunk is a short one
+        wanted = want_chunks(wires.source_volume, held, spans, tmp_path / "parts")
+        assert wires.read(wanted) == wanted.nbytes
+        with wires.source_volume.open(rank, held.identity) as sent:
+            expected = b"".join(sent.memory[part.begin : part.end] for part in wanted.parts)
+        assert wanted.file.read_bytes() == expected + b"\0"
+        assert [held for held in wires.kept.scan() if held.rank == rank] == []
+
+    def test_read_again_brings_only_what_is_wanted(self, wires: WirePair, rank: int, tmp_path: Path) -> None:
+        held = seal_snapshot(wires.source_volume, rank, _identity(wires, 10), 3 << 20)
+        for index, chunk in enumerate((5, 2)):
+            wanted = want_chunks(wires.source_volume, held, [(chunk, chunk + 1)], tmp_path / str(index))
+            assert wires.read(wanted) == CHUNK_NBYTES
+
+    def test_read_absent_snapshot_is_not_found(self, wires: WirePair, rank: int, tmp_path: Path) -> None:
+        held = seal_snapshot(wires.source_volume, rank, _identity(wires, 10), 5000)
+        wanted = want_chunks(wires.source_volume, held, [(0, 1)], tmp_path / "parts")
+        wires.source_volume.discard(rank, held.identity, "the source has lost it")
+        with pytest.raises(NotFoundError):
+            wires.read(wanted)
+
+    def test_read_flipped_byte_is_corruption(self, wires: WirePair, rank: int, tmp_path: Path) -> None:
+        held = seal_snapshot(wires.source_volume, rank, _identity(wires, 10), 3 << 20)
+        wanted = want_chunks(wires.source_volume, held, [(1, 2), (16, 18)], tmp_path / "parts")
+        flip_byte(wires.source_volume, held, (2 << 20) + 77)
+        with pytest.raises(CorruptionError, match=f"{2 << 20} to {(2 << 20) + CHUNK_NBYTES}"):
+            wires.read(wanted)
+
+    def test_read_past_a_flipped_byte_is_good(self, wires: WirePair, rank: int, tmp_path: Path) -> None:
+        held = seal_snapshot(wires.source_volume, rank, _identity(wires, 10), 3 << 20)
+        wanted = want_chunks(wires.source_volume, held, [(1, 2), (18, 20)], tmp_path / "parts")
+        flip_byte(wires.source_volume, held, (2 << 20) + 77)
+        assert wires.read(wanted) == wanted.nbytes
+
+    def test_read_without_time_is_deadline(self, wires: WirePair, rank: int, tmp_path: Path) -> None:
+        held = seal_snapshot(wires.source_volume, rank, _identity(wires, 10), 5000)
+        with pytest.raises(DeadlineError):
+            wires.read(want_chunks(wires.source_volume, held, [(0, 1)], tmp_path / "parts"), wait_s=0.0)
+
+    def test_read_into_a_file_that_is_gone_is_unavailable(self, wires: WirePair, rank: int, tmp_path: Path) -> None:
+        held = seal_snapshot(wires.source_volume, rank, _identity(wires, 10), 5000)
+        wanted = want_chunks(wires.source_volume, held, [(0, 1)], tmp_path / "parts")
+        wanted.file.unlink()
+        with pytest.raises(UnavailableError):
+            wires.read(wanted)
+
+    def test_read_gives_its_lease_back(self, wires: WirePair, rank: int, tmp_path: Path) -> None:
+        held = seal_snapshot(wires.source_volume, rank, _identity(wires, 10), 5000)
+        wires.read(want_chunks(wires.source_volume, held, [(0, 1)], tmp_path / "parts"))
+        seal_snapshot(wires.source_volume, rank, _identity(wires, 20), 5000)
+        deadline = Deadline.after(wires.wait_s)
+        while (writer := wires.source_volume.acquire(rank, held.nbytes, protect=(), limit=2)) is None:
+            deadline.check("the lease of a read that has ended")  # it is given back without waiting
+            deadline.clock.sleep(0.01)
+        writer.abandon()

@@ -17,6 +17,7 @@ _ATTACKS = "tests/attacks/test_format_files.py"
 _PLAIN = "tests/integration/test_plain_resume.py"
 _CKPT = "tests/integration/test_launch_ckpt.py"
 _KILLS = "tests/chaos/test_random_kills.py"
+_SPREAD = "tests/integration/test_launch_spread.py"
 _ANSWERS = "tests/unit/tier/test_answers.py"
 _UPLOAD = "tests/unit/tier/test_upload.py"
 _UPLOAD_KILLED = "tests/integration/test_upload_killed.py"
@@ -45,6 +46,11 @@ ELSEWHERE: tuple[tuple[str, str, str], ...] = (
         f"{_ARENA}::test_lease_of_a_stopped_reader_holds_and_dies_with_it",
     ),
     ("agent dies", "SIGKILL in a launch", _BESIDE_TRAINING),
+    (
+        "agent dies",
+        "SIGKILL while it fills a slot for all nodes",
+        f"{_SPREAD}::test_launch_whose_agent_dies_while_it_fills_reads_the_rest_from_the_bucket",
+    ),
     (
         "agent dies",
         "SIGKILL in the middle of a payload's upload to S3: the next one sends the parts that are missing",

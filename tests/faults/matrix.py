@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from tests.faults import damage, deaths, places, races, store
+from tests.faults import damage, deaths, parts, places, races, store
 from tests.faults.model import Case
 
-CASES: tuple[Case, ...] = (*damage.cases(), *deaths.cases(), *places.cases(), *races.cases(), *store.cases())
+CASES: tuple[Case, ...] = (
+    *damage.cases(),
+    *deaths.cases(),
+    *parts.cases(),
+    *places.cases(),
+    *races.cases(),
+    *store.cases(),
+)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ktrain.abc.transport import PartialRead
 from ktrain.base import contract, settings
 from ktrain.base.clock import Deadline
 from ktrain.base.control import Caller, LocalCaller
@@ -23,7 +24,7 @@ from ktrain.checkpoint.coordinate import Coordinator
 from ktrain.checkpoint.lineage import Copy
 from ktrain.checkpoint.node import NodeKeeper, NodePlace
 from ktrain.checkpoint.policy import Every, Keep, Policies
-from ktrain.checkpoint.source import NearestSource, Openers
+from ktrain.checkpoint.source import NearestSource, Openers, PeerCalls
 from ktrain.errors import CorruptionError, KtrainError, UnavailableError
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.snapshot.arena import NodeVolume
@@ -78,6 +79,8 @@ class Worker:
     error: tuple[str, str] | None = None
     tiers: dict[int, str] = field(default_factory=dict)
     ready_round: int = 0
+    wanted: dict[int, tuple[int, int]] = field(default_factory=dict)  # by saved rank; its own snapshot where empty
+    wire_nbytes: int = 0  # of the last restore
     disk: NodeDisk | None = None  # this process's own, as `checkpoint.restore` opens it
     reached: Callable[[str], None] = lambda moment: None  # called in the middle of a save; may raise
 
@@ -134,6 +137,9 @@ class Worker:
         elif state == "fresh":
             self.restored = 0
             self.restore = applied(number, "none", self.exact)
+        elif state == "weighing" and self.ready_round != number and "manifests" in word:
+            self.ready_round = number
+            self.restore = {"round": number, "status": "wants", "wants": self._wants(word)}
         elif state == "loading" and self.ready_round != number and "sources" in word:
             self.ready_round = number
             self._load(word, cluster, number)
@@ -142,6 +148,11 @@ class Worker:
             self.phase = "train"
             self.restore = applied(number, max(self.tiers.values(), key=contract.TIERS.index), self.exact)
 
+    def _wants(self, word: dict[str, Any]) -> dict[int, list[int]]:
+        sizes = {int(rank): Manifest.from_bytes(text.encode()).nbytes for rank, text in word["manifests"].items()}
+        wanted = self.wanted or {self.rank: (0, sizes[self.rank])}
+        return {rank: [end - begin, sizes[rank]] for rank, (begin, end) in wanted.items()}
+
     def _load(self, word: dict[str, Any], cluster: Cluster, number: int) -> None:
         manifests = {int(rank): Manifest.from_bytes(text.encode()) for rank, text in word["manifests"].items()}
         copies = {int(rank): [Copy.from_json(value) for value in values] for rank, values in word["sources"].items()}
@@ -149,24 +160,36 @@ class Worker:
             volume=self.volume,
             tier=cluster.catalog.tier,
             disk=self.disk,
-            pull=lambda copy: self.caller.call("fetch", {"copy": copy.to_json(), "timeout_s": 5.0}, timeout_s=5.0)[
-                "wire_nbytes"
-            ],
+            peers=PeerCalls(self._pull, self._read_parts, self.rank),
             deadline_of=lambda nbytes: Deadline.after(10.0),
             num_threads=1,
         )
         source = NearestSource(manifests, copies, openers, lambda failure: self._refused(failure, cluster))
         try:
-            source.fetch({self.rank: [(0, manifests[self.rank].nbytes)]}, deadline=Deadline.after(10.0))
-            expected, _ = snapshot(self.rank, manifests[self.rank].identity)
-            assert bytes(source.view(self.rank, 0, len(expected))) == expected, "bytes that nobody saved were loaded"
+            wanted = self.wanted or {self.rank: (0, manifests[self.rank].nbytes)}
+            source.fetch({rank: [span] for rank, span in wanted.items()}, deadline=Deadline.after(10.0))
+            for rank, (begin, end) in wanted.items():
+                expected, _ = snapshot(rank, manifests[rank].identity)
+                assert bytes(source.view(rank, begin, end)) == expected[begin:end], (
+                    "bytes that nobody saved were loaded"
+                )
             self.tiers = dict(source.tiers)
+            self.wire_nbytes = source.tally.wire_nbytes
             self.restore = {"round": number, "status": "ready"}
         except (CorruptionError, UnavailableError):
             failures = [failure.to_json() for failure in source.failures]
             self.restore = {"round": number, "status": "failed", "copies": failures}
         finally:
             source.close()
+
+    def _pull(self, copy: Copy) -> int:
+        said = {"copy": copy.to_json(), "timeout_s": 5.0}
+        return int(self.caller.call("fetch", said, timeout_s=5.0)["wire_nbytes"])
+
+    def _read_parts(self, copy: Copy, wanted: PartialRead, deadline: Deadline) -> int:
+        del deadline
+        said = {"copy": copy.to_json(), "wanted": wanted.to_json(), "timeout_s": 5.0}
+        return int(self.caller.call("read", said, timeout_s=5.0)["wire_nbytes"])
 
     def _refused(self, failure: Any, cluster: Cluster) -> None:
         cluster.refused.append(failure)
@@ -177,7 +200,7 @@ class Worker:
 
 
 def applied(number: int, tier: str, exact: bool) -> dict[str, Any]:
-    read = {"nbytes": 1, "wanted_nbytes": 1, "num_reads": 1, "wire_nbytes": 0}
+    read = {"nbytes": 1, "wanted_nbytes": 1, "num_reads": 1, "wire_nbytes": 0, "bucket_nbytes": 0}
     return {"round": number, "status": "applied", "tier": tier, **read, "seconds": 0.1, "exact": exact}
 
 
@@ -191,6 +214,8 @@ class Node:
         self.calls = SlotCalls()  # of the workers; a test puts faults there
         self.agent_calls = SlotCalls()  # of the agent, which lands replicas
         self.volume = self.open_volume(self.calls)  # the workers' own
+        self.fills = True  # slots from the bucket, where the head wants it
+        self.at_fill: Callable[[], None] | None = None  # once, before the next fill
         self.start_agent()
 
     def open_volume(self, calls: SlotCalls) -> NodeVolume:
@@ -221,6 +246,12 @@ class Node:
         carrier = self.keeper._carrier  # its threads are not started here
         carrier._pull_once(self.pulled)
         carrier._disk_once(self.stored)
+        if carrier._wanted.fill.copies:
+            act, self.at_fill = self.at_fill, None
+            if act is not None:
+                act()
+        if self.fills:
+            self.keeper._carrier._fill_once({})
         if drain:
             carrier._drain_once(self.drained)
 
@@ -260,6 +291,7 @@ class Cluster:
         self.workers: list[Worker] = []
         self.epoch = 0
         self.drains = True
+        self.wanted: dict[int, dict[int, tuple[int, int]]] = {}  # what ranks want of saved ranks; else their own
 
     def new_coordinator(self) -> Coordinator:
         return Coordinator(self.catalog, timeouts=self.timeouts, emit=self.events.append, clock=self.clock)
@@ -289,7 +321,8 @@ class Cluster:
         run, root = self.catalog.run_id, settings.env(contract.ENV_DISK)
         disk = open_disk(root, run=run, node=node.name, timeouts=self.timeouts)
         caller = LocalCaller(node.keeper.handlers())
-        return Worker(rank, self.epoch, caller, node.volume, policies=self.policies, disk=disk)
+        wanted = self.wanted.get(rank, {})
+        return Worker(rank, self.epoch, caller, node.volume, policies=self.policies, disk=disk, wanted=wanted)
 
     def turn(self, count: int = 1) -> None:
         for _ in range(count):

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ktrain.abc.tier import Buffer, FillsMemory, Stored, Tier
+from ktrain.abc.transport import PartialRead
 from ktrain.base import contract
 from ktrain.base.clock import Deadline
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.lineage import Copy
-from ktrain.checkpoint.source import Failure, NearestSource, Openers
+from ktrain.checkpoint.source import Failure, NearestSource, Openers, PeerCalls
 from ktrain.format import record as records
 from ktrain.format.manifest import Manifest
 from ktrain.snapshot.arena import NodeVolume
@@ -103,6 +104,8 @@ class Shelves:
     num_threads: int = 2
     call_s: float = 20.0
     pull: Callable[[Copy], int] = lambda copy: 0
+    read: Callable[[Copy, PartialRead, Deadline], int] = lambda copy, wanted, deadline: 0
+    own: int | None = None  # the saved rank that is the reader's own
     failures: list[Failure] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -136,7 +139,7 @@ class Shelves:
             volume=self.volume,
             disk=self.disk,
             tier=self.bucket,
-            pull=lambda copy: self.pull(copy),
+            peers=PeerCalls(lambda copy: self.pull(copy), lambda *args: self.read(*args), self.own),
             deadline_of=lambda nbytes: Deadline.after(self.call_s),
             num_threads=self.num_threads,
         )

@@ -40,6 +40,7 @@ def test_pull_that_is_refused_is_said_once_no_room_only_when_it_lasts(error: Ktr
         ends,
         emit=lambda kind, **fields: said.append(fields["step"]),
         drained=lambda report: None,
+        filled=lambda: None,
         timeouts=TIMEOUTS,
         clock=clock,
     )

@@ -287,7 +287,7 @@ def test_director_restored_is_said_once_when_all_have_applied(bucket: FakeBucket
     scene.director.work()
     for rank, tier in ((0, "memory"), (1, "bucket")):
         assert scene.log.of("restored") == []
-        read = {"nbytes": 10, "wanted_nbytes": 9, "num_reads": 2, "wire_nbytes": rank}
+        read = {"nbytes": 10, "wanted_nbytes": 9, "num_reads": 2, "wire_nbytes": rank, "bucket_nbytes": 0}
         scene.tell(rank, "applied", 1, tier=tier, **read, seconds=1.0 + rank)
         scene.director.work()
     scene.director.work()

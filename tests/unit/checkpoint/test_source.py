@@ -174,7 +174,7 @@ def test_source_whose_peer_lets_its_lease_go_takes_the_next_copy_and_blames_nobo
     shelf.pull = pull
     copies = [shelf.put(tier, snapshots)[0] for tier in (contract.TIER_PEER, contract.TIER_BUCKET)]
     source = shelf.source(snapshots, {0: copies})
-    source.fetch({0: [(0, 10)]}, deadline=soon())
+    source.fetch({0: [(0, len(snapshots[0][1]))]}, deadline=soon())
     assert source.tiers == {0: contract.TIER_BUCKET}
     assert [failure.corrupt for failure in source.failures] == [False]
     source.close()

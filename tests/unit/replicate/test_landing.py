@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from ktrain.errors import CapacityError, CorruptionError, DeadlineError, Unavail
 from ktrain.format.manifest import Identity
 from ktrain.format.payload import CHUNK_NBYTES
 from ktrain.replicate import landing
+from ktrain.replicate.landing import Piece, Ranges
 from ktrain.snapshot.arena import NodeVolume
 from ktrain.testing import local_transport
 from ktrain.testing.fake_clock import FakeClock
@@ -114,11 +116,11 @@ def test_land_asks_a_bounded_number_of_pieces_ahead(rig: Rig, monkeypatch: pytes
     chunks = local_transport._LocalChunks
     request = chunks.request
 
-    def counted(self: object, handle: str, begin: int, end: int) -> object:
+    def counted(self: Any, handle: str, ranges: Ranges) -> Piece:
         nonlocal most
-        waiting.append(begin)
+        waiting.append(ranges[0][0])
         most = max(most, len(waiting))
-        return request(self, handle, begin, end)
+        return request(self, handle, ranges)
 
     monkeypatch.setattr(chunks, "request", counted)
     rig.before_piece(lambda begin: waiting.remove(begin))
