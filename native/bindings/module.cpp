@@ -206,7 +206,7 @@ nb::bytes digest_pieces(nb::handle addresses, nb::handle sizes, unsigned num_thr
   return nb::bytes(reinterpret_cast<const char*>(digests.data()), digests.size() * sizeof(std::uint64_t));
 }
 
-// The function that describes tensors, of the table in the capsule or of an older one behind it; null where there is none.
+// The function that describes tensors, of the table in the capsule or of an older one behind it; null without one.
 auto describer(nb::handle capsule) -> decltype(ktrain::dlpack::Exchange::tensor_from_py_object) {
   if (PyCapsule_IsValid(capsule.ptr(), ktrain::dlpack::kCapsule) == 0) {
     return nullptr;
@@ -240,7 +240,8 @@ nb::object describe_tensors(nb::handle capsule, nb::tuple tensors) {
     const std::int64_t dtype = form.dtype_code | form.dtype_bits << 8 | form.dtype_lanes << 16;
     record.insert(record.end(), {reinterpret_cast<std::int64_t>(tensor.ptr()),
                                  reinterpret_cast<std::int64_t>(tensor.type().ptr()),
-                                 reinterpret_cast<std::int64_t>(form.data) + static_cast<std::int64_t>(form.byte_offset),
+                                 reinterpret_cast<std::int64_t>(form.data) +
+                                     static_cast<std::int64_t>(form.byte_offset),
                                  static_cast<std::int64_t>(form.device_type) << 32 | form.device_id,
                                  dtype << 32 | form.ndim});
     record.insert(record.end(), form.shape, form.shape + form.ndim);
