@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,10 +35,12 @@ from ktrain.checkpoint.lineage import Copy
 
 State = dict[str, torch.Tensor]
 _SHM = Path("/dev/shm")  # noqa: S108 -- where DLRover puts its segments
-_DLROVER_SEGMENTS = "ckpt_shm_*"
+_DLROVER_SOCKETS = Path("/tmp/ckpt_sock")  # noqa: S108 -- where DLRover puts its own
+_DLROVER_RUN = f"ktrain-bench-{os.getpid()}"
 _BASELINE = "memcpy, 1 thread"
 _ROOT = Path(__file__).parents[1]
 _PATIENCE_S = 240.0
+_START_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +71,10 @@ def run_here(name: str, sizes: Sizes = FULL) -> list[Found] | str:
         ),
     ]
     found = []
-    for case in cases:
-        with _nothing_left(), Bench(sizes) as bench:
-            found.append(run(case, bench))
+    with _nothing_left():
+        for case in cases:
+            with Bench(sizes) as bench:
+                found.append(run(case, bench))
     return found
 
 
@@ -93,15 +97,15 @@ def run_apart(name: str, *, quick: bool) -> list[Found] | str:
 
 @contextlib.contextmanager
 def _nothing_left() -> Iterator[None]:
-    """Ends what a library leaves: processes of ours, and the segments of DLRover that were not there before."""
+    """Ends what a library leaves: processes of ours, and the segments and sockets of DLRover under this run's name."""
     import psutil  # type: ignore[import-untyped]
 
-    before = set(_SHM.glob(_DLROVER_SEGMENTS))
     try:
         yield
     finally:
-        for path in set(_SHM.glob(_DLROVER_SEGMENTS)) - before:
+        for path in _SHM.glob(f"{_DLROVER_RUN}*"):
             path.unlink(missing_ok=True)
+        shutil.rmtree(_DLROVER_SOCKETS / _DLROVER_RUN, ignore_errors=True)
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
@@ -146,6 +150,7 @@ def _step(name: str, nbytes: int, work: Callable[[], Any], after: Callable[[], A
 def _dlrover_checkpointer(bench: Bench) -> Any:
     # Its own launcher keeps the saver in the agent; here it lives in this process, and nothing is forked.
     os.environ["ROLE_NAME"] = "dlrover-trainer"
+    os.environ["TORCHELASTIC_RUN_ID"] = _DLROVER_RUN  # else it would talk to the sockets that another run left
     from dlrover.python.elastic_agent.torch.ckpt_saver import (  # type: ignore[import-not-found]
         AsyncCheckpointSaver,
     )
@@ -153,6 +158,12 @@ def _dlrover_checkpointer(bench: Bench) -> Any:
 
     logging.disable(logging.INFO)
     AsyncCheckpointSaver.start_async_saving_ckpt()
+    factory = _DLROVER_SOCKETS / _DLROVER_RUN / "sharedqueue_factory.sock"
+    deadline = time.monotonic() + _START_S
+    while not factory.exists():  # its checkpointer does not wait for its saver
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"DLRover's saver did not start within {_START_S:g} s")
+        time.sleep(0.02)
     return DdpCheckpointer(str(bench.work_dir / "dlrover"))
 
 
