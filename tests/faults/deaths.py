@@ -173,6 +173,17 @@ def _agent_while_replicating() -> Iterator[Case]:
     point = "one node's pulls during one save; two saves later the other node is lost"
     yield Case("network cut", "peer", "replicate", point, cut_for_a_save, Resumed(50, ("peer", "memory")), seen)
 
+    def cut_beside_a_drain(job: Job) -> None:
+        job.drains = False
+        cut_for_a_save(job)
+        job.drains = True
+
+    # The drain is lost with the node: replicas of newer steps have taken the slot of its step (ADR 0022).
+    drain: set[Alarm] = {("tier_failed", "bucket", None, NEXT), ("tier_recovered", "bucket", None, None)}
+    end = Resumed(50, ("peer", "memory"))
+    point = "the same, beside a drain that does not end before"
+    yield Case("network cut", "peer", "replicate", point, cut_beside_a_drain, end, seen | drain)
+
     def cut_for_good(job: Job) -> None:
         job.lose_node(0)
         job.wire.before_piece = _unreachable
