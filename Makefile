@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= python3
-EXTRAS ?= ray,s3,kubernetes,test,lint
+EXTRAS ?= ray,s3,kubernetes,test,recipes,lint
 
 BIN := $(VENV)/bin
 # Twice quiet: only errors are shown.
@@ -12,7 +12,7 @@ PACKAGES := $(VENV)/.packages-installed
 BUILT := $(VENV)/.native-built
 MODULES := $(VENV)/.modules
 
-.PHONY: setup demo test lint format chaos fault-matrix bench bench-gpu bench-rival rivals native-test clean FORCE
+.PHONY: setup demo test lint format chaos fault-matrix bench bench-gpu bench-rival rivals recipes native-test clean FORCE
 .DELETE_ON_ERROR:
 
 setup: $(BUILT)
@@ -92,6 +92,15 @@ rivals: $(RIVALS:%=.venv-%/.installed)
 
 bench-rival: .venv-$(RIVAL)/.installed
 	.venv-$(RIVAL)/bin/python -m benchmarks --rival $(RIVAL)
+
+# All recipes of docs/guides/ecosystem.md. torchtitan imports triton also where there is no GPU, and that takes 1 GB, so
+# it gets an environment of its own and is not part of `make test`.
+RECIPES_VENV := .venv-recipes
+
+recipes:
+	$(MAKE) setup VENV=$(RECIPES_VENV) EXTRAS=s3,test,recipes
+	$(RECIPES_VENV)/bin/python -m pip --quiet --quiet --disable-pip-version-check --no-input install --constraint constraints.txt torchtitan triton
+	$(RECIPES_VENV)/bin/python -m pytest tests/integration/test_recipes.py
 
 # The C++ tests, under the sanitizers for addresses and undefined behaviour, and again under the one for threads.
 native-test: $(BUILT)

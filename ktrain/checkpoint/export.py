@@ -90,16 +90,52 @@ def export_run(
         ConfigError: `out` is there already, or the form cannot hold a tensor. Nothing was written.
         CorruptionError: a byte cannot be proven; names it. Nothing is left at `out`.
     """
+    with _opened(run, out, form, step) as (stored, chosen, target):
+        names, held = _write(stored, chosen, part, target, max_shard_nbytes)
+    return _exported(stored, chosen, target, names, held)
+
+
+def plan_export(
+    run: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    form: str,
+    step: int | None = None,
+    part: str | None = None,
+    max_shard_nbytes: int = MAX_SHARD_NBYTES,
+) -> Exported:
+    """What `export_run` would write with the same arguments, and what it would refuse. Reads manifests, writes nothing.
+
+    The files of a DCP folder are named by torch's writer, so none are named here.
+    """
+    with _opened(run, out, form, step) as (stored, chosen, target):
+        names: Sequence[str] = []
+        if chosen is ExportForm.DCP:
+            from ktrain.checkpoint.torch_files import plan_dcp
+
+            plan = plan_dcp(stored, part)
+            held = _Part(plan.tensors, {}, tuple(plan.left_out))
+        else:
+            held = _module(stored, part)
+            _require_storable(held.tensors)
+            several = chosen is ExportForm.HF
+            names = _names_hf(len(_split(held.tensors, max_shard_nbytes))) if several else [target.name]
+    return _exported(stored, chosen, target, names, held)
+
+
+@contextlib.contextmanager
+def _opened(
+    run: str | os.PathLike[str], out: str | os.PathLike[str], form: str, step: int | None
+) -> Iterator[tuple[StoredCheckpoint, ExportForm, Path]]:
+    """The checkpoint, kept from collectors, and where it is to go."""
     target = _local(out)
     if form not in list(ExportForm):
         raise ConfigError(f"export: expected a form of {', '.join(ExportForm)}, found {form!r}")
-    chosen = ExportForm(form)
     _require_free(target)
     catalog = RunCatalog.open(canonical_url(os.fspath(run)), timeouts=settings.timeouts(), create=False)
     try:
         with open_kept(catalog, step, timeouts=settings.timeouts()) as stored:
-            names, held = _write(stored, chosen, part, target, max_shard_nbytes)
-        return _exported(stored, chosen, target, names, held.tensors, held.left_out)
+            yield stored, ExportForm(form), target
     finally:
         catalog.tier.close()
 
@@ -125,17 +161,10 @@ def _write(
         return [target.name], found
 
 
-def _exported(
-    stored: StoredCheckpoint,
-    form: ExportForm,
-    target: Path,
-    names: Sequence[str],
-    tensors: Sequence[StoredTensor],
-    left_out: Sequence[str],
-) -> Exported:
-    identity, nbytes = stored.commit.identity, sum(tensor.nbytes for tensor in tensors)
+def _exported(stored: StoredCheckpoint, form: ExportForm, target: Path, names: Sequence[str], held: _Part) -> Exported:
+    identity, nbytes = stored.commit.identity, sum(tensor.nbytes for tensor in held.tensors)
     where = (identity.step, identity.epoch, form.value, str(target), tuple(names))
-    return Exported(*where, num_tensors=len(tensors), nbytes=nbytes, left_out=tuple(left_out))
+    return Exported(*where, num_tensors=len(held.tensors), nbytes=nbytes, left_out=held.left_out)
 
 
 # What is exported
@@ -230,6 +259,25 @@ def _write_file(path: Path, tensors: Sequence[StoredTensor], proven: ProvenRange
 
 def _write_hf(folder: Path, tensors: Sequence[StoredTensor], proven: ProvenRanges, max_nbytes: int) -> list[str]:
     """Files of bounded size and their index; one file needs none, and has the name that loaders look for."""
+    files = _split(tensors, max_nbytes)
+    written = _names_hf(len(files))
+    names = written[: len(files)]
+    for name, content in zip(names, files, strict=True):
+        _write_file(folder / name, content, proven, _FOR_TORCH)
+    if len(files) == 1:
+        return written
+    weight_map = {t.name: name for name, content in zip(names, files, strict=True) for t in content}
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors)}, "weight_map": weight_map}
+    with open(folder / INDEX_FILE, "x") as file:
+        json.dump(index, file, indent=2, sort_keys=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return written
+
+
+def _split(tensors: Sequence[StoredTensor], max_nbytes: int) -> list[list[StoredTensor]]:
+    """The tensors of each file."""
     files: list[list[StoredTensor]] = [[]]
     room = max_nbytes
     for tensor in tensors:
@@ -238,20 +286,14 @@ def _write_hf(folder: Path, tensors: Sequence[StoredTensor], proven: ProvenRange
             room = max_nbytes
         files[-1].append(tensor)
         room -= tensor.nbytes
-    names = [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
-    if len(files) == 1:
-        names = [SINGLE_FILE]
-    for name, content in zip(names, files, strict=True):
-        _write_file(folder / name, content, proven, _FOR_TORCH)
-    if len(files) == 1:
-        return names
-    weight_map = {t.name: name for name, content in zip(names, files, strict=True) for t in content}
-    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors)}, "weight_map": weight_map}
-    with open(folder / INDEX_FILE, "x") as file:
-        json.dump(index, file, indent=2, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    return files
+
+
+def _names_hf(num_files: int) -> list[str]:
+    """The names of the files, and of their index where there are several."""
+    if num_files == 1:
+        return [SINGLE_FILE]
+    names = [f"model-{number:05d}-of-{num_files:05d}.safetensors" for number in range(1, num_files + 1)]
     return [*names, INDEX_FILE]
 
 

@@ -31,7 +31,7 @@ from ktrain.errors import CapacityError, ConfigError, ConflictError, NotFoundErr
 from ktrain.format import record as records
 from ktrain.format.digest import digest_text
 from ktrain.format.manifest import IMPORTED, Identity, Manifest
-from ktrain.format.payload import CHUNK_NBYTES, Layout, lay_out
+from ktrain.format.payload import CHUNK_NBYTES, lay_out, shard_nbytes
 from ktrain.format.record import RankFiles
 from ktrain.format.shard import Box, Role, Shard
 
@@ -99,9 +99,66 @@ def import_checkpoint(
         ConflictError: the run is live, or has committed before; it is left as it is.
         CorruptionError: the source is damaged.
     """
+    taken = _read_source(source, form, part, step, selection or Selection())
+    url = canonical_url(os.fspath(run))
+    catalog = RunCatalog.open(url, timeouts=settings.timeouts())
+    try:
+        holder = Holder(catalog.tier, local_path=local_path(url), timeouts=settings.timeouts())
+        try:
+            _require_new(catalog)
+            epoch = _write(catalog, step, taken)
+            _note(catalog, url, step, epoch)
+        finally:
+            holder.close()
+    finally:
+        catalog.tier.close()
+    return taken.imported(catalog.tier.url, step, epoch)
+
+
+def plan_import(
+    source: str | os.PathLike[str],
+    run: str | os.PathLike[str],
+    *,
+    form: str,
+    part: str = "model",
+    step: int = 0,
+    selection: Selection | None = None,
+) -> Imported:
+    """What `import_checkpoint` would do with the same arguments, and what it would refuse. Writes nothing."""
+    taken = _read_source(source, form, part, step, selection or Selection())
+    url, epoch = canonical_url(os.fspath(run)), 1
+    try:
+        catalog = RunCatalog.open(url, timeouts=settings.timeouts(), create=False)
+    except NotFoundError:
+        return taken.imported(url, step, epoch)
+    try:
+        _require_new(catalog)
+        epoch = catalog.newest_epoch() + 1
+    finally:
+        catalog.tier.close()
+    return taken.imported(catalog.tier.url, step, epoch)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What is taken of a source. `about`: what the manifest says of it."""
+
+    part: str
+    weights: Weights
+    names: Sequence[str]
+    shards: Sequence[Shard]
+    about: dict[str, Any]
+
+    def imported(self, run: str, step: int, epoch: int) -> Imported:
+        left_out = (*self.weights.left_out, *(set(self.weights.tensors) - set(self.names)))
+        nbytes = sum(map(shard_nbytes, self.shards))
+        return Imported(run, step, epoch, self.part, len(self.names), nbytes, tuple(sorted(left_out)))
+
+
+def _read_source(source: str | os.PathLike[str], form: str, part: str, step: int, chosen: Selection) -> _Source:
+    """Opens the source and lays out what is taken of it."""
     if step < 0 or _PART.fullmatch(part) is None:
         raise ConfigError(f"import: expected a step from 0 on and the name of a part, found {step} and {part!r}")
-    chosen = selection or Selection()
     path = local_path(os.fspath(source))
     if path is None:
         raise ConfigError(f"import: expected SOURCE on this machine, found {os.fspath(source)!r}; copy it here first")
@@ -118,22 +175,7 @@ def import_checkpoint(
         part: {"kind": "module", "keys": [*names, *chosen.ties], "aliases": dict(chosen.ties), "extra": {}},
         IMPORTED: {"from": form, "source": path.name},
     }
-    url = canonical_url(os.fspath(run))
-    catalog = RunCatalog.open(url, timeouts=settings.timeouts())
-    try:
-        holder = Holder(catalog.tier, local_path=local_path(url), timeouts=settings.timeouts())
-        try:
-            _require_new(catalog)
-            layout = lay_out(shards, version=catalog.format)
-            epoch = _write(catalog, step, layout, about, weights)
-            _note(catalog, url, step, epoch)
-        finally:
-            holder.close()
-    finally:
-        catalog.tier.close()
-    left_out = (*weights.left_out, *(set(weights.tensors) - set(names)))
-    nbytes = sum(entry.end - entry.begin for entry in layout.entries)
-    return Imported(catalog.tier.url, step, epoch, part, len(names), nbytes, tuple(sorted(left_out)))
+    return _Source(part, weights, names, shards, about)
 
 
 def _open(form: ImportForm, path: Path, part: str, key: str | None) -> Weights:
@@ -175,8 +217,9 @@ def _require_new(catalog: RunCatalog) -> None:
         )
 
 
-def _write(catalog: RunCatalog, step: int, layout: Layout, about: dict[str, Any], weights: Weights) -> int:
+def _write(catalog: RunCatalog, step: int, source: _Source) -> int:
     """Gathers the payload in a temporary file, writes it and the manifest, and commits; returns the epoch."""
+    layout = lay_out(source.shards, version=catalog.format)
     epoch = catalog.next_epoch(
         {"by": ids.process_name(), "world_size": 1, "nonce": ids.random_id(), "writer": "import"}
     )
@@ -188,8 +231,8 @@ def _write(catalog: RunCatalog, step: int, layout: Layout, about: dict[str, Any]
         _reserve(file.fileno(), layout.nbytes)
         memory = memoryview(mmap.mmap(file.fileno(), layout.nbytes))
         memory[: len(layout.header)] = layout.header
-        prefix = f"{next(iter(about))}/"  # the part that is imported stands first
-        weights.fill(
+        prefix = f"{source.part}/"
+        source.weights.fill(
             {e.shard.name.removeprefix(prefix): memory[e.begin : e.end] for e in layout.entries if e.end > e.begin}
         )
         chunks = native.digest_chunks(memory, chunk_nbytes=CHUNK_NBYTES, num_threads=2)
@@ -202,7 +245,7 @@ def _write(catalog: RunCatalog, step: int, layout: Layout, about: dict[str, Any]
         chunk_nbytes=CHUNK_NBYTES,
         chunks=tuple(chunks),
         entries=layout.entries,
-        objects=about,
+        objects=source.about,
         origin={"ktrain": ktrain.__version__},
         format=catalog.format,
     )

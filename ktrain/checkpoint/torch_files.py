@@ -11,6 +11,7 @@ import importlib
 import pickle  # noqa: TID251 -- torch's DCP metadata is a pickle; it is read by a list of names alone, see _Metadata
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,24 @@ _ALLOWED = {
 _MAX_LISTED = 10
 
 
-def write_dcp(
-    stored: StoredCheckpoint, part: str | None, folder: Path
-) -> tuple[list[str], list[StoredTensor], list[str]]:
-    """Writes parts of a checkpoint into a folder by torch's own writer: files, tensors, and names that are left out.
+@dataclass(frozen=True, slots=True)
+class DcpPlan:
+    """What a DCP folder is to hold: a state dict on the meta device, and the tensors that it stands for.
+
+    `left_out` names what is of one rank, or of no parameter.
+    """
+
+    state: dict[str, Any]
+    build: _Build
+    left_out: list[str]
+
+    @property
+    def tensors(self) -> list[StoredTensor]:
+        return list(self.build.used.values())
+
+
+def plan_dcp(stored: StoredCheckpoint, part: str | None) -> DcpPlan:
+    """Parts of a checkpoint as DCP names them.
 
     A module is `{part: {name: tensor}}`; an optimizer `{part: {"state": {name: ...}, "param_groups": [...]}}`, as
     `torch.distributed.checkpoint.state_dict` has them; any other part is what its `state_dict` gave.
@@ -86,15 +101,22 @@ def write_dcp(
         else:
             state[name] = build.part(name, about)
             left_out += [f"{name}/{key}" for key in about.get("other", ())]  # of an optimizer, and no parameter's
-    needed = list(build.used.values())
+    return DcpPlan(state, build, left_out)
+
+
+def write_dcp(
+    stored: StoredCheckpoint, part: str | None, folder: Path
+) -> tuple[list[str], list[StoredTensor], list[str]]:
+    """Writes what `plan_dcp` says into a folder by torch's own writer: files, tensors, and names that are left out."""
+    plan = plan_dcp(stored, part)
     writer = FileSystemWriter(folder, thread_count=1)
-    with ProvenRanges(stored, ranges_of(needed)) as proven, warnings.catch_warnings():
+    with ProvenRanges(stored, ranges_of(plan.tensors)) as proven, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
-            save(state, storage_writer=writer, planner=_Streaming(build.used, proven), no_dist=True)
+            save(plan.state, storage_writer=writer, planner=_Streaming(plan.build.used, proven), no_dist=True)
         except CheckpointException as error:
             raise _meant(error, folder) from error
-    return sorted(path.name for path in folder.iterdir()), needed, left_out
+    return sorted(path.name for path in folder.iterdir()), plan.tensors, plan.left_out
 
 
 def _abouts(stored: StoredCheckpoint, part: str) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 
 from ktrain.base import contract
-from ktrain.cli.ckpt.base import OUTPUT
+from ktrain.cli.ckpt.base import DRY_RUN, OUTPUT
 from ktrain.errors import ConfigError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -37,20 +37,30 @@ def size_nbytes(text: str) -> int:
 @click.option("--step", type=int, help="Which step. [default: the newest]")
 @click.option("--part", help="Which part of the state. [default: model, or the only module; for dcp all]")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="hf: bytes of tensors in one file.")
+@DRY_RUN
 @OUTPUT
 def export_command(  # noqa: PLR0913 -- one per option of the command
-    run: str, out: str, *, form: str, step: int | None, part: str | None, max_shard_size: str, output: str
+    run: str,
+    out: str,
+    *,
+    form: str,
+    step: int | None,
+    part: str | None,
+    max_shard_size: str,
+    dry_run: bool,
+    output: str,
 ) -> int:
     """Write the tensors of a checkpoint of RUN to OUT, proven byte by byte. OUT must not be there yet."""
-    from ktrain.checkpoint.export import export_run
+    from ktrain.checkpoint.export import export_run, plan_export
 
-    done = export_run(run, out, form=form, step=step, part=part, max_shard_nbytes=size_nbytes(max_shard_size))
+    export_or_plan = plan_export if dry_run else export_run
+    done = export_or_plan(run, out, form=form, step=step, part=part, max_shard_nbytes=size_nbytes(max_shard_size))
     if output == "json":
-        click.echo(json.dumps(done.to_json(), indent=1))
+        click.echo(json.dumps({"dry_run": dry_run, **done.to_json()}, indent=1))
     else:
-        click.echo(
-            f"step {done.step}: {done.num_tensors} tensors, {done.nbytes} bytes in {len(done.files)} files: {out}"
-        )
+        would = "would export " if dry_run else ""
+        where = f"to {out}" if dry_run else f"in {len(done.files)} files: {out}"
+        click.echo(f"{would}step {done.step}: {done.num_tensors} tensors, {done.nbytes} bytes {where}")
         _say_left_out(done.left_out)
     return contract.EXIT_OK
 
@@ -66,6 +76,7 @@ def export_command(  # noqa: PLR0913 -- one per option of the command
 @click.option("--key", help="Take only what lies below this name of SOURCE, and take the name off.")
 @click.option("--exclude", multiple=True, help="A name, or its beginning up to a dot, that is not taken.")
 @click.option("--tie", "ties", multiple=True, metavar="NAME=STORED", help="NAME is the same tensor as STORED.")
+@DRY_RUN
 @OUTPUT
 def import_command(  # noqa: PLR0913 -- one per option of the command
     source: str,
@@ -77,17 +88,21 @@ def import_command(  # noqa: PLR0913 -- one per option of the command
     key: str | None,
     exclude: tuple[str, ...],
     ties: tuple[str, ...],
+    dry_run: bool,
     output: str,
 ) -> int:
     """Make the tensors of SOURCE the first checkpoint of RUN, which must be new."""
-    from ktrain.checkpoint.importing import Selection, import_checkpoint
+    from ktrain.checkpoint.importing import Selection, import_checkpoint, plan_import
 
     selection = Selection(key, exclude, dict(_tie(text) for text in ties))
-    done = import_checkpoint(source, run, form=form, part=part, step=step, selection=selection)
+    import_or_plan = plan_import if dry_run else import_checkpoint
+    done = import_or_plan(source, run, form=form, part=part, step=step, selection=selection)
     if output == "json":
-        click.echo(json.dumps(done.to_json(), indent=1))
+        click.echo(json.dumps({"dry_run": dry_run, **done.to_json()}, indent=1))
     else:
-        click.echo(f"step {done.step} of {run}: part {done.part}, {done.num_tensors} tensors, {done.nbytes} bytes")
+        would = "would import " if dry_run else ""
+        what = f"part {done.part}, {done.num_tensors} tensors, {done.nbytes} bytes"
+        click.echo(f"{would}step {done.step} of {run}: {what}")
         _say_left_out(done.left_out)
     return contract.EXIT_OK
 

@@ -11,6 +11,8 @@ _FAULTS = "tests/integration/test_launch_faults.py"
 _ARENA = "tests/integration/test_arena_processes.py"
 _RAY = "tests/integration/test_ray_wire.py"
 _DISK = "tests/integration/test_plain_disk.py"
+_DISKS = "tests/unit/checkpoint/test_disks.py"
+_DCP = "tests/unit/checkpoint/test_dcp.py"
 _S3 = "tests/unit/tier/test_bucket_s3.py"
 _DEADLINE = "tests/unit/tier/test_deadline.py"
 _ATTACKS = "tests/attacks/test_format_files.py"
@@ -140,6 +142,16 @@ ELSEWHERE: tuple[tuple[str, str, str], ...] = (
         "EIO of the disk",
         "a folder that cannot be written",
         f"{_DISK}::test_disk_that_cannot_be_written_costs_only_itself",
+    ),
+    (
+        "agent dies",
+        "while it removes a step from its disk: marked, or manifests gone",
+        f"{_DISKS}::test_agent_that_dies_while_it_removes_leaves_what_its_successor_finishes",
+    ),
+    (
+        "collection races a reader",
+        "a load through torch DCP",
+        f"{_DCP}::test_load_holds_its_step_against_a_collector_from_its_metadata_to_its_last_byte",
     ),
     (
         "EIO of the bucket",

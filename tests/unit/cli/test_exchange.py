@@ -59,6 +59,36 @@ def test_import_and_export_as_text_say_what_was_left_out(
     assert "2 tensors, 72 bytes in 1 files" in capsys.readouterr().out
 
 
+def test_import_dry_run_says_the_same_and_writes_nothing(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("ckpt", "import", source, tmp_path / "run", "--from", "safetensors", "--output", "json")
+    assert run(*arguments, "--dry-run") == contract.EXIT_OK
+    planned = json.loads(capsys.readouterr().out)
+    assert not (tmp_path / "run").exists()
+    assert run(*arguments) == contract.EXIT_OK
+    assert json.loads(capsys.readouterr().out) == {**planned, "dry_run": False}
+    assert run(*arguments, "--dry-run") == contract.EXIT_CONFLICT
+
+
+@pytest.mark.parametrize("form", ["hf", "safetensors", "dcp"])
+def test_export_dry_run_says_the_same_and_writes_nothing(
+    form: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("ckpt", "import", source, tmp_path / "run", "--from", "safetensors") == contract.EXIT_OK
+    options = ("--to", form, "--max-shard-size", "40B", "--output", "json")
+    arguments = ("ckpt", "export", tmp_path / "run", tmp_path / "out", *options)
+    capsys.readouterr()
+    assert run(*arguments, "--dry-run") == contract.EXIT_OK
+    planned = json.loads(capsys.readouterr().out)
+    assert not (tmp_path / "out").exists()
+    assert run(*arguments) == contract.EXIT_OK
+    done = json.loads(capsys.readouterr().out)
+    assert {**planned, "dry_run": False, "files": planned["files"] or done["files"]} == done
+    assert (planned["files"] == []) == (form == "dcp")
+    assert run(*arguments, "--dry-run") == contract.EXIT_USAGE, "what is there would be refused"
+
+
 def test_gc_of_a_run_that_began_by_an_import_is_in_no_doubt(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

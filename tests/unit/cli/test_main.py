@@ -30,8 +30,8 @@ OPTIONS = {
     "ckpt repair": {"--step", "--confirm", "--dry-run", "--output"},
     "ckpt pin": {"--step", "--off", "--dry-run", "--output"},
     "ckpt gc": {"--keep", "--dry-run", "--output"},
-    "ckpt export": {"--to", "--step", "--part", "--max-shard-size", "--output"},
-    "ckpt import": {"--from", "--part", "--step", "--key", "--exclude", "--tie", "--output"},
+    "ckpt export": {"--to", "--step", "--part", "--max-shard-size", "--dry-run", "--output"},
+    "ckpt import": {"--from", "--part", "--step", "--key", "--exclude", "--tie", "--dry-run", "--output"},
     "ckpt quarantine": {"--step", "--epoch", "--off", "--reason", "--dry-run", "--output"},
 }  # fmt: skip
 
