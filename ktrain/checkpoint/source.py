@@ -21,7 +21,6 @@ from ktrain.checkpoint.ranges import Ranges, Share, wanted_nbytes
 from ktrain.checkpoint.readers import (
     BUCKET_READ_NBYTES,
     BadCopy,
-    Buffers,
     Object,
     Reader,
     TierReader,
@@ -88,19 +87,18 @@ class Openers:
         self._pull = pull
         self._deadline_of = deadline_of
         self._num_threads = num_threads
-        self._buffers = Buffers()
 
     def open(self, copy: Copy, manifest: Manifest, tally: Tally) -> Reader:
         """The copy, opened where it lies; a peer's copy is pulled into this node's volume first."""
         if copy.tier == contract.TIER_BUCKET:
             identity = copy.identity
             name = records.payload_name(identity.step, identity.epoch, copy.place, copy.rank)
-            return TierReader(Object(self._tier, name, self._deadline_of), manifest, self._buffers)
+            return TierReader(Object(self._tier, name, self._deadline_of), manifest)
         if copy.tier == contract.TIER_DISK:
             if self._disk is None or self._disk.path.name != copy.place:
                 raise UnavailableError(f"rank {copy.rank}, {copy.identity}: only {copy.place} can read its disk")
             name = disk_payload_name(copy.identity, copy.rank)
-            return TierReader(Object(self._disk.tier, name, self._deadline_of), manifest, self._buffers)
+            return TierReader(Object(self._disk.tier, name, self._deadline_of), manifest)
         if self._volume is None:
             raise UnavailableError(f"rank {copy.rank}, {copy.identity}: this process has no volume")
         if copy.tier == contract.TIER_PEER:
