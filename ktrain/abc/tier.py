@@ -7,6 +7,7 @@ name means the same object everywhere. A tier never looks into the bytes and nev
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -103,13 +104,23 @@ class Tier(Protocol):
 
 
 @runtime_checkable
-class FillsMemory(Protocol):
-    """A tier that can put an object's bytes into memory of the caller, without a copy of its own. Optional."""
+class ReadsInPieces(Protocol):
+    """A tier that reads a range piece by piece into memory that it uses again and again. Optional."""
 
-    def read_into(self, name: str, begin: int, memory: memoryview, *, deadline: Deadline) -> None:
-        """Fills the memory with the object's bytes from `begin` on. Errors are those of `Tier.read_range`.
+    def read_pieces(
+        self,
+        name: str,
+        bounds: tuple[int, int],
+        take: Callable[[int, memoryview], None],
+        *,
+        piece_nbytes: int,
+        deadline: Deadline,
+    ) -> None:
+        """Gives the bytes [begin, end) to `take`, in order: where a piece begins, and its bytes; the last may be short.
 
-        After any error the call may still be writing: the memory must not be used for anything else.
+        `take` is called on a thread of the tier, and never once this call has returned or raised. It must wait for
+        nothing, and the memory is its own only while it runs. Errors are those of `Tier.read_range`, and what `take`
+        raises.
         """
 
 

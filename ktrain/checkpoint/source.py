@@ -25,7 +25,6 @@ from ktrain.checkpoint.readers import (
     BUCKET_READ_NBYTES,
     PEER_READ_NBYTES,
     BadCopy,
-    Buffers,
     Object,
     Peer,
     PeerReader,
@@ -120,7 +119,6 @@ class Openers:
         self._peers = peers
         self._deadline_of = deadline_of
         self._num_threads = num_threads
-        self._buffers = Buffers()
         self._scratch: Scratch | None = None
 
     def open(self, copy: Copy, share: Share, manifest: Manifest, tally: Tally) -> Reader:
@@ -130,12 +128,12 @@ class Openers:
         if copy.tier == contract.TIER_BUCKET:
             identity = copy.identity
             name = records.payload_name(identity.step, identity.epoch, copy.place, copy.rank)
-            return TierReader(Object(self._tier, name, self._deadline_of), manifest, self._buffers)
+            return TierReader(Object(self._tier, name, self._deadline_of), manifest)
         if copy.tier == contract.TIER_DISK:
             if self._disk is None or self._disk.path.name != copy.place:
                 raise UnavailableError(f"rank {copy.rank}, {copy.identity}: only {copy.place} can read its disk")
             name = disk_payload_name(copy.identity, copy.rank)
-            return TierReader(Object(self._disk.tier, name, self._deadline_of), manifest, self._buffers)
+            return TierReader(Object(self._disk.tier, name, self._deadline_of), manifest)
         if self._volume is None:
             raise UnavailableError(f"rank {copy.rank}, {copy.identity}: this process has no volume")
         if copy.tier == contract.TIER_PEER:
@@ -152,7 +150,7 @@ class Openers:
         rank = copies_beside(copy.rank)
         if copy.tier == contract.TIER_DISK and self._disk is not None:
             name = disk_copies_name(copy.identity, rank)
-            return TierReader(Object(self._disk.tier, name, self._deadline_of), manifest, self._buffers)
+            return TierReader(Object(self._disk.tier, name, self._deadline_of), manifest)
         assert self._volume is not None, "copies are looked for where there is a volume"
         return VolumeReader(self._volume.copies.open(rank, copy.identity), manifest, self._num_threads)
 

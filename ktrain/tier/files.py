@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -25,6 +27,7 @@ from ktrain.tier.answers import translate, translate_write
 from ktrain.tier.blocks import LEAST_NBYTES, BlockWriter
 from ktrain.tier.deadline import BoundedCalls, Call
 
+_MAX_READS_AT_ONCE = 8  # in pieces: one more than there are processors; many more took a sixth longer (2026-11-27)
 _PIECE_NBYTES = 32 << 20  # between two looks at whether anybody still waits
 _TEMPORARY = ".ktrain-tmp"
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -44,6 +47,9 @@ class FileTier:
         self._root = root
         self._calls = BoundedCalls()
         self._blocks = BlockWriter()
+        num_reads = min(_MAX_READS_AT_ONCE, 1 + len(os.sched_getaffinity(0)))
+        self._reads = BoundedCalls(limit=num_reads, late_limit=num_reads)
+        self._own = threading.local()  # memory that a thread of `_reads` reads into
         self._swept = False
         self._durable: set[Path] = set()  # folders whose names are known to be on the disk
 
@@ -81,10 +87,26 @@ class FileTier:
             return b""
         return self._run(f"read [{begin}, {end}) of", name, lambda call: _read(call, path, begin, end), deadline)
 
-    def read_into(self, name: str, begin: int, memory: memoryview, *, deadline: Deadline) -> None:
+    def read_pieces(
+        self,
+        name: str,
+        bounds: tuple[int, int],
+        take: Callable[[int, memoryview], None],
+        *,
+        piece_nbytes: int,
+        deadline: Deadline,
+    ) -> None:
+        """See `ktrain.abc.tier.ReadsInPieces`. Each thread keeps its memory for as long as it lives."""
         path = self._root / check_name(name)
-        verb = f"read [{begin}, {begin + memory.nbytes}) of"
-        self._run(verb, name, lambda call: _fill(call, path, begin, memory), deadline)
+
+        def read(call: Call) -> None:
+            memory = getattr(self._own, "memory", None)
+            if memory is None or memory.nbytes < piece_nbytes:
+                memory = self._own.memory = memoryview(mmap.mmap(-1, piece_nbytes))
+            _read_pieces(call, path, bounds, memory[:piece_nbytes], take)
+
+        if bounds[0] < bounds[1]:
+            self._run(f"read [{bounds[0]}, {bounds[1]}) of", name, read, deadline, self._reads)
 
     def list(self, prefix: str, *, deadline: Deadline) -> list[Stored]:
         prefix = check_prefix(prefix)
@@ -100,11 +122,14 @@ class FileTier:
 
     def close(self) -> None:
         self._calls.close()
+        self._reads.close()
 
-    def _run(self, verb: str, name: str, work: Callable[[Call], _T], deadline: Deadline) -> _T:
+    def _run(
+        self, verb: str, name: str, work: Callable[[Call], _T], deadline: Deadline, calls: BoundedCalls | None = None
+    ) -> _T:
         what = f"{self.kind} tier {self.url}: {verb} {name}"
         try:
-            return self._calls.run(what, work, deadline=deadline)
+            return (calls or self._calls).run(what, work, deadline=deadline)
         except OSError as error:
             if isinstance(error, KtrainError):  # DeadlineError is a TimeoutError, which is an OSError
                 raise
@@ -248,16 +273,23 @@ def _read(call: Call, path: Path, begin: int, end: int | None) -> bytes:
         os.close(fd)
 
 
-def _fill(call: Call, path: Path, begin: int, memory: memoryview) -> None:
+def _read_pieces(
+    call: Call, path: Path, bounds: tuple[int, int], memory: memoryview, take: Callable[[int, memoryview], None]
+) -> None:
+    begin, end = bounds
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _require_end(call, begin + memory.nbytes, os.fstat(fd).st_size)
-        done = 0
-        while done < memory.nbytes:
-            call.check()
-            count = os.preadv(fd, [memory[done : done + _PIECE_NBYTES]], begin + done)
-            _require_some(call, count)
-            done += count
+        _require_end(call, end, os.fstat(fd).st_size)
+        for at in range(begin, end, memory.nbytes):
+            piece = memory[: min(memory.nbytes, end - at)]
+            done = 0
+            while done < piece.nbytes:
+                call.check()
+                count = os.preadv(fd, [piece[done:]], at + done)
+                _require_some(call, count)
+                done += count
+            with call.hands_over():
+                take(at, piece)
     finally:
         os.close(fd)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ktrain.abc.tier import Buffer, FillsMemory, Stored, Tier
+from ktrain.abc.tier import Buffer, ReadsInPieces, Stored, Tier
 from ktrain.abc.transport import PartialRead
 from ktrain.base import contract
 from ktrain.base.clock import Deadline
@@ -85,13 +85,21 @@ class CountingTier:
         self.inner.close()
 
 
-class FillingTier(CountingTier):
-    """A counting tier over one that fills memory."""
+class PiecesTier(CountingTier):
+    """A counting tier over one that reads in pieces."""
 
-    def read_into(self, name: str, begin: int, memory: memoryview, *, deadline: Deadline) -> None:
-        assert isinstance(self.inner, FillsMemory)
-        with self._counted(name, begin, begin + memory.nbytes):
-            self.inner.read_into(name, begin, memory, deadline=deadline)
+    def read_pieces(
+        self,
+        name: str,
+        bounds: tuple[int, int],
+        take: Callable[[int, memoryview], None],
+        *,
+        piece_nbytes: int,
+        deadline: Deadline,
+    ) -> None:
+        assert isinstance(self.inner, ReadsInPieces)
+        with self._counted(name, *bounds):
+            self.inner.read_pieces(name, bounds, take, piece_nbytes=piece_nbytes, deadline=deadline)
 
 
 @dataclass
@@ -184,6 +192,6 @@ def restore_from(source: NearestSource, state: TrainState, topology: Topology) -
     return needs
 
 
-def file_bucket(folder: Path) -> FillingTier:
+def file_bucket(folder: Path) -> PiecesTier:
     """A bucket on the local file system, as a run in a directory has it."""
-    return FillingTier(FileTier(folder / "bucket", kind=contract.TIER_BUCKET))
+    return PiecesTier(FileTier(folder / "bucket", kind=contract.TIER_BUCKET))

@@ -17,7 +17,7 @@ from ktrain.base.pace import Pace
 from ktrain.errors import DeadlineError
 from ktrain.testing.fake_clock import FakeClock
 from ktrain.testing.tier_conformance import soon
-from ktrain.tier.blocks import BlockWriter, open_direct
+from ktrain.tier.blocks import BlockWriter, block_nbytes, open_direct
 from ktrain.tier.deadline import Call
 from ktrain.tier.files import FileTier
 
@@ -121,3 +121,16 @@ def test_write_proven_under_a_rate_limit_that_is_too_low_is_late_and_shows_no_fi
         tier.write_proven("a", memory, terms, deadline=Deadline.after(10.0, clock))
     assert tier.list("", deadline=soon()) == []
     tier.close()
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "chunk_nbytes", "expected"),
+    [
+        (8 * _MIB, _MIB, 8 * _MIB),
+        (100 * _MIB, _MIB, 13 * _MIB),
+        (100 * _MIB + 1, 4096, 12 * _MIB + _MIB // 2),
+        (10_000 * _MIB, _MIB, 32 * _MIB),
+    ],
+)
+def test_block_size_grows_with_the_file_and_is_whole_chunks(nbytes: int, chunk_nbytes: int, expected: int) -> None:
+    assert block_nbytes(nbytes, chunk_nbytes) == expected

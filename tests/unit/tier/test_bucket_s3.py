@@ -74,6 +74,7 @@ def test_calls_given_up_on_a_stopped_server_leave_no_thread(tier: Tier, rclone: 
         for deadline_s in (0.005, 0.02, 0.1, 0.3, 0.5):  # some end while the client is still being made
             with pytest.raises(DeadlineError):
                 tier.read("a", deadline=Deadline.after(deadline_s))
+        tier.close()  # ends threads that are idle
         left = [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("ktrain-tier")]
         for thread in left:
             thread.join(30)

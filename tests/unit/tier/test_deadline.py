@@ -12,6 +12,7 @@ import pytest
 
 from ktrain.base.clock import Deadline
 from ktrain.errors import DeadlineError, NotFoundError, UnavailableError
+from ktrain.tier import deadline
 from ktrain.tier.deadline import BoundedCalls, Call
 
 
@@ -26,6 +27,11 @@ def gate() -> Iterator[threading.Event]:
 def _hang(calls: BoundedCalls, gate: threading.Event, what: str = "read x") -> None:
     with pytest.raises(DeadlineError, match=what):
         calls.run(what, lambda call: gate.wait(30), deadline=Deadline.after(0.02))
+
+
+def threads_of(what: str) -> list[threading.Thread]:
+    """Those that work on a call now."""
+    return [thread for thread in threading.enumerate() if thread.name == f"ktrain-tier: {what}"]
 
 
 def test_run_work_that_returns_gives_its_value() -> None:
@@ -57,11 +63,13 @@ def test_run_work_that_hangs_is_left_behind_and_reported_until_it_returns(gate: 
 
     with pytest.raises(DeadlineError):
         calls.run("read y", hang, deadline=Deadline.after(0.02))
+    late = threads_of("read x") + threads_of("read y")
+    assert len(late) == 2
+    calls.close()  # so that they end with their calls
     gate.set()
     assert freed.wait(10)
-    for thread in threading.enumerate():
-        if thread.name.startswith("ktrain-tier: read"):
-            thread.join(10)
+    for thread in late:
+        thread.join(10)
     assert calls.late() == []
 
 
@@ -80,6 +88,27 @@ def test_run_work_of_a_caller_that_left_is_told_at_its_next_check(gate: threadin
         BoundedCalls().run("write x", work, deadline=Deadline.after(0.02))
     gate.set()
     assert told.wait(10)
+
+
+def test_run_caller_does_not_leave_while_its_memory_is_written_to_and_nothing_is_written_later() -> None:
+    done: list[str] = []
+
+    def work(call: Call) -> None:
+        with call.hands_over():
+            threading.Event().wait(0.2)  # long after the deadline
+            done.append("written")
+        with call.hands_over():
+            done.append("written late")
+
+    calls = BoundedCalls()
+    with pytest.raises(DeadlineError):
+        calls.run("read x", work, deadline=Deadline.after(0.02))
+    done.append("left")
+    late = threads_of("read x")
+    calls.close()
+    for thread in late:
+        thread.join(10)
+    assert done == ["written", "left"]
 
 
 def test_run_behind_too_many_hanging_calls_is_refused_at_once(gate: threading.Event) -> None:
@@ -127,11 +156,12 @@ def test_call_that_fails_lets_go_of_the_callers_buffer_at_once() -> None:
     watched = weakref.ref(buffer)
     gc.disable()  # a slot's lease must not wait for it
     try:
+        calls = BoundedCalls()
         with contextlib.suppress(UnavailableError):
-            BoundedCalls().run("write", fail, deadline=Deadline.after(10))
-        for thread in threading.enumerate():
-            if thread.name.startswith("ktrain-tier"):
-                thread.join(10)  # it has said its last word, and is about to end
+            calls.run("write", fail, deadline=Deadline.after(10))
+        calls.run(
+            "next", lambda call: None, deadline=Deadline.after(10)
+        )  # by the same thread: it is done with the first
         del buffer, fail
         assert watched() is None
     finally:
@@ -151,13 +181,41 @@ def test_call_that_fails_after_it_was_given_up_lets_go_of_the_callers_buffer(gat
     watched = weakref.ref(buffer)
     gc.disable()
     try:
+        calls = BoundedCalls(limit=1)
         with contextlib.suppress(DeadlineError):
-            BoundedCalls().run("write", fail, deadline=Deadline.after(0.05))
-        left = [thread for thread in threading.enumerate() if thread.name == "ktrain-tier: write"]
+            calls.run("write", fail, deadline=Deadline.after(0.05))
         gate.set()
-        for thread in left:
-            thread.join(10)
-        del buffer, fail, thread, left
+        calls.run("next", lambda call: None, deadline=Deadline.after(10))  # by the same thread, once it is free
+        del buffer, fail
         assert watched() is None
     finally:
         gc.enable()
+
+
+def test_run_one_call_after_the_other_uses_one_thread_and_close_ends_it() -> None:
+    calls = BoundedCalls()
+    used = [calls.run("who", lambda call: threading.current_thread(), deadline=Deadline.after(10)) for _ in range(5)]
+    assert len(set(used)) == 1
+    calls.close()
+    calls.close()
+    used[0].join(10)
+    assert not used[0].is_alive()
+
+
+def test_run_beside_a_call_that_hangs_never_waits_for_its_thread(gate: threading.Event) -> None:
+    calls = BoundedCalls()
+    _hang(calls, gate)
+    used = [calls.run("who", lambda call: threading.current_thread(), deadline=Deadline.after(10)) for _ in range(2)]
+    assert len({*used, *threads_of("read x")}) == 2
+
+
+def test_thread_that_finds_no_call_ends_by_itself_and_the_next_call_gets_a_new_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(deadline, "_IDLE_S", 0.001)
+    calls = BoundedCalls()
+    for _ in range(20):  # some of these meet a thread that is about to end
+        used = calls.run("who", lambda call: threading.current_thread(), deadline=Deadline.after(10))
+    used.join(10)
+    assert not used.is_alive()
+    assert calls.run("again", lambda call: "fine", deadline=Deadline.after(10)) == "fine"

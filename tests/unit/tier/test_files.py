@@ -133,21 +133,38 @@ def test_call_under_a_clock_of_a_test_is_given_real_time(tier: FileTier) -> None
         tier.read("a", deadline=Deadline.after(0.0, clock))
 
 
-def test_read_into_fills_exactly_the_memory(tier: FileTier) -> None:
+def nothing(at: int, memory: memoryview) -> None:
+    """Takes a piece."""
+
+
+def test_read_pieces_gives_exactly_the_range_in_order(tier: FileTier) -> None:
     data = bytes(range(256)) * 40
     tier.write("a", data, deadline=soon())
-    memory = bytearray(b"\xee" * 300)
-    tier.read_into("a", 1000, memoryview(memory)[50:250], deadline=soon())
-    assert memory == b"\xee" * 50 + data[1000:1200] + b"\xee" * 50
-    tier.read_into("a", len(data), memoryview(bytearray()), deadline=soon())
+    taken: list[tuple[int, bytes]] = []
+    for bounds in ((1000, 1250), (5, 5)):
+        tier.read_pieces("a", bounds, lambda at, m: taken.append((at, bytes(m))), piece_nbytes=100, deadline=soon())
+    assert taken == [(1000, data[1000:1100]), (1100, data[1100:1200]), (1200, data[1200:1250])]
 
 
-def test_read_into_beyond_the_end_is_corruption_with_both_sizes(tier: FileTier) -> None:
+def test_read_pieces_error_of_who_takes_them_ends_the_read_and_is_raised(tier: FileTier) -> None:
+    tier.write("a", bytes(1000), deadline=soon())
+    taken: list[int] = []
+
+    def refuse(at: int, memory: memoryview) -> None:
+        taken.append(at)
+        raise CorruptionError("not these")
+
+    with pytest.raises(CorruptionError, match="not these"):
+        tier.read_pieces("a", (0, 1000), refuse, piece_nbytes=100, deadline=soon())
+    assert taken == [0]
+
+
+def test_read_pieces_beyond_the_end_is_corruption_with_both_sizes(tier: FileTier) -> None:
     tier.write("a", bytes(100), deadline=soon())
     with pytest.raises(CorruptionError, match=r"\[60, 110\) of a: expected 110 bytes or more, found 100"):
-        tier.read_into("a", 60, memoryview(bytearray(50)), deadline=soon())
+        tier.read_pieces("a", (60, 110), nothing, piece_nbytes=100, deadline=soon())
 
 
-def test_read_into_of_nothing_there_is_not_found(tier: FileTier) -> None:
+def test_read_pieces_of_nothing_there_is_not_found(tier: FileTier) -> None:
     with pytest.raises(NotFoundError):
-        tier.read_into("a", 0, memoryview(bytearray(5)), deadline=soon())
+        tier.read_pieces("a", (0, 5), nothing, piece_nbytes=100, deadline=soon())
