@@ -12,7 +12,7 @@ namespace {
 // Bytes that stay in the nearest caches between their digest and their copy.
 constexpr std::size_t kBlockNbytes = std::size_t{64} << 10;
 
-// What one thread takes of a gather without digests: long enough for one look at the table.
+// What one thread takes of a gather at a time.
 constexpr std::size_t kGatherNbytes = std::size_t{1} << 20;
 
 // Small pieces that one thread digests before it asks for more.
@@ -36,6 +36,20 @@ std::uint64_t copy_and_update(std::uint64_t state, std::span<std::byte> target, 
   return state;
 }
 
+// Calls work(i) for every chunk. A thread takes neighbours, some more at a time: to ask for work and to wait for stores
+// that go past the caches takes as long as to copy some kilobytes.
+template <typename Work>
+void parallel_for_chunks(std::size_t num, std::size_t chunk_nbytes, unsigned num_threads, const Work& work) {
+  const std::size_t group = std::max<std::size_t>(1, kGatherNbytes / chunk_nbytes);
+  parallel_for(num_chunks(num, group), num_threads, [&](std::size_t item) noexcept {
+    const std::size_t end = std::min((item + 1) * group, num);
+    for (std::size_t chunk = item * group; chunk < end; ++chunk) {
+      work(chunk);
+    }
+    fence_stores();
+  });
+}
+
 }  // namespace
 
 void digest_chunks(std::span<const std::byte> source, std::size_t chunk_nbytes, unsigned num_threads,
@@ -49,12 +63,11 @@ void digest_chunks(std::span<const std::byte> source, std::size_t chunk_nbytes, 
 void copy_digest(std::span<std::byte> target, std::span<const std::byte> source, std::size_t chunk_nbytes,
                  unsigned num_threads, std::span<std::uint64_t> digests) {
   const bool is_streamed = is_worth_streaming(target.size());
-  parallel_for(digests.size(), num_threads, [&](std::size_t chunk) noexcept {
+  parallel_for_chunks(digests.size(), chunk_nbytes, num_threads, [&](std::size_t chunk) noexcept {
     const std::size_t begin = chunk * chunk_nbytes;
     const std::size_t nbytes = std::min(chunk_nbytes, source.size() - begin);
     const std::span<std::byte> to = target.subspan(begin, nbytes);
     digests[chunk] = ~copy_and_update(~std::uint64_t{0}, to, source.data() + begin, is_streamed);
-    fence_stores();
   });
 }
 
@@ -129,11 +142,10 @@ std::uint64_t gather_region(std::span<std::byte> target, const Segments& segment
 void gather_digest(std::span<std::byte> target, const Segments& segments, std::size_t chunk_nbytes,
                    unsigned num_threads, std::span<std::uint64_t> digests) {
   const bool is_streamed = is_worth_streaming(target.size());
-  parallel_for(digests.size(), num_threads, [&](std::size_t chunk) noexcept {
+  parallel_for_chunks(digests.size(), chunk_nbytes, num_threads, [&](std::size_t chunk) noexcept {
     const std::size_t begin = chunk * chunk_nbytes;
     const std::size_t end = begin + std::min(chunk_nbytes, target.size() - begin);
     digests[chunk] = gather_region(target, segments, begin, end, is_streamed);
-    fence_stores();
   });
 }
 
