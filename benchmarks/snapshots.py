@@ -15,8 +15,10 @@ from ktrain.base.clock import Deadline
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.lineage import Copy
 from ktrain.checkpoint.source import NearestSource, Openers, PeerCalls
+from ktrain.format import columns
+from ktrain.format.document import Written
 from ktrain.format.manifest import Identity, Manifest
-from ktrain.format.payload import CHUNK_NBYTES
+from ktrain.format.payload import CHUNK_NBYTES, Layout
 from ktrain.snapshot.arena import Held, NodeVolume
 from ktrain.snapshot.staging import Stager
 from ktrain.state.apply import apply, plan_restore
@@ -72,6 +74,7 @@ class Snapshotter:
         self.step = 0
         self.held: Held | None = None
         self._stager: tuple[int, Stager] | None = None  # kept between snapshots, as a rank keeps it
+        self._table: tuple[Layout, Written] | None = None  # as well
 
     @property
     def nbytes(self) -> int:
@@ -131,6 +134,8 @@ class Snapshotter:
         proofs.true("safetensors' own reader finds every tensor of the module in the slot", same)
 
     def _manifest(self, plan: SavePlan, chunks: tuple[int, ...]) -> Manifest:
+        if self._table is None or self._table[0] is not plan.layout:
+            self._table = plan.layout, columns.write(plan.layout.entries)
         return Manifest(
             identity=self.identity,
             rank=0,
@@ -139,6 +144,7 @@ class Snapshotter:
             chunk_nbytes=CHUNK_NBYTES,
             chunks=chunks,
             entries=plan.layout.entries,
+            table=self._table[1],
             objects=plan.objects,
             origin={"ktrain": ktrain.__version__, "torch": torch.__version__},
         )

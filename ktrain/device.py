@@ -5,14 +5,19 @@ Nothing is asked of the hardware at import.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ktrain.errors import ConfigError
 
+_LOG = logging.getLogger(__name__)
+_REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device of the process
 _SIDE_STREAMS: dict[torch.device, SideStream] = {}
 
 
@@ -96,8 +101,10 @@ class SideStream:
         with self._stream:
             if self._begin is not None:
                 self._stream.wait_event(self._begin)
-            yield
-            self._stream.synchronize()
+            try:
+                yield
+            finally:
+                self._stream.synchronize()  # after an error too: what was queued before it still writes
 
 
 def side_stream(device: torch.device) -> SideStream:
@@ -129,6 +136,25 @@ def set_generators(states: list[torch.Tensor], devices: range | None = None) -> 
         module.set_rng_state(state, index)
 
 
+def numa_node(root: Path = Path("/sys/bus/pci/devices")) -> int | None:
+    """The node of this machine's memory that is nearest to the device in use; None where that is not known.
+
+    Nothing is started for it: a process that has not used its device yet has none.
+    """
+    if name() != "cuda" or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return None
+    found: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+    try:
+        address = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
+    except AttributeError:  # an older torch does not say
+        return None
+    try:
+        node = int((root / address / "numa_node").read_text())
+    except (OSError, ValueError):
+        return None
+    return node if node >= 0 else None
+
+
 def register_host_memory(memory: memoryview) -> bool:
     """Pins memory that exists (a slot), so that copies from the device are one DMA; false where it cannot be.
 
@@ -136,7 +162,11 @@ def register_host_memory(memory: memoryview) -> bool:
     """
     if name() != "cuda" or memory.nbytes == 0:
         return False
-    return int(_cuda_runtime().cudaHostRegister(_address(memory), memory.nbytes, 0)) == 0
+    code = int(_cuda_runtime().cudaHostRegister(_address(memory), memory.nbytes, _REGISTER_PORTABLE))
+    if code != 0:
+        _LOG.warning("CUDA cannot pin %d bytes of a slot (error %d); copies into it are slower", memory.nbytes, code)
+        _forget_error()
+    return code == 0
 
 
 def unregister_host_memory(memory: memoryview) -> None:
@@ -147,6 +177,12 @@ def unregister_host_memory(memory: memoryview) -> None:
 
 def _cuda_runtime() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _forget_error() -> None:
+    """Takes the runtime's note of a call of ours that failed, which torch would read as that of its next kernel."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda").add_(1)
 
 
 def _address(memory: memoryview) -> int:

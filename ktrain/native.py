@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 else:
     Buffer = Any
 
+MappedFile: TypeAlias = _native.MappedFile
+"""Memory that `map_file` made. Weak references to it tell when it is gone."""
+
 _WORD_FORMATS = frozenset("qQlL")
 
 
@@ -237,6 +240,35 @@ def prefault(target: Buffer, *, num_threads: int = 1) -> None:
     if code in (errno.ENOMEM, errno.EFAULT):
         raise CapacityError(f"{message}; free space in the volume or the memory limit, or keep fewer slots")
     raise UnavailableError(f"{message} ({errno.errorcode.get(code, code)})")
+
+
+def map_file(fd: int, nbytes: int, *, writable: bool) -> MappedFile:
+    """Returns the first `nbytes` of a file as shared memory, placed so that huge pages of the file can serve it.
+
+    It is a buffer; the memory goes with the last view of it. `fd` may be closed.
+
+    Raises:
+        OSError: the system refused.
+        ConfigError: `nbytes` is below 1.
+    """
+    _require_positive(nbytes=nbytes)
+    found = _native.map_file(fd, nbytes, writable)
+    if isinstance(found, int):
+        raise OSError(found, os.strerror(found))
+    return found
+
+
+def back_huge(fd: int, begin: int, end: int, *, num_threads: int = 1) -> int:
+    """Backs the bytes from `begin` to `end` of a file on tmpfs by huge pages, where the system has them (ADR 0021).
+
+    The file is that long already; what it lacks of pages is made, but none behind `end`. No byte changes, and nothing
+    raises: where the system refuses, ordinary pages stay.
+
+    Returns:
+        Bytes that huge pages back now.
+    """
+    _require_positive(num_threads=num_threads)
+    return _native.back_huge(fd, begin, end, num_threads)
 
 
 def set_parent_death_signal(signum: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import queue
 import threading
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 import ktrain
+from ktrain import device
 from ktrain.base import contract, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.base.faults import FaultPoints
@@ -26,9 +28,11 @@ from ktrain.format import columns, document
 from ktrain.format.document import Written
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.format.payload import CHUNK_NBYTES, Layout
+from ktrain.snapshot import numa
 from ktrain.snapshot.arena import KEPT_SLOTS, NodeVolume, Slots, SlotWriter, required_nbytes
 from ktrain.snapshot.payloads import SlotStager, SlotStaging, slot_nbytes
 from ktrain.snapshot.pinned import PinnedSlots
+from ktrain.snapshot.slots import SlotCalls
 from ktrain.snapshot.staging import Later
 from ktrain.snapshot.window import Window
 from ktrain.state.guard import UpdateGuard
@@ -108,7 +112,8 @@ class Saver:
         self._thread.start()
         atexit.register(self.finish)  # a process that ends without close() still seals what it has copied
         try:
-            self.volume = NodeVolume(self._line.volume_root, node=self._line.node, run=run_id, uri=run)
+            place, calls = self._line, _NearDevice()
+            self.volume = NodeVolume(place.volume_root, node=place.node, run=run_id, uri=run, calls=calls)
         except (OSError, KtrainError) as error:
             self._fail(error)
 
@@ -367,3 +372,13 @@ class Saver:
         if self._failure is not None:
             self._pulse.emit("tier_recovered", tier=contract.TIER_MEMORY, rank=self._topology.rank)
         self._failure = None
+
+
+class _NearDevice(SlotCalls):
+    """Slots whose pages lie next to this rank's device, where the machine has several nodes (ADR 0021)."""
+
+    def near(self) -> frozenset[int]:
+        nodes = numa.read_nodes()
+        if len(nodes) < 2:
+            return frozenset()
+        return numa.choose_processors(nodes, os.sched_getaffinity(0), device.numa_node())

@@ -58,8 +58,6 @@ __all__ = [
     "required_nbytes",
 ]
 
-_PREFAULT_THREADS = 8
-
 
 class NodeVolume:
     """The slots of one node. Safe from any thread; a forked child opens the volume again.
@@ -223,7 +221,6 @@ class NodeVolume:
             CapacityError: the volume is full.
         """
         self._require_usable()
-        threads = min(_PREFAULT_THREADS, len(os.sched_getaffinity(0)))
         with translated(f"prepare {count} slots of {nbytes} bytes for rank {rank} in {self.path}"):
             mine, num_busy = self._lock_slots(rank)
             try:
@@ -233,7 +230,7 @@ class NodeVolume:
                     held = sealed.get(slot.files.index)
                     if slot.mapped_nbytes != nbytes and (held is None or payload_nbytes(slot.files) == nbytes):
                         slot.map(nbytes)
-                        slot.prefault(threads)
+                        slot.prefault()
                         mapped(slot.files.name, slot.view())
             finally:
                 self._give_back(mine)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 from ktrain import device
 
@@ -21,16 +23,22 @@ class PinnedSlots:
         self._register = register
         self._unregister = unregister
         self._views: dict[str, memoryview] = {}  # by slot
+        self._refused: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()  # mappings by slot
 
     def pin(self, slot: str, memory: memoryview) -> None:
-        """Registers a slot's memory, unless it is; a mapping that the slot had before is given back."""
+        """Registers a slot's memory, unless it is; a mapping that the slot had before is given back.
+
+        One that was refused is not asked for again: it would cost the time of a try in every save.
+        """
         known = self._views.get(slot)
-        if known is not None and known.obj is memory.obj:
+        if known is not None and known.obj is memory.obj or self._refused.get(slot) is memory.obj:
             return
         self._unpin(slot)
         view = memoryview(memory)
         if self._register(view):
             self._views[slot] = view
+        else:
+            self._refused[slot] = memory.obj
 
     def close(self) -> None:
         """Gives all memory back. Nothing may be written into it by a device any more."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import mmap
+import logging
 import os
 import re
 import weakref
@@ -38,9 +38,12 @@ from ktrain.errors import (
 from ktrain.format.digest import digest_text
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.format.payload import copies_begin
+from ktrain.snapshot import numa
 
+_LOG = logging.getLogger(__name__)
 _LOCK_TRIES = 3  # somebody who only looks holds a lock for microseconds; that is no writer
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM})
+_PAGE_THREADS = 8
 _SLOT_FILE = re.compile(r"slot-(0|[1-9][0-9]*)\.(?:safetensors|lock)")
 
 
@@ -107,6 +110,21 @@ class SlotFiles:
 class SlotCalls:
     """The border to the system that tests replace: a full volume, and a stop after any step of a writer."""
 
+    def near(self) -> frozenset[int]:
+        """The processors to make a slot's pages on, asked each time that there are some to make; nothing for any."""
+        return frozenset()
+
+    def back(self, fd: int, begin: int, end: int) -> int:
+        """Makes huge pages for that part of the file, as far as the system has them; the bytes that lie in them now.
+
+        The file may be longer afterwards; what it lacks still is for `reserve`.
+        """
+        stat = os.fstatvfs(fd)
+        if end - begin > stat.f_bavail * stat.f_frsize:
+            return 0  # nothing is taken from others for what will not be whole
+        os.ftruncate(fd, max(end, os.fstat(fd).st_size))
+        return native.back_huge(fd, begin, end, num_threads=_threads())
+
     def reserve(self, fd: int, nbytes: int) -> None:
         """Makes the file at least `nbytes` long with every byte backed, or raises OSError."""
         os.posix_fallocate(fd, 0, nbytes)
@@ -165,6 +183,11 @@ def try_flock(path: Path, operation: int) -> int | None:
     return None
 
 
+def _threads() -> int:
+    """Threads that make pages at a time."""
+    return min(_PAGE_THREADS, len(os.sched_getaffinity(0)))
+
+
 def allocated_nbytes(path: Path) -> int:
     """Bytes that the file takes from its file system; 0 where there is none."""
     try:
@@ -194,7 +217,7 @@ class Slot:
         self._lock_fd: int | None = None
         self._lease_fd: int | None = None
         self._payload_fd: int | None = None
-        self._mapping: mmap.mmap | None = None
+        self._mapping: native.MappedFile | None = None
         self._leased = False
 
     @property
@@ -246,7 +269,7 @@ class Slot:
         self._reserve(self._payload_fd, nbytes)
         self._calls.reached("grown")
         self._mapping = None
-        mapping = mmap.mmap(self._payload_fd, nbytes, access=mmap.ACCESS_WRITE)
+        mapping = native.map_file(self._payload_fd, nbytes, writable=True)
         # Every mapping keeps the lock by a descriptor of its own, closed when the last view of it is gone.
         weakref.finalize(mapping, os.close, os.dup(self._lock_fd)).atexit = False
         self._mapping = mapping
@@ -262,7 +285,10 @@ class Slot:
         if before.st_size >= nbytes and before.st_blocks * 512 >= nbytes:
             return
         try:
-            self._calls.reserve(fd, nbytes)
+            with numa.running_on(self._calls.near()):
+                huge = self._calls.back(fd, before.st_blocks * 512, nbytes)
+                self._calls.reserve(fd, nbytes)
+            _LOG.info("%s grew to %d bytes, of which %d lie in new huge pages", self.files.name, nbytes, huge)
         except OSError as error:
             os.ftruncate(fd, before.st_size)  # where the file system has no such call, half of it was written
             stat = os.fstatvfs(fd)
@@ -301,10 +327,10 @@ class Slot:
         self._calls.reached("manifest-written")
         os.replace(self.files.unfinished_manifest, manifest)
 
-    def prefault(self, num_threads: int) -> None:
+    def prefault(self) -> None:
         """Makes every mapped page present; changes no byte."""
         if self._mapping is not None:
-            native.prefault(self._mapping, num_threads=num_threads)
+            native.prefault(self._mapping, num_threads=_threads())
 
     def view(self) -> memoryview:
         assert self._mapping is not None
@@ -433,7 +459,7 @@ class SlotReader:
                         f"{files.payload}: expected a payload of {manifest.nbytes} bytes at byte {begin}, the file has "
                         f"{nbytes}; try another copy"
                     )
-                mapping = mmap.mmap(fd, begin + manifest.nbytes, access=mmap.ACCESS_READ)
+                mapping = native.map_file(fd, begin + manifest.nbytes, writable=False)
             finally:
                 os.close(fd)
         except BaseException:

@@ -93,8 +93,9 @@ class Witness:
             return f"a tensor of shape {list(self._tensors[at].shape)} was written to"
         if self._digest(self._copied) != self._digests:
             return _AROUND
-        copied = _join(self._copied_samples)
-        return None if all(map(torch.equal, copied, [sample.copy for sample in self.samples])) else _AROUND
+        copied = [part.view(torch.uint8) for part in self._copied_samples]
+        seen = [sample.copy for sample in self.samples]
+        return _AROUND if copied and not torch.equal(torch.cat(copied), torch.cat(seen)) else None
 
     def problem_of_tensors(self) -> str | None:
         """How it is known that a tensor on the host has changed since; None where nothing shows it."""
@@ -135,6 +136,7 @@ def _choose_on_devices(found: Sequence[OnDevice], turn: int) -> list[OnDevice]:
         begin = int(_phase(turn) * max(1, one.tensor.numel() - _ITEMS_ON_DEVICES))
         end = begin + _ITEMS_ON_DEVICES
         chosen.append(OnDevice(one.tensor.detach().view(-1)[begin:end], one.copy.view(-1)[begin:end]))
+    chosen.sort(key=lambda one: str(one.tensor.device))
     return chosen
 
 

@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -16,6 +17,7 @@
 #include "ktrain/cpu.h"
 #include "ktrain/digest.h"
 #include "ktrain/dlpack.h"
+#include "ktrain/mapping.h"
 #include "ktrain/scatter.h"
 
 namespace nb = nanobind;
@@ -258,6 +260,32 @@ int prefault(nb::handle target, unsigned num_threads) {
   return ktrain::prefault(view.writable(), num_threads);
 }
 
+// A Mapping that Python's buffers are taken from; it lives as long as the last of them.
+struct MappedFile : ktrain::Mapping {
+  using Mapping::Mapping;
+};
+
+int lend_mapped_file(PyObject* object, Py_buffer* view, int flags) noexcept {
+  const ktrain::Mapping& mapping = *nb::inst_ptr<MappedFile>(nb::handle(object));
+  const std::span<std::byte> bytes = mapping.bytes();
+  return PyBuffer_FillInfo(view, object, bytes.data(), static_cast<Py_ssize_t>(bytes.size()),
+                           mapping.is_writable() ? 0 : 1, flags);
+}
+
+PyType_Slot mapped_file_slots[] = {
+    {Py_bf_getbuffer, reinterpret_cast<void*>(&lend_mapped_file)},
+    {0, nullptr},
+};
+
+// The mapping, or the errno that says why there is none.
+nb::object map_file(int fd, std::size_t nbytes, bool is_writable) {
+  auto mapping = std::make_unique<MappedFile>(fd, nbytes, is_writable);
+  if (mapping->error() != 0) {
+    return nb::cast(mapping->error());
+  }
+  return nb::cast(mapping.release(), nb::rv_policy::take_ownership);
+}
+
 }  // namespace
 
 NB_MODULE(_native, module) {
@@ -277,5 +305,10 @@ NB_MODULE(_native, module) {
   module.def("digest_pieces", &digest_pieces, nb::arg("addresses"), nb::arg("sizes"), nb::arg("num_threads"));
   module.def("describe_tensors", &describe_tensors, nb::arg("exchange").none(), nb::arg("tensors"));
   module.def("prefault", &prefault, nb::arg("target"), nb::arg("num_threads"));
+  nb::class_<MappedFile>(module, "MappedFile", nb::type_slots(mapped_file_slots), nb::is_weak_referenceable())
+      .def("__len__", [](const MappedFile& mapping) { return mapping.bytes().size(); });
+  module.def("map_file", &map_file, nb::arg("fd"), nb::arg("nbytes"), nb::arg("is_writable"));
+  module.def("back_huge", &ktrain::back_huge, nb::arg("fd"), nb::arg("begin"), nb::arg("end"), nb::arg("num_threads"),
+             nb::call_guard<nb::gil_scoped_release>());
   module.def("set_parent_death_signal", &ktrain::set_parent_death_signal, nb::arg("signum"));
 }

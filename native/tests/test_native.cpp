@@ -2,6 +2,7 @@
 //
 // Every buffer is allocated at its exact size, so that reading or writing one byte too far is seen.
 #include <array>
+#include <cerrno>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -15,7 +16,15 @@
 #include "ktrain/copy.h"
 #include "ktrain/cpu.h"
 #include "ktrain/digest.h"
+#include "ktrain/mapping.h"
 #include "ktrain/scatter.h"
+#include "ktrain/streaming.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -68,11 +77,35 @@ void test_digest_of_check_string_is_the_published_value() {
 void test_every_variant_agrees_with_slow_code_at_every_length_and_shift() {
   for (const ktrain::Variant& variant : ktrain::variants()) {
     for (std::size_t nbytes : {0, 1, 7, 15, 16, 17, 127, 128, 129, 255, 256, 257, 271, 272, 300, 1023, 1024, 1025,
-                               1040, 1087, 1088, 1089, 1535, 1536, 4095, 4096, 4097, 20000}) {
+                               1040, 1087, 1088, 1089, 1535, 1536, 4095, 4096, 4097, 16384, 17408, 40000}) {
       for (std::size_t shift : {0, 1, 8, 15}) {
         Bytes bytes(nbytes, shift, static_cast<std::uint32_t>(nbytes));
         const std::uint64_t value = ~variant.update(~std::uint64_t{0}, bytes.data(), nbytes);
         EXPECT(value == slow_crc64(bytes.data(), nbytes), "%s, %zu bytes, shift %zu", variant.name, nbytes, shift);
+      }
+    }
+  }
+}
+
+void test_every_variant_copies_past_the_caches_exactly_and_digests_what_it_wrote() {
+  for (const ktrain::Variant& variant : ktrain::variants()) {
+    for (std::size_t nbytes : {0, 1, 15, 63, 64, 65, 255, 256, 300, 1023, 1024, 1087, 1200, 16383, 16384, 16447, 16448,
+                               17500, 40000}) {
+      for (std::size_t shift : {0, 1, 8, 63}) {
+        Bytes source(nbytes, 5, static_cast<std::uint32_t>(nbytes));
+        Bytes target(nbytes, shift, 1);
+        const std::uint64_t value = ~variant.copy_update(~std::uint64_t{0}, target.data(), source.data(), nbytes);
+        ktrain::fence_stores();
+        const bool is_copied = nbytes == 0 || std::memcmp(source.data(), target.data(), nbytes) == 0;
+        EXPECT(is_copied, "%s, %zu bytes, shift %zu", variant.name, nbytes, shift);
+        EXPECT(value == slow_crc64(target.data(), nbytes), "%s, %zu bytes, shift %zu", variant.name, nbytes, shift);
+        for (std::size_t ahead : {std::size_t{0}, std::size_t{1} << 40}) {
+          Bytes again(nbytes, shift, 2);
+          variant.stream(again.data(), source.data(), nbytes, ahead);
+          ktrain::fence_stores();
+          const bool is_same = nbytes == 0 || std::memcmp(source.data(), again.data(), nbytes) == 0;
+          EXPECT(is_same, "%s, %zu bytes, shift %zu, ahead %zu", variant.name, nbytes, shift, ahead);
+        }
       }
     }
   }
@@ -221,6 +254,42 @@ void test_prefault_changes_no_byte() {
   EXPECT(ktrain::prefault({}, 2) == 0, "nothing to do");
 }
 
+#if defined(__linux__)
+void test_mapping_shows_the_file_and_refuses_a_closed_one() {
+  const int fd = ::memfd_create("ktrain-test", MFD_CLOEXEC);
+  const std::size_t nbytes = 3 * ktrain::kHugePageNbytes + 5000;
+  EXPECT(fd >= 0 && ::ftruncate(fd, static_cast<off_t>(nbytes)) == 0, "no file in memory");
+  const ktrain::Mapping writable(fd, nbytes, true);
+  const ktrain::Mapping readable(fd, nbytes, false);
+  EXPECT(writable.error() == 0 && readable.error() == 0, "errno %d, %d", writable.error(), readable.error());
+  EXPECT(writable.bytes().size() == nbytes, "size");
+  EXPECT(reinterpret_cast<std::uintptr_t>(readable.bytes().data()) % ktrain::kHugePageNbytes == 0, "not aligned");
+  writable.bytes()[nbytes - 1] = std::byte{7};
+  EXPECT(readable.bytes()[nbytes - 1] == std::byte{7}, "not the same file");
+  const ktrain::Mapping none(-1, nbytes, true);
+  EXPECT(none.error() == EBADF && none.bytes().empty(), "errno %d", none.error());
+  ::close(fd);
+}
+
+void test_back_huge_changes_no_byte_and_makes_no_page_behind_the_end() {
+  const int fd = ::memfd_create("ktrain-test", MFD_CLOEXEC);
+  const std::size_t nbytes = 3 * ktrain::kHugePageNbytes + 5000;
+  EXPECT(fd >= 0 && ::ftruncate(fd, static_cast<off_t>(nbytes)) == 0, "no file in memory");
+  const ktrain::Mapping mapping(fd, nbytes, true);
+  Bytes values(ktrain::kHugePageNbytes, 0, 11);
+  std::memcpy(mapping.bytes().data() + 4096, values.data(), values.span().size());
+  const std::size_t backed = ktrain::back_huge(fd, 5000, nbytes, 2);  // what the system gives, down to nothing
+  EXPECT(backed % ktrain::kHugePageNbytes == 0 && backed < nbytes, "%zu bytes", backed);
+  EXPECT(std::memcmp(mapping.bytes().data() + 4096, values.data(), values.span().size()) == 0, "a byte changed");
+  struct stat about{};
+  EXPECT(::fstat(fd, &about) == 0, "no stat");
+  EXPECT(static_cast<std::size_t>(about.st_blocks) * 512 <= 3 * ktrain::kHugePageNbytes, "a page behind the end");
+  EXPECT(ktrain::back_huge(fd, 0, 5000, 2) == 0, "no whole page fits");
+  EXPECT(ktrain::back_huge(-1, 0, nbytes, 2) == 0, "no file");
+  ::close(fd);
+}
+#endif
+
 void test_calls_from_several_threads_do_not_disturb_each_other() {
   Bytes source(3000000, 0, 7);
   std::vector<std::jthread> threads;
@@ -247,7 +316,12 @@ int main() {
   test_gather_digest_fills_segments_and_keeps_gaps();
   test_check_segments_names_the_first_bad_one();
   test_prove_scatter_copies_from_good_chunks_alone();
+  test_every_variant_copies_past_the_caches_exactly_and_digests_what_it_wrote();
   test_prefault_changes_no_byte();
+#if defined(__linux__)
+  test_mapping_shows_the_file_and_refuses_a_closed_one();
+  test_back_huge_changes_no_byte_and_makes_no_page_behind_the_end();
+#endif
   std::printf("native tests passed with");
   for (const ktrain::Variant& variant : ktrain::variants()) {
     std::printf(" %s", variant.name);

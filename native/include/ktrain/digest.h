@@ -15,9 +15,20 @@ inline constexpr std::uint64_t kPolynomial = 0x9A6C9329AC4BC9B5ULL;
 // Takes the register as it is (not inverted) over the bytes. Every variant gives the same result.
 using UpdateFunction = std::uint64_t (*)(std::uint64_t state, const std::byte* data, std::size_t nbytes) noexcept;
 
+// Copies the bytes past the caches and takes them into the register on their way, each read once: what it digests is
+// what it writes. fence_stores() must follow before another thread reads. The two do not overlap.
+using CopyUpdateFunction = std::uint64_t (*)(std::uint64_t state, std::byte* target, const std::byte* source,
+                                             std::size_t nbytes) noexcept;
+
+// Copies past the caches, and fetches meanwhile what lies `ahead` bytes behind the source: see copy_streaming.
+using StreamFunction = void (*)(std::byte* target, const std::byte* source, std::size_t nbytes,
+                                std::size_t ahead) noexcept;
+
 struct Variant {
   const char* name;
   UpdateFunction update;
+  CopyUpdateFunction copy_update;
+  StreamFunction stream;
 };
 
 // The variants that this processor can run, slowest first; the first one is always the portable oracle.
@@ -37,6 +48,15 @@ std::uint64_t crc64_combine(std::uint64_t first, std::uint64_t second, std::uint
 std::uint64_t update_portable(std::uint64_t state, const std::byte* data, std::size_t nbytes) noexcept;
 std::uint64_t update_pclmul(std::uint64_t state, const std::byte* data, std::size_t nbytes) noexcept;
 std::uint64_t update_vpclmul(std::uint64_t state, const std::byte* data, std::size_t nbytes) noexcept;
+
+std::uint64_t copy_update_portable(std::uint64_t state, std::byte* target, const std::byte* source,
+                                   std::size_t nbytes) noexcept;
+std::uint64_t copy_update_pclmul(std::uint64_t state, std::byte* target, const std::byte* source,
+                                 std::size_t nbytes) noexcept;
+std::uint64_t copy_update_vpclmul(std::uint64_t state, std::byte* target, const std::byte* source,
+                                  std::size_t nbytes) noexcept;
+
+void stream_avx512(std::byte* target, const std::byte* source, std::size_t nbytes, std::size_t ahead) noexcept;
 
 // x^n modulo the polynomial. Bits are reflected: bit 63 is the coefficient of x^0.
 constexpr std::uint64_t power_of_x(unsigned n) noexcept {

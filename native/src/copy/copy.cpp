@@ -12,7 +12,7 @@ namespace {
 // Bytes that stay in the nearest caches between their digest and their copy.
 constexpr std::size_t kBlockNbytes = std::size_t{64} << 10;
 
-// What one thread takes of a gather without digests: long enough for one look at the table.
+// What one thread takes of a gather at a time.
 constexpr std::size_t kGatherNbytes = std::size_t{1} << 20;
 
 // Small pieces that one thread digests before it asks for more.
@@ -21,16 +21,33 @@ constexpr std::size_t kPiecesAtOnce = 64;
 // From this size on a piece of a gather is worth a digest of its own.
 constexpr std::size_t kLargePieceNbytes = std::size_t{2} << 10;
 
-// The digest runs first and fetches the block, the copy then reads it from cache.
+// Copies and digests. A copy for the cache is digested first: that fetches the block, the copy then reads it there.
 std::uint64_t copy_and_update(std::uint64_t state, std::span<std::byte> target, const std::byte* source,
-                              CopyFunction copy) noexcept {
+                              bool is_streamed) noexcept {
+  if (is_streamed) {
+    return best_variant().copy_update(state, target.data(), source, target.size());
+  }
   const UpdateFunction update = best_variant().update;
   for (std::size_t at = 0; at < target.size(); at += kBlockNbytes) {
     const std::size_t nbytes = std::min(kBlockNbytes, target.size() - at);
     state = update(state, source + at, nbytes);
-    copy(target.data() + at, source + at, nbytes);
+    std::memcpy(target.data() + at, source + at, nbytes);
   }
   return state;
+}
+
+// Calls work(i) for every chunk. A thread takes neighbours, some more at a time: to ask for work and to wait for stores
+// that go past the caches takes as long as to copy some kilobytes.
+template <typename Work>
+void parallel_for_chunks(std::size_t num, std::size_t chunk_nbytes, unsigned num_threads, const Work& work) {
+  const std::size_t group = std::max<std::size_t>(1, kGatherNbytes / chunk_nbytes);
+  parallel_for(num_chunks(num, group), num_threads, [&](std::size_t item) noexcept {
+    const std::size_t end = std::min((item + 1) * group, num);
+    for (std::size_t chunk = item * group; chunk < end; ++chunk) {
+      work(chunk);
+    }
+    fence_stores();
+  });
 }
 
 }  // namespace
@@ -45,12 +62,12 @@ void digest_chunks(std::span<const std::byte> source, std::size_t chunk_nbytes, 
 
 void copy_digest(std::span<std::byte> target, std::span<const std::byte> source, std::size_t chunk_nbytes,
                  unsigned num_threads, std::span<std::uint64_t> digests) {
-  const CopyFunction copy = choose_copy(target.size());
-  parallel_for(digests.size(), num_threads, [&](std::size_t chunk) noexcept {
+  const bool is_streamed = is_worth_streaming(target.size());
+  parallel_for_chunks(digests.size(), chunk_nbytes, num_threads, [&](std::size_t chunk) noexcept {
     const std::size_t begin = chunk * chunk_nbytes;
     const std::size_t nbytes = std::min(chunk_nbytes, source.size() - begin);
-    digests[chunk] = ~copy_and_update(~std::uint64_t{0}, target.subspan(begin, nbytes), source.data() + begin, copy);
-    fence_stores();
+    const std::span<std::byte> to = target.subspan(begin, nbytes);
+    digests[chunk] = ~copy_and_update(~std::uint64_t{0}, to, source.data() + begin, is_streamed);
   });
 }
 
@@ -94,7 +111,7 @@ std::size_t find_segment(const Segments& segments, std::size_t position) noexcep
 // Large pieces are digested on their way. Small ones and gaps wait in the target, and are digested there
 // together: the digest needs long runs to be fast.
 std::uint64_t gather_region(std::span<std::byte> target, const Segments& segments, std::size_t begin,
-                            std::size_t end, CopyFunction copy) noexcept {
+                            std::size_t end, bool is_streamed) noexcept {
   const UpdateFunction update = best_variant().update;
   std::uint64_t state = ~std::uint64_t{0};
   std::size_t digested = begin;  // bytes in front of it are in `state`
@@ -107,7 +124,7 @@ std::uint64_t gather_region(std::span<std::byte> target, const Segments& segment
     const std::byte* source = reinterpret_cast<const std::byte*>(segments.address[i]) + (from - segments.offset[i]);
     if (to - from >= kLargePieceNbytes) {
       state = update(state, target.data() + digested, from - digested);
-      state = copy_and_update(state, target.subspan(from, to - from), source, copy);
+      state = copy_and_update(state, target.subspan(from, to - from), source, is_streamed);
       digested = to;
     } else {
       std::memcpy(target.data() + from, source, to - from);
@@ -124,12 +141,11 @@ std::uint64_t gather_region(std::span<std::byte> target, const Segments& segment
 
 void gather_digest(std::span<std::byte> target, const Segments& segments, std::size_t chunk_nbytes,
                    unsigned num_threads, std::span<std::uint64_t> digests) {
-  const CopyFunction copy = choose_copy(target.size());
-  parallel_for(digests.size(), num_threads, [&](std::size_t chunk) noexcept {
+  const bool is_streamed = is_worth_streaming(target.size());
+  parallel_for_chunks(digests.size(), chunk_nbytes, num_threads, [&](std::size_t chunk) noexcept {
     const std::size_t begin = chunk * chunk_nbytes;
     const std::size_t end = begin + std::min(chunk_nbytes, target.size() - begin);
-    digests[chunk] = gather_region(target, segments, begin, end, copy);
-    fence_stores();
+    digests[chunk] = gather_region(target, segments, begin, end, is_streamed);
   });
 }
 
@@ -138,7 +154,8 @@ void gather(std::span<std::byte> target, const Segments& segments, unsigned num_
   for (const std::uint64_t length : segments.nbytes) {
     nbytes += length;
   }
-  const CopyFunction copy = choose_copy(nbytes);
+  const StreamFunction stream = best_variant().stream;
+  const bool is_streamed = is_worth_streaming(nbytes);
   // Regions of the target, as in gather_digest: one large segment is shared by all threads.
   parallel_for(num_chunks(target.size(), kGatherNbytes), num_threads, [&](std::size_t region) noexcept {
     const std::size_t begin = region * kGatherNbytes;
@@ -148,7 +165,11 @@ void gather(std::span<std::byte> target, const Segments& segments, unsigned num_
       const std::size_t to = std::min<std::size_t>(segments.offset[i] + segments.nbytes[i], end);
       if (from < to) {
         const auto* source = reinterpret_cast<const std::byte*>(segments.address[i]) + (from - segments.offset[i]);
-        (to - from >= kLargePieceNbytes ? copy : copy_cached)(target.data() + from, source, to - from);
+        if (is_streamed && to - from >= kLargePieceNbytes) {
+          stream(target.data() + from, source, to - from, 0);
+        } else {
+          std::memcpy(target.data() + from, source, to - from);
+        }
       }
     }
     fence_stores();

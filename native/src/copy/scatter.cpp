@@ -1,9 +1,11 @@
 #include "ktrain/scatter.h"
+#include "ktrain/copy.h"
 #include "ktrain/digest.h"
 #include "ktrain/parallel.h"
 #include "ktrain/streaming.h"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -12,6 +14,9 @@ namespace {
 
 // From this size on a run is worth the fences and odd ends of stores past the caches.
 constexpr std::uint64_t kLargeRunNbytes = std::uint64_t{2} << 10;
+
+// What one thread takes at a time.
+constexpr std::size_t kGroupNbytes = std::size_t{1} << 20;
 
 constexpr std::uint64_t kMaxOffset = std::numeric_limits<std::int64_t>::max();
 
@@ -34,13 +39,15 @@ std::vector<std::uint64_t> reaches(const Runs& runs) {
   return reach;
 }
 
-// Copies what one row wants of [begin, end) of the payload, whose bytes are at `chunk`.
+// Copies what one row wants of [begin, end) of the payload, whose bytes are at `chunk`. Fetches the same of the chunk
+// that lies `ahead` bytes behind it, unless that is 0.
 void copy_row(const Runs& runs, std::size_t row, const std::byte* chunk, std::uint64_t begin, std::uint64_t end,
-              CopyFunction copy) noexcept {
+              bool is_streamed, std::size_t ahead) noexcept {
   const std::uint64_t first = runs.offset[row];
   const std::uint64_t step = runs.source_step[row];
   const std::uint64_t nbytes = runs.nbytes[row];
-  const CopyFunction copy_run = nbytes >= kLargeRunNbytes ? copy : copy_cached;
+  const StreamFunction stream = best_variant().stream;
+  const bool is_run_streamed = is_streamed && nbytes >= kLargeRunNbytes;
   for (std::uint64_t run = step == 0 || begin <= first ? 0 : (begin - first) / step; run < runs.count[row]; ++run) {
     const std::uint64_t at = first + run * step;
     if (at >= end) {
@@ -50,7 +57,11 @@ void copy_row(const Runs& runs, std::size_t row, const std::byte* chunk, std::ui
     const std::uint64_t to = std::min(at + nbytes, end);
     if (from < to) {
       auto* target = reinterpret_cast<std::byte*>(runs.address[row] + run * runs.target_step[row] + (from - at));
-      copy_run(target, chunk + (from - begin), to - from);
+      if (is_run_streamed) {
+        stream(target, chunk + (from - begin), to - from, ahead);
+      } else {
+        std::memcpy(target, chunk + (from - begin), to - from);
+      }
     }
   }
 }
@@ -89,23 +100,29 @@ RunCheck check_runs(const Runs& runs) noexcept {
 void prove_scatter(std::span<const std::byte> source, std::uint64_t begin, std::size_t chunk_nbytes,
                    std::span<const std::uint64_t> expected, const Runs& runs, unsigned num_threads,
                    std::span<std::uint8_t> is_bad) {
-  const CopyFunction copy = choose_copy(source.size());
+  const bool is_streamed = is_worth_streaming(source.size());
   const std::vector<std::uint64_t> reach = reaches(runs);
-  parallel_for(is_bad.size(), num_threads, [&](std::size_t index) noexcept {
-    const std::size_t at = index * chunk_nbytes;
-    const std::size_t nbytes = std::min(chunk_nbytes, source.size() - at);
-    const std::byte* chunk = source.data() + at;
-    is_bad[index] = crc64(chunk, nbytes) != expected[index] ? 1 : 0;
-    if (is_bad[index] != 0) {
-      return;
-    }
-    // The digest has brought the chunk into the cache, from where it is copied.
-    const std::uint64_t from = begin + at;
-    const std::uint64_t to = from + nbytes;
-    const auto first = std::upper_bound(reach.begin(), reach.end(), from) - reach.begin();
-    for (auto row = static_cast<std::size_t>(first); row < reach.size() && runs.offset[row] < to; ++row) {
-      if (!is_empty(runs, row) && end_of(runs, row) > from) {
-        copy_row(runs, row, chunk, from, to, copy);
+  // A thread takes neighbours, so that while it copies a chunk the next one is on its way from memory.
+  const std::size_t group = std::max<std::size_t>(1, kGroupNbytes / chunk_nbytes);
+  parallel_for(num_chunks(is_bad.size(), group), num_threads, [&](std::size_t item) noexcept {
+    const std::size_t behind = std::min((item + 1) * group, is_bad.size());
+    for (std::size_t index = item * group; index < behind; ++index) {
+      const std::size_t at = index * chunk_nbytes;
+      const std::size_t nbytes = std::min(chunk_nbytes, source.size() - at);
+      const std::byte* chunk = source.data() + at;
+      is_bad[index] = crc64(chunk, nbytes) != expected[index] ? 1 : 0;
+      if (is_bad[index] != 0) {
+        continue;
+      }
+      // The digest has brought the chunk into the cache, from where it is copied.
+      const std::size_t ahead = index + 1 < behind ? chunk_nbytes : 0;
+      const std::uint64_t from = begin + at;
+      const std::uint64_t to = from + nbytes;
+      const auto first = std::upper_bound(reach.begin(), reach.end(), from) - reach.begin();
+      for (auto row = static_cast<std::size_t>(first); row < reach.size() && runs.offset[row] < to; ++row) {
+        if (!is_empty(runs, row) && end_of(runs, row) > from) {
+          copy_row(runs, row, chunk, from, to, is_streamed, ahead);
+        }
       }
     }
     fence_stores();

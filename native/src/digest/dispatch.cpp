@@ -1,5 +1,6 @@
 #include "ktrain/cpu.h"
 #include "ktrain/digest.h"
+#include "ktrain/streaming.h"
 
 namespace ktrain {
 namespace {
@@ -9,15 +10,15 @@ struct Registry {
   std::size_t size = 0;
 
   Registry() noexcept {
-    add({"portable", update_portable});
+    add({"portable", update_portable, copy_update_portable, copy_streaming});
 #if defined(KTRAIN_HAS_PCLMUL)
     if (cpu_has_pclmul()) {
-      add({"pclmul", update_pclmul});
+      add({"pclmul", update_pclmul, copy_update_pclmul, copy_streaming});
     }
 #endif
 #if defined(KTRAIN_HAS_VPCLMUL)
     if (cpu_has_vpclmul()) {
-      add({"vpclmul", update_vpclmul});
+      add({"vpclmul", update_vpclmul, copy_update_vpclmul, stream_avx512});
     }
 #endif
   }

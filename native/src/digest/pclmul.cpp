@@ -31,40 +31,80 @@ inline __m128i fold(__m128i lane, __m128i constants, __m128i next) noexcept {
   return _mm_xor_si128(_mm_xor_si128(first, last), next);
 }
 
-}  // namespace
-
-std::uint64_t update_pclmul(std::uint64_t state, const std::byte* data, std::size_t nbytes) noexcept {
-  if (nbytes < 2 * kStrideNbytes) {
+// What is digested stays where it is.
+struct Stay {
+  void lane(std::size_t, __m128i) const noexcept {}
+  std::uint64_t rest(std::uint64_t state, std::size_t, const std::byte* data, std::size_t nbytes) const noexcept {
     return update_portable(state, data, nbytes);
   }
+};
+
+// What is digested goes to a target on the border of a lane, past the caches.
+struct Stream {
+  std::byte* target;
+
+  void lane(std::size_t at, __m128i value) const noexcept {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(target + at), value);
+  }
+  std::uint64_t rest(std::uint64_t state, std::size_t at, const std::byte* data, std::size_t nbytes) const noexcept {
+    return copy_update_portable(state, target + at, data, nbytes);
+  }
+};
+
+// There are at least two strides.
+template <typename Use>
+std::uint64_t update_lanes(std::uint64_t state, const std::byte* data, std::size_t nbytes, Use use) noexcept {
   const __m128i stride_constants =
       _mm_set_epi64x(static_cast<long long>(kFoldStrideLast), static_cast<long long>(kFoldStrideFirst));
   const __m128i lane_constants =
       _mm_set_epi64x(static_cast<long long>(kFoldLaneLast), static_cast<long long>(kFoldLaneFirst));
 
+  const auto take = [&](std::size_t at) noexcept {
+    const __m128i value = load(data + at);
+    use.lane(at, value);
+    return value;
+  };
   __m128i lanes[kNumLanes];
   for (std::size_t i = 0; i < kNumLanes; ++i) {
-    lanes[i] = load(data + i * kLaneNbytes);
+    lanes[i] = take(i * kLaneNbytes);
   }
   lanes[0] = _mm_xor_si128(lanes[0], _mm_cvtsi64_si128(static_cast<long long>(state)));
-  data += kStrideNbytes;
-  nbytes -= kStrideNbytes;
-  for (; nbytes >= kStrideNbytes; data += kStrideNbytes, nbytes -= kStrideNbytes) {
+  std::size_t at = kStrideNbytes;
+  for (; nbytes - at >= kStrideNbytes; at += kStrideNbytes) {
     for (std::size_t i = 0; i < kNumLanes; ++i) {
-      lanes[i] = fold(lanes[i], stride_constants, load(data + i * kLaneNbytes));
+      lanes[i] = fold(lanes[i], stride_constants, take(at + i * kLaneNbytes));
     }
   }
   __m128i lane = lanes[0];
   for (std::size_t i = 1; i < kNumLanes; ++i) {
     lane = fold(lane, lane_constants, lanes[i]);
   }
-  for (; nbytes >= kLaneNbytes; data += kLaneNbytes, nbytes -= kLaneNbytes) {
-    lane = fold(lane, lane_constants, load(data));
+  for (; nbytes - at >= kLaneNbytes; at += kLaneNbytes) {
+    lane = fold(lane, lane_constants, take(at));
   }
   // The lane stands for sixteen bytes that follow an empty register; the tables do the last division.
-  alignas(16) std::byte rest[kLaneNbytes];
-  _mm_store_si128(reinterpret_cast<__m128i*>(rest), lane);
-  return update_portable(update_portable(0, rest, kLaneNbytes), data, nbytes);
+  alignas(16) std::byte last[kLaneNbytes];
+  _mm_store_si128(reinterpret_cast<__m128i*>(last), lane);
+  return use.rest(update_portable(0, last, kLaneNbytes), at, data + at, nbytes - at);
+}
+
+}  // namespace
+
+std::uint64_t update_pclmul(std::uint64_t state, const std::byte* data, std::size_t nbytes) noexcept {
+  if (nbytes < 2 * kStrideNbytes) {
+    return update_portable(state, data, nbytes);
+  }
+  return update_lanes(state, data, nbytes, Stay{});
+}
+
+std::uint64_t copy_update_pclmul(std::uint64_t state, std::byte* target, const std::byte* source,
+                                 std::size_t nbytes) noexcept {
+  const std::size_t lead = (kLaneNbytes - reinterpret_cast<std::uintptr_t>(target) % kLaneNbytes) % kLaneNbytes;
+  if (nbytes < lead + 2 * kStrideNbytes) {
+    return copy_update_portable(state, target, source, nbytes);
+  }
+  state = copy_update_portable(state, target, source, lead);
+  return update_lanes(state, source + lead, nbytes - lead, Stream{target + lead});
 }
 
 }  // namespace ktrain

@@ -2,6 +2,7 @@
 // (Kounavis and Berry, "Novel Table Lookup-Based Algorithms for High-Performance CRC Generation", 2008).
 #include "ktrain/digest.h"
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
 
@@ -56,6 +57,19 @@ std::uint64_t update_portable(std::uint64_t state, const std::byte* data, std::s
   }
   for (; nbytes > 0; ++data, --nbytes) {
     state = (state >> 8) ^ kTables[0][(state ^ static_cast<std::uint64_t>(*data)) & 0xFF];
+  }
+  return state;
+}
+
+std::uint64_t copy_update_portable(std::uint64_t state, std::byte* target, const std::byte* source,
+                                   std::size_t nbytes) noexcept {
+  std::uint64_t words[8];
+  for (std::size_t at = 0; at < nbytes; at += sizeof words) {
+    const std::size_t taken = std::min(sizeof words, nbytes - at);
+    std::memcpy(words, source + at, taken);
+    const auto* line = reinterpret_cast<const std::byte*>(words);
+    state = update_portable(state, line, taken);
+    std::memcpy(target + at, line, taken);
   }
   return state;
 }

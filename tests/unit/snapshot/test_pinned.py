@@ -58,3 +58,16 @@ def test_pin_that_is_refused_keeps_nothing() -> None:
         pinned.pin("slot-0", view)
     memory.close()
     pinned.close()
+
+
+def test_pin_of_a_mapping_that_was_refused_is_not_tried_again_but_its_next_one_is() -> None:
+    driver, memory = Driver(works=False), slot()
+    pinned = PinnedSlots(driver.register, driver.unregister)
+    for _ in range(3):
+        with memoryview(memory) as view:
+            pinned.pin("slot-0", view)
+    assert driver.num_registered == 1
+    driver.works, other = True, slot()
+    pinned.pin("slot-0", memoryview(other))
+    assert driver.held == [other]
+    pinned.close()

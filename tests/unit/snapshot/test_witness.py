@@ -119,3 +119,20 @@ def test_witness_compares_samples_of_devices_with_their_copies(is_changed: bool)
     for one in (OnDevice(tensor, copy), *witness.samples):
         one.copy.copy_(one.tensor)
     assert (witness.problem_of_copies() is not None) == is_changed
+
+
+def test_witness_of_tensors_on_two_devices_finds_good_copies_good() -> None:
+    tensors = [torch.arange(400.0), torch.arange(900.0), torch.arange(600.0)]
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    nothing = numpy.zeros(0, numpy.uint64)
+    pairs = [OnDevice(tensor, copy) for tensor, copy in zip(tensors, copies, strict=True)]
+    witness = Witness(tensors, HostBytes(nothing, nothing, nothing), pairs, turn=3, all_bytes=False, num_threads=1)
+    for one in (*pairs, *witness.samples):
+        one.copy.copy_(one.tensor)
+    # As from two devices: the samples of each are joined by themselves.
+    first = witness.samples[0]
+    witness.samples[:] = [
+        OnDevice(first.tensor[:256], first.copy[:256]),
+        OnDevice(first.tensor[256:], first.copy[256:]),
+    ]
+    assert witness.problem_of_copies() is None
