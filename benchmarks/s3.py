@@ -1,11 +1,13 @@
-"""The S3 server on this machine that tests use, and a plain s3fs beside ktrain's tier.
+"""The S3 server on this machine that tests use, and plain clients beside ktrain's tier: s3fs, and boto3.
 
-It shares the processors with its client and is no production store: shares say what ktrain adds to s3fs, nothing
-about a real bucket.
+It shares the processors with its client and is no production store: shares say what ktrain adds to a plain client,
+nothing about a real bucket. It digests a whole object before the first byte of any range of it, and holds all parts of
+an upload in memory until it ends, so that the fastest plain client is one that asks for all in a single request.
 """
 
 from __future__ import annotations
 
+import io
 import os
 from typing import Any
 
@@ -13,6 +15,7 @@ from benchmarks.bench import Bench
 from ktrain.testing.s3_servers import RcloneServer
 
 BUCKET = "bench"
+_CHECKSUMS = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
 
 
 def server(bench: Bench) -> RcloneServer:
@@ -41,5 +44,31 @@ def plain_s3fs() -> Any:
     """s3fs as its documentation uses it, but for the checksums that rclone's server gets wrong."""
     import s3fs
 
-    checksums = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
-    return s3fs.S3FileSystem(config_kwargs=checksums, skip_instance_cache=True, use_listings_cache=False)
+    return s3fs.S3FileSystem(config_kwargs=_CHECKSUMS, skip_instance_cache=True, use_listings_cache=False)
+
+
+class PlainBoto3:
+    """boto3 as its documentation uses it: one request for all, or its transfers of 32 MiB, four at a time."""
+
+    def __init__(self) -> None:
+        import boto3
+        from boto3.s3.transfer import TransferConfig
+        from botocore.config import Config
+
+        self._client: Any = boto3.client("s3", config=Config(**_CHECKSUMS))
+        nbytes = 32 << 20
+        self._parts = TransferConfig(multipart_threshold=nbytes, multipart_chunksize=nbytes, max_concurrency=4)
+
+    def put(self, key: str, data: bytes) -> None:
+        self._client.put_object(Bucket=BUCKET, Key=key, Body=data)
+
+    def put_parts(self, key: str, data: bytes) -> None:
+        self._client.upload_fileobj(io.BytesIO(data), BUCKET, key, Config=self._parts)
+
+    def get(self, key: str) -> bytes:
+        return bytes(self._client.get_object(Bucket=BUCKET, Key=key)["Body"].read())
+
+    def get_parts(self, key: str) -> memoryview:
+        found = io.BytesIO()
+        self._client.download_fileobj(BUCKET, key, found, Config=self._parts)
+        return found.getbuffer()

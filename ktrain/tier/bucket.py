@@ -324,18 +324,30 @@ def _stream(fs: Any, call: Call, path: str, view: memoryview, terms: Terms | Non
     size = part_nbytes(1, PART_NBYTES, 1, 1 if chunks is None else chunks.chunk_nbytes)
     fs.makedirs(fs._parent(path), exist_ok=True)
     file = fs.open(path, "wb")
-    for begin in range(0, view.nbytes, size):
-        call.check()  # on the way out the file stays open: closing it would show a part as the whole
-        source = view[begin : begin + size]
-        piece = bytearray(source.nbytes)  # a new one for each: the client may keep it
-        copy_proven(memoryview(piece), source, chunks, (begin, view.nbytes, call.what))
-        if terms is not None:
-            terms.pace.take(source.nbytes, deadline=deadline)
-        file.write(piece)
-        if terms is not None:
-            terms.sent(source.nbytes)
-    call.check()
+    try:
+        for begin in range(0, view.nbytes, size):
+            call.check()
+            source = view[begin : begin + size]
+            piece = bytearray(source.nbytes)  # a new one for each: the client may keep it
+            copy_proven(memoryview(piece), source, chunks, (begin, view.nbytes, call.what))
+            if terms is not None:
+                terms.pace.take(source.nbytes, deadline=deadline)
+            file.write(piece)
+            if terms is not None:
+                terms.sent(source.nbytes)
+        call.check()
+    except BaseException:
+        _abandon(file)
+        raise
     file.close()
+
+
+def _abandon(file: Any) -> None:
+    """Has a file end without being closed, at the end of its life either: that would show a part as the whole."""
+    with contextlib.suppress(Exception):  # most have nothing to throw away; what the store keeps of it is invisible
+        file.discard()
+    with contextlib.suppress(AttributeError):  # a file of the system, in which the part is seen already
+        file.closed = True
 
 
 def _find(fs: Any, call: Call, path: str) -> list[tuple[str, int]]:

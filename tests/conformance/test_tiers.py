@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,14 +10,19 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from ktrain import native
+from ktrain.abc.proven import BadBytes, Chunks, ProvesWrites, Terms
 from ktrain.abc.tier import Tier
 from ktrain.base import ids
+from ktrain.base.pace import Pace
+from ktrain.errors import CorruptionError
 from ktrain.testing.fake_bucket import FakeBucket
 from ktrain.testing.faulty_tier import FaultyTier
 from ktrain.testing.s3_servers import MotoServer, RcloneServer, S3Server, find_program
 from ktrain.testing.tier_conformance import TierConformance, TierStore, soon
 from ktrain.testing.tier_url import publish, withdraw
 from ktrain.tier.location import open_tier
+from tests.conformance.fsspec_stores import Blocks, blocks_url, folder_url
 
 
 class _Store:
@@ -61,6 +67,21 @@ class _MemoryStore(_Store):
 
     def put(self, name: str, data: bytes) -> None:
         self._filesystem.pipe_file(f"{self._root}/{name}", data)
+
+
+class _BlocksStore(_Store):
+    def __init__(self) -> None:
+        self._name = ids.random_id()
+        super().__init__(blocks_url(self._name))
+
+    def path(self, name: str) -> str:
+        return f"{self._name}/run/{name}"
+
+    def get(self, name: str) -> bytes | None:
+        return Blocks.objects.get(self.path(name))
+
+    def put(self, name: str, data: bytes) -> None:
+        Blocks.objects[self.path(name)] = data
 
 
 class _FakeStore:
@@ -125,6 +146,60 @@ class TestMemory(TierConformance):
         store = _MemoryStore()
         yield store
         store.close()
+
+
+class TestFsspecFolder(TierConformance):
+    """fsspec's own local files: what stands between is the tier for every store of fsspec."""
+
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> Iterator[TierStore]:
+        store = _FileStore(tmp_path / "runs" / "net-a")
+        store.url = folder_url(tmp_path / "runs" / "net-a")
+        yield store
+        store.close()
+
+
+class TestFsspecBlocks(TierConformance):
+    @pytest.fixture
+    def store(self) -> Iterator[TierStore]:
+        store = _BlocksStore()
+        yield store
+        store.close()
+        Blocks.objects.clear()
+
+    def test_write_proven_sends_block_by_block_and_is_whole(self, store: _BlocksStore) -> None:
+        data, terms = _large()
+        _proving(store).write_proven("payload", data, terms, deadline=soon())
+        assert store.get("payload") == data
+        assert Blocks.num_blocks[store.path("payload")] > 2, "never the whole in memory"
+
+    def test_write_proven_of_bytes_that_changed_shows_nothing_once_the_file_is_forgotten(
+        self, store: _BlocksStore
+    ) -> None:
+        data, terms = _large()
+        data[-1] ^= 1
+        with pytest.raises(BadBytes):
+            _proving(store).write_proven("payload", data, terms, deadline=soon())
+        gc.collect()  # fsspec's files close themselves at the end of their life
+        assert store.get("payload") is None
+
+    def test_write_proven_is_read_back_now_and_then(self, store: _BlocksStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        data, terms = _large()
+        tier = _proving(store)
+        monkeypatch.setattr(Blocks, "cat_file", lambda self, path, start=None, end=None, **kwargs: bytes(end - start))
+        with pytest.raises(CorruptionError, match="as read back"):
+            tier.write_proven("payload", data, terms, deadline=soon())
+
+
+def _large() -> tuple[bytearray, Terms]:
+    data = bytearray(b"".join(index.to_bytes(2, "big") * (1 << 19) for index in range(40)))
+    return data, Terms(Chunks(1 << 20, native.digest_chunks(data, chunk_nbytes=1 << 20)), Pace(None))
+
+
+def _proving(store: _Store) -> ProvesWrites:
+    tier = store.open()
+    assert isinstance(tier, ProvesWrites)
+    return tier
 
 
 class TestFakeBucket(TierConformance):

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import boto3
 import pytest
 
 from ktrain import native
@@ -270,6 +269,7 @@ Leave = Callable[..., str]
 @pytest.fixture
 def leave(data: bytes, chunks: Chunks) -> Leave:
     """Begins an upload of the payload through the environment's proxy, sends the named parts and goes away."""
+    import boto3  # it comes with moto
 
     def make(parts: dict[int, bytes], *, key: str = f"run/{_NAME}") -> str:
         client = boto3.client("s3")
