@@ -31,6 +31,7 @@ class Drain:
             Ends(url, "node-0", volume=lambda: snapshots.volume, disk=lambda: None, transport=None),
             emit=lambda kind, **fields: None,
             drained=self._note,
+            filled=lambda: None,
             timeouts=Timeouts(),
             clock=SYSTEM_CLOCK,
         )

@@ -48,12 +48,12 @@ class Commits:
     def needed(self) -> list[Identity]:
         """What no node may overwrite: the newest in memory, the newest among peers, and the one that peers take next.
 
-        Not the one among peers where the bucket has a newer one.
+        Not the one among peers where the bucket has a newer one, and not a step that is lost.
         """
         peer, bucket = self.peer, self.bucket
         is_passed = peer is not None and bucket is not None and (peer.step, peer.epoch) < (bucket.step, bucket.epoch)
         needed = (self.memory, None if is_passed else peer, self.replication.wanted)
-        return [identity for identity in needed if identity is not None]
+        return [identity for identity in needed if identity is not None and identity != self.replication.lost]
 
     def to_json(self) -> dict[str, list[int]]:
         """Tier -> [step, epoch]."""
@@ -81,7 +81,8 @@ class Commits:
             self._advance(contract.TIER_MEMORY, identity)
             if self.replication.counts(identity) and all(len(set(ranks[rank])) > 1 for rank in home):
                 self._advance(contract.TIER_PEER, identity)
-        self.replication.look(wanted, home)
+        if not self.replication.is_held(self.peer):
+            self.replication.look(wanted, home)
 
         for identity, ranks in self._of_the_line(disks, restored, (contract.TIER_DISK,)):
             if all(node in ranks.get(rank, ()) for rank, node in home.items()):

@@ -21,7 +21,13 @@ class Replication:
         self._moved_s = 0.0  # when one more rank had a replica of `wanted`
         self._num_kept = 0
         self._can_be_had = True
+        self._is_lost = False
         self.wanted: Identity | None = None
+
+    @property
+    def lost(self) -> Identity | None:
+        """The wanted step where nobody has some rank's snapshot of it any more: it is worth no slot."""
+        return self.wanted if self._is_lost else None
 
     def counts(self, identity: Identity) -> bool:
         """Whether the step is committed among peers where all of them hold it.
@@ -30,21 +36,25 @@ class Replication:
         """
         return self.wanted is None or identity == self.wanted
 
+    def is_held(self, peer: Identity | None) -> bool:
+        """Whether nothing is wanted that is newer than the step committed among peers."""
+        return self.wanted is None or (peer is not None and _age(peer) >= _age(self.wanted))
+
     def look(self, holders: Mapping[int, Collection[str]], home: Mapping[int, str]) -> None:
-        """Takes which nodes hold the wanted step of each rank."""
+        """Takes which nodes hold the wanted step of each rank. Not for a step that all peers have held."""
         there = [rank for rank, node in home.items() if node in holders.get(rank, ())]
         num_kept = sum(len(set(holders[rank])) > 1 for rank in there)
         if num_kept > self._num_kept:
             self._moved_s = self._clock.monotonic()
         self._num_kept, self._can_be_had = num_kept, len(there) == len(home)
+        self._is_lost = not all(holders.get(rank) for rank in home)
 
     def choose(self, memory: Identity | None, peer: Identity | None) -> None:
         """Wants the newest step committed in `memory`, once all peers hold the wanted one or it is given up."""
         if memory is None or memory == self.wanted:
             return
-        is_held = self.wanted is None or (peer is not None and _age(peer) >= _age(self.wanted))
-        if is_held or self._is_in_vain():
-            self.wanted, self._num_kept, self._can_be_had = memory, 0, True
+        if self.is_held(peer) or self._is_in_vain():
+            self.wanted, self._num_kept, self._can_be_had, self._is_lost = memory, 0, True, False
             self._moved_s = self._clock.monotonic()
 
     def _is_in_vain(self) -> bool:

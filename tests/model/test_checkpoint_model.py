@@ -22,7 +22,7 @@ from ktrain.base import ids
 from ktrain.checkpoint.marks import pin_name, reader_name, remove_mark, write_mark
 from ktrain.checkpoint.policy import Every, Keep, Policies
 from ktrain.checkpoint.retention import AnyOf, Best, EverySeconds, EverySteps, Latest, Retention
-from ktrain.format.manifest import Identity
+from ktrain.format.manifest import Identity, bad_ranges
 from tests.unit.checkpoint.cluster import Cluster, Node, RestoreFailed
 
 NODES = st.integers(0, 1)
@@ -82,9 +82,19 @@ class Job(RuleBasedStateMachine):
         return {at for at, ranks in good.items() if ranks == {0, 1}}
 
     def forget_reused(self) -> None:
-        """A copy that is gone is spoilt no more: the same place may get a good one again."""
+        """A copy that is gone is spoilt no more: the same place may get, or have got, a good one again."""
         places = self.places()
-        self.spoilt = {(place, rank, at) for place, rank, at in self.spoilt if (rank, at) in places[place]}
+        self.spoilt = {
+            (place, rank, at)
+            for place, rank, at in self.spoilt
+            if (rank, at) in places[place] and (place == "bucket" or self.is_bad(place, rank, at))
+        }
+
+    def is_bad(self, place: str, rank: int, at: Key) -> bool:
+        node = next(node for node in self.cluster.nodes if node.name == place)
+        identity = next(found for held, found in node.held() if (held, key(found)) == (rank, at))
+        with node.volume.open(rank, identity) as slot:
+            return any(bad_ranges(slot.manifest, slot.memory))
 
     # What may happen
 

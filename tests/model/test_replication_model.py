@@ -176,6 +176,22 @@ class Replicas(RuleBasedStateMachine):
         assert self.peer() == self.step
 
 
+def test_step_of_which_a_snapshot_is_gone_keeps_no_slot_from_the_next_save() -> None:
+    model = Replicas()
+    try:
+        model.start()
+        model.all_save()
+        model.all_save()
+        model.training_is_faster_than_replication([0, 2, 1])
+        model.rank_pulses(1)
+        model.newest_own_copy_is_found_bad(0)  # the newest committed in memory, before a peer had it
+        for _ in range(5):
+            model.all_save()
+        model.peers_catch_up()
+    finally:
+        model.teardown()
+
+
 class ReplicasForLong(Replicas):
     """The same, for `make chaos`."""
 

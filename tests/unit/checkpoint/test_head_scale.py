@@ -53,6 +53,8 @@ class Keeper:
             "ranks": ranks,
             "restore_round": self.restore.get("round", 0),
             "drained": [],
+            "filled": [],
+            "has_looked": True,
             "freed": False,
             "events_from": 0,
             "events": [],

@@ -70,6 +70,7 @@ class World:
             Ends("unused", NODE, lambda: self.shelf.volume, lambda: self.shelf.disk, None),
             emit=lambda kind, **fields: said.append((kind, fields)),
             drained=lambda report: None,
+            filled=lambda: None,
             timeouts=DISK_TIMEOUTS,
             clock=FakeClock(),
         )
@@ -159,7 +160,7 @@ def test_disk_has_the_copies_along_and_restores_its_node(world: World) -> None:
     head = world.restore(contract.TIER_DISK)
     assert world.bucket.nbytes == 0
     assert head.reports[-1]["tier"] == "disk"
-    world.shelf.disk.collect(0, ())
+    world.shelf.disk.collect([(world.identity.step, world.identity.epoch)], reached=lambda point, step: None)
     assert [path for path in world.shelf.disk.path.rglob("*") if path.is_file()] == []
 
 

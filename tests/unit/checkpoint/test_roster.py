@@ -10,7 +10,7 @@ from tests.unit.checkpoint.builders import identity
 def beat(instance: str, held: list[tuple[int, Identity]], *, has_looked: bool) -> dict[str, Any]:
     listed = [[rank, at.to_json()] for rank, at in held]
     about = {"member": "node-0", "node": "node-0", "host": "here", "instance": instance, "wire": None, "freed": False}
-    said = {"manifests": [], "events": [], "events_from": 0}
+    said = {"filled": [], "manifests": [], "events": [], "events_from": 0}
     return {**about, **said, "has_looked": has_looked, "held": listed, "on_disk": listed}
 
 
