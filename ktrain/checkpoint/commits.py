@@ -26,6 +26,11 @@ class Commits:
         self.durable_is_recorded = False  # it knows that this attempt has committed in the bucket
 
     @property
+    def epoch(self) -> int:
+        """Of the attempt."""
+        return self._attempt.epoch
+
+    @property
     def memory(self) -> Identity | None:
         return self._newest.get(contract.TIER_MEMORY)
 

@@ -267,7 +267,7 @@ class Coordinator:
 
     def _work_once(self) -> None:
         self._work_restore()
-        self._work_first_commit()
+        _record_first(self._catalog, self._commits, self._lock)
         self._work_drain()
         with self._lock:
             view = view_of(self._attempt, self._commits, self._roster, self._restore, self._policies.keep)
@@ -290,15 +290,6 @@ class Coordinator:
                 self._attempt = self._attempt.undivided() if director.is_undivided() else self._attempt
             if director.durable is not None and director is self._restore:
                 self._commits.note_bucket(director.durable)
-
-    def _work_first_commit(self) -> None:
-        """The first commit of an attempt moves the line: it is recorded, so that older epochs beyond are off it."""
-        with self._lock:
-            commits, epoch = self._commits, self._attempt.epoch
-            first = commits.unrecorded_first()
-        if first is not None:
-            self._catalog.record(epoch, "committed", first)
-            commits.first_is_recorded = True
 
     def _work_drain(self) -> None:
         with self._lock:
@@ -346,6 +337,15 @@ class Coordinator:
             commits.durable_is_recorded = True
         if not in_doubt:  # else older steps may be the ones that are needed
             self._sweeps.bucket.collect(Terms(keep, epoch, newest=drain.identity))
+
+
+def _record_first(catalog: RunCatalog, commits: Commits, lock: threading.RLock) -> None:
+    """The first commit of an attempt moves the line: it is recorded, so that older epochs beyond are off it."""
+    with lock:
+        first = commits.unrecorded_first()
+    if first is not None:
+        catalog.record(commits.epoch, "committed", first)
+        commits.first_is_recorded = True
 
 
 def _protected(*needed: Identity | None) -> list[tuple[int, int]]:

@@ -78,6 +78,39 @@ class _EventMark:
         return self.logged
 
 
+@dataclass(slots=True)
+class _RestoreWord:
+    """The head's word on the restore, whose long part comes once for each round.
+
+    Attributes:
+        newest: of the newest round, with its long part; None while nothing is restored.
+        round: of which the long part is here; -1 before there is one.
+    """
+
+    newest: dict[str, Any] | None = None
+    round: int = -1
+
+    def take(self, word: dict[str, Any] | None) -> None:
+        """Takes the word of one answer."""
+        if word is None:
+            self.newest, self.round = None, -1
+            return
+        if "sources" in word or word["round"] != self.round:
+            self.newest = word
+        elif self.newest is not None:
+            self.newest = {**self.newest, **word}
+        if "sources" in word or "identity" not in word:
+            self.round = int(word["round"])
+
+    def of(self, report: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        """The word for a rank that reported so; the long part only where it has not seen this round."""
+        if self.newest is None or report is None:
+            return None
+        if int(report["round"]) == int(self.newest["round"]):
+            return {key: value for key, value in self.newest.items() if key not in ("manifests", "sources")}
+        return self.newest
+
+
 @dataclass(frozen=True, slots=True)
 class NodePlace:
     """Where a keeper is: `node` names the volume's folder, `member` the keeper (a node may have several)."""
@@ -117,8 +150,7 @@ class NodeKeeper:
         self._ranks: dict[int, _Rank] = {}
         self._drained = DrainReports()
         self._wanted_manifests: list[dict[str, Any]] = []
-        self._restore_round = -1
-        self._restore: dict[str, Any] | None = None  # the newest round, with its long part
+        self._restore = _RestoreWord()
         self._event_marks: dict[int, _EventMark] = {}
         self._freed = threading.Event()
         self._volume: NodeVolume | None = None
@@ -226,7 +258,7 @@ class NodeKeeper:
                 "stop": view.get("stop") if ready else None,
                 "cadence": view.get("cadence") if ready else None,
                 "refusal": view.get("refusal") if ready else None,
-                "restore": self._restore_for(said) if ready else None,
+                "restore": self._restore.of(said["restore"]) if ready else None,
             }
 
     def _take_events(self, rank: int, said: dict[str, Any]) -> None:
@@ -241,14 +273,6 @@ class NodeKeeper:
                 mark.taken = index + 1
         if mark.taken > before:
             mark.waiting.append((mark.taken, self._events_sent + len(self.events)))
-
-    def _restore_for(self, said: dict[str, Any]) -> dict[str, Any] | None:
-        """The head's word on the restore; the long part only to a rank that has not seen its round."""
-        if self._restore is None or said["restore"] is None:
-            return None
-        if int(said["restore"]["round"]) == int(self._restore["round"]):
-            return {key: value for key, value in self._restore.items() if key not in ("manifests", "sources")}
-        return self._restore
 
     def _fetch(self, said: dict[str, Any]) -> dict[str, Any]:
         """Brings a peer's copy into this node's volume for a rank that restores."""
@@ -305,7 +329,7 @@ class NodeKeeper:
                 "on_disk": _on_disk(self._carrier.on_disk),
                 "manifests": manifests,
                 "ranks": {str(rank): known.to_json(now) for rank, known in self._ranks.items()},
-                "restore_round": self._restore_round,
+                "restore_round": self._restore.round,
                 "drained": self._drained.newest(),
                 "filled": list(self._carrier.fills),
                 "freed": self._freed.is_set(),
@@ -319,12 +343,12 @@ class NodeKeeper:
         with self._lock:
             is_new = answer["epoch"] != self._view.get("epoch")
             if is_new:
-                self._ranks, self._restore, self._restore_round = {}, None, -1
+                self._ranks, self._restore = {}, _RestoreWord()
             fresh_manifests = answer["want_manifests"] != self._wanted_manifests
             self._wanted_manifests = answer["want_manifests"]
             moved = [rank for rank in answer["ranks"] if rank not in self._view.get("ranks", [])]
             self._view = answer
-            self._take_restore(answer["restore"])
+            self._restore.take(answer["restore"])
         if self._volume is not None:
             if is_new:
                 self._damage.look(self._volume, self._disk)  # as found by those who restore now
@@ -346,23 +370,12 @@ class NodeKeeper:
                 protect_kept=[(int(step), int(epoch)) for step, epoch in answer["protect_kept"]],
                 disk=answer["disk"],
                 disk_gone=[(int(step), int(epoch)) for step, epoch in answer["disk_gone"]],
-                fill=WantedFills.from_json(answer["fill"], self._restore),
+                fill=WantedFills.from_json(answer["fill"], self._restore.newest),
                 epoch=int(answer["epoch"]),
             )
         )
         if answer["free"] and not self._freed.is_set():
             self._free()
-
-    def _take_restore(self, restore: dict[str, Any] | None) -> None:
-        if restore is None:
-            self._restore, self._restore_round = None, -1
-            return
-        if "sources" in restore or restore["round"] != self._restore_round:
-            self._restore = restore
-        elif self._restore is not None:
-            self._restore = {**self._restore, **restore}
-        if "sources" in restore or "identity" not in restore:
-            self._restore_round = int(restore["round"])
 
     def _free(self) -> None:
         """After success the volume's memory goes back; while somebody still has it open the next beat tries again."""

@@ -82,15 +82,13 @@ class Saver:
         self._clock = SYSTEM_CLOCK
         self.wait_s = settings.timeouts().step_s * _COPY_SHARE
         """How long training, or the next save, waits for a snapshot at most."""
-        self._run_id = ""
-        self._format = document.FORMAT
+        self._manifests = _Manifests(topology, line)
         self._prepared = False
         self._failure: str | None = None
         self._refused = False  # the volume is too small for all slots: said once, though single saves find room
         self._pinned = PinnedSlots()
         self._stager = SlotStager(topology.copy_threads)
         self._guard = UpdateGuard(state, self.wait_copied)
-        self._tables: dict[bool, tuple[Layout, Written]] = {}  # of the copies, and of the share
         self._turn = 0  # number of saves
         self._log_stands_at: int | None = None  # events in the log when it was last waited for in vain
         self._is_proven = False  # one window was watched as a whole, and nothing changed in it
@@ -108,7 +106,7 @@ class Saver:
 
         `format`: the version in which the run is written.
         """
-        self._run_id, self._format = run_id, format
+        self._manifests.run_id, self._manifests.format = run_id, format
         self._thread.start()
         atexit.register(self.finish)  # a process that ends without close() still seals what it has copied
         try:
@@ -143,7 +141,7 @@ class Saver:
         What does not fit is refused here, with the numbers, before anything was written.
         """
         if not self._prepared and self.volume is not None:
-            self._prepare(self.volume, plan_save(self._state, self._topology, version=self._format))
+            self._prepare(self.volume, plan_save(self._state, self._topology, version=self._manifests.format))
 
     def _prepare(self, volume: NodeVolume, plan: SavePlan) -> None:
         self._prepared = True
@@ -174,7 +172,7 @@ class Saver:
             return self._skip(step, "the snapshot before it is not sealed yet")
         self._faults.reached("save.begin", step=step, rank=rank)
         self._look_at_nodes()
-        plan = plan_save(self._state, self._topology, version=self._format)
+        plan = plan_save(self._state, self._topology, version=self._manifests.format)
         if not self._prepared:
             self._prepare(self.volume, plan)
         try:
@@ -294,7 +292,7 @@ class Saver:
         self._faults.reached("save.staged", step=step, rank=rank)
         plans = [made.plan] if made.plan.copies is None else [made.plan, made.plan.copies]
         self._await_log(made)
-        made.writer.seal(*(self._manifest(step, *each) for each in zip(plans, chunks, strict=True)))
+        made.writer.seal(*(self._manifests.make(step, *each) for each in zip(plans, chunks, strict=True)))
         self._faults.reached("save.sealed", step=step, rank=rank)
         self.saved_step = step
         made.is_sealed = True
@@ -332,34 +330,6 @@ class Saver:
                 '(capture="at_once")',
             )
 
-    def _manifest(self, step: int, plan: SavePlan, chunks: tuple[int, ...]) -> Manifest:
-        world_size = self._topology.world_size
-        return Manifest(
-            identity=Identity(run=self._run_id, step=step, epoch=self._line.epoch, world_size=world_size),
-            rank=self._topology.rank,
-            plan_digest=plan.digest,
-            nbytes=plan.layout.nbytes,
-            chunk_nbytes=CHUNK_NBYTES,
-            chunks=chunks,
-            entries=plan.layout.entries,
-            table=self._table_of(plan),
-            objects=plan.objects,
-            origin={
-                "ktrain": ktrain.__version__,
-                "torch": torch.__version__,
-                "node": self._line.node,
-                "local_world_size": self._topology.local_world_size,
-            },
-            format=self._format,
-        )
-
-    def _table_of(self, plan: SavePlan) -> Written:
-        """The manifest's table, made once as long as the layout stays: it takes a microsecond for each tensor."""
-        known = self._tables.get(plan.is_copies)
-        if known is None or known[0] is not plan.layout:
-            known = self._tables[plan.is_copies] = plan.layout, columns.write(plan.layout.entries)
-        return known[1]
-
     def _fail(self, error: Exception) -> None:
         """Says once that the memory tier fails; training goes on."""
         said, self._failure = self._failure, f"{type(error).__name__}: {error}"
@@ -372,6 +342,45 @@ class Saver:
         if self._failure is not None:
             self._pulse.emit("tier_recovered", tier=contract.TIER_MEMORY, rank=self._topology.rank)
         self._failure = None
+
+
+class _Manifests:
+    """Writes the manifests of one rank's payloads. `format`: the version in which the run is written."""
+
+    def __init__(self, topology: Topology, line: Line) -> None:
+        self._topology = topology
+        self._line = line
+        self._tables: dict[bool, tuple[Layout, Written]] = {}  # of the copies, and of the share
+        self.run_id = ""
+        self.format = document.FORMAT
+
+    def make(self, step: int, plan: SavePlan, chunks: tuple[int, ...]) -> Manifest:
+        topology, line = self._topology, self._line
+        return Manifest(
+            identity=Identity(run=self.run_id, step=step, epoch=line.epoch, world_size=topology.world_size),
+            rank=topology.rank,
+            plan_digest=plan.digest,
+            nbytes=plan.layout.nbytes,
+            chunk_nbytes=CHUNK_NBYTES,
+            chunks=chunks,
+            entries=plan.layout.entries,
+            table=self._table_of(plan),
+            objects=plan.objects,
+            origin={
+                "ktrain": ktrain.__version__,
+                "torch": torch.__version__,
+                "node": line.node,
+                "local_world_size": topology.local_world_size,
+            },
+            format=self.format,
+        )
+
+    def _table_of(self, plan: SavePlan) -> Written:
+        """The manifest's table, made once as long as the layout stays: it takes a microsecond for each tensor."""
+        known = self._tables.get(plan.is_copies)
+        if known is None or known[0] is not plan.layout:
+            known = self._tables[plan.is_copies] = plan.layout, columns.write(plan.layout.entries)
+        return known[1]
 
 
 class _NearDevice(SlotCalls):

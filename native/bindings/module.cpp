@@ -289,6 +289,7 @@ nb::object map_file(int fd, std::size_t nbytes, bool is_writable) {
 }  // namespace
 
 NB_MODULE(_native, module) {
+  nb::set_leak_warnings(false);  // a mapping may live until the process ends: a slot's, by its last view
   module.def("crc64", &crc64, nb::arg("data"), nb::arg("value"));
   module.def("crc64_with", &crc64_with, nb::arg("variant"), nb::arg("data"), nb::arg("value"));
   module.def("crc64_combine", &ktrain::crc64_combine, nb::arg("first"), nb::arg("second"), nb::arg("second_nbytes"));
