@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import random
 import signal
@@ -44,6 +45,16 @@ def seed(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(autouse=True)
 def _seeded_random(seed: int) -> None:
     random.seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def _same_log_level() -> Generator[None]:
+    """What a test silences is heard again in the next."""
+    log, disabled = logging.getLogger("ktrain"), logging.root.manager.disable
+    level = log.level
+    yield
+    log.setLevel(level)
+    logging.disable(disabled)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -117,7 +117,7 @@ def _add_rows(target: Target, local: torch.Tensor, tables: dict[int, _Table]) ->
     address = local.data_ptr()
     if len(target.pieces) == 1:
         piece = target.pieces[0]
-        if piece.end - piece.begin == local.nbytes:  # one run, as nearly always
+        if piece.box == target.box and piece.end - piece.begin == local.nbytes:  # one run, as nearly always
             table = tables.setdefault(piece.rank, _Table())
             table.address.append(address)
             table.nbytes.append(local.nbytes)
