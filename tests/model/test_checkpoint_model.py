@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -266,8 +266,10 @@ class JobForLong(Job):
     """The same, for `make chaos`."""
 
 
-_COMMON = settings(deadline=None, suppress_health_check=list(HealthCheck))
+# In every suite the same examples, in `make chaos` others each time. None is made shorter: that takes minutes.
+_PHASES = [phase for phase in Phase if phase is not Phase.shrink]
+_COMMON = settings(deadline=None, suppress_health_check=list(HealthCheck), phases=_PHASES)
 TestJob = Job.TestCase
-TestJob.settings = settings(_COMMON, max_examples=25, stateful_step_count=15)
+TestJob.settings = settings(_COMMON, max_examples=25, stateful_step_count=15, derandomize=True)
 TestJobForLong = pytest.mark.chaos(pytest.mark.timeout(900)(JobForLong.TestCase))
 TestJobForLong.settings = settings(_COMMON, max_examples=60, stateful_step_count=20)
