@@ -86,6 +86,7 @@ class Carrier:
         self._faults = FaultPoints([], epoch=0)
         self._closed = threading.Event()
         self._disk_failed = False
+        self._disk_lock = threading.Lock()  # one at a time writes to the disk, or removes it
         self._not_kept: dict[int, Identity] = {}  # rank -> the replica that was said to be missing
         self._no_room_until: dict[int, float] = {}  # rank -> until when a lack of room is nothing to be said
         self.on_disk: Sequence[tuple[int, Identity]] | None = None  # replaced whole; None before the first look
@@ -152,6 +153,10 @@ class Carrier:
     # The node's own disk
 
     def _disk_once(self, memory: dict[Any, Any]) -> None:
+        with self._disk_lock:
+            self._disk_once_locked(memory)
+
+    def _disk_once_locked(self, memory: dict[Any, Any]) -> None:
         disk, volume, wanted = self._disk(), self._volume(), self._wanted
         if disk is None or self._clock.monotonic() < memory.get("again_s", 0.0):
             return
@@ -197,10 +202,12 @@ class Carrier:
         except KtrainError as error:
             _LOG.warning("disk of %s: %s", self._node, error)
 
-    def forget_disk(self) -> None:
-        """Nothing more is to be on the disk: the run has ended."""
-        self._wanted = Wanted(epoch=self._wanted.epoch)
-        self.on_disk = ()
+    def remove_disk(self, disk: NodeDisk) -> None:
+        """Nothing more is to be on the disk: the run has ended. Waits for what is being written or removed there."""
+        with self._disk_lock:
+            self._wanted = Wanted(epoch=self._wanted.epoch)
+            self.on_disk = ()
+            disk.remove()
 
     def _store(self, disk: NodeDisk, volume: NodeVolume, rank: int, identity: Identity) -> None:
         started = self._clock.monotonic()

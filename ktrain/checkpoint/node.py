@@ -388,8 +388,7 @@ class NodeKeeper:
                 _LOG.info("free: %s", error)
                 return
         if self._disk is not None:
-            self._carrier.forget_disk()
-            self._disk.remove()
+            self._carrier.remove_disk(self._disk)
             self._disk.close()
             self._disk = None
         self._volume = None
