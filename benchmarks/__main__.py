@@ -56,6 +56,7 @@ CASES: tuple[Case, ...] = (
     restore_peer.CASE,
 )
 _FAILED = 1
+_REFUSED = 2
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -79,26 +80,33 @@ def _run_cases(chosen: argparse.Namespace) -> int:
     sizes = QUICK if chosen.quick else FULL
     about = {"date": report.today(), "facts": report.facts(), "load_before": report.load(), "note": chosen.note}
     found: list[Found] = []
+    record = RECORDS / f"{report.today()}-{chosen.record}" if chosen.record else None
+    if record is not None and record.exists():
+        print(f"benchmarks: there is a record {record.name} already; choose another name", file=sys.stderr)
+        return _REFUSED
     with Bench(sizes, disk=chosen.disk) if chosen.disk else Bench(sizes) as bench:
         for case in CASES:
             if not chosen.only or case.name in chosen.only:
                 found.append(run(case, bench))
                 print(report.section(found[-1]), flush=True)
+    about["load_after"] = report.load()
     if chosen.rivals:
-        about["missing"] = missing = {}
+        about["missing"] = missing = dict.fromkeys(rivals.RIVALS, "the run ended before it came to it")
         for name in rivals.RIVALS:
+            if record is not None:  # a rival that hangs must not cost what was measured
+                report.write_record(record, sizes, found, about)
             here = rivals.run_apart(name, quick=chosen.quick)
             if isinstance(here, str):
                 missing[name] = here
                 print(f"{name}: {here}", flush=True)
                 continue
+            del missing[name]
             found += here
             print(*map(report.section, here), sep="\n", flush=True)
-    about["load_after"] = report.load()
     print(report.describe(about, sizes))
     print(report.targets(found))
-    if chosen.record:
-        report.write_record(RECORDS / f"{report.today()}-{chosen.record}", sizes, found, about)
+    if record is not None:
+        report.write_record(record, sizes, found, about)
     failed = [one.name for one in found if one.outcome is None]
     if failed:
         print(f"benchmarks: failed, see above: {', '.join(failed)}", file=sys.stderr)
@@ -110,7 +118,7 @@ def _run_rival(chosen: argparse.Namespace) -> int:
     found = rivals.run_here(chosen.rival, QUICK if chosen.quick else FULL)
     if isinstance(found, str):
         print(f"bench-rival: {found}", file=sys.stderr)
-        return 2
+        return _REFUSED
     if chosen.json:
         chosen.json.write_text(json.dumps([to_json(one) for one in found]))
     else:

@@ -65,7 +65,7 @@ def section(found: Found) -> str:
 
 def write_record(folder: Path, sizes: Sizes, found: Sequence[Found], about: dict[str, Any]) -> None:
     """Keeps a run as record.json (all of it), record.md (every case) and table.md (the targets)."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     value = {"format": _RECORD_FORMAT, **about, "sizes": asdict(sizes), "cases": [to_json(one) for one in found]}
     (folder / "record.json").write_text(json.dumps(value, indent=1) + "\n")
     head = f"# {folder.name}\n\n{describe(about, sizes)}\n"
