@@ -15,6 +15,8 @@ from tests.integration.plain import Place, same_losses
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 IN_EVERY_RUN = ("save.staged", "save.sealed", "drain.manifest", "commit.record")
+# A plain run has no disk tier, no peers and one rank: test_disks.py and test_launch_spread.py, and the fault matrix.
+NOT_IN_A_PLAIN_RUN = ("disk.doomed", "disk.manifest", "restore.fill", "read.parts")
 KILLED = -signal.SIGKILL
 
 
@@ -34,7 +36,8 @@ def test_plain_run_that_succeeds_frees_its_memory_and_leaves_its_last_step(whole
 
 
 def points() -> list[object]:
-    return [point if point in IN_EVERY_RUN else pytest.param(point, marks=pytest.mark.chaos) for point in POINTS]
+    there = [point for point in POINTS if point not in NOT_IN_A_PLAIN_RUN]
+    return [point if point in IN_EVERY_RUN else pytest.param(point, marks=pytest.mark.chaos) for point in there]
 
 
 @pytest.mark.parametrize("point", points())
