@@ -89,11 +89,13 @@ def _run_cases(chosen: argparse.Namespace) -> int:
             if not chosen.only or case.name in chosen.only:
                 found.append(run(case, bench))
                 print(report.section(found[-1]), flush=True)
+                if record is not None:  # a run that is ended early, or a rival that hangs, must not cost the rest
+                    report.write_record(record, sizes, found, about)
     about["load_after"] = report.load()
     if chosen.rivals:
         about["missing"] = missing = dict.fromkeys(rivals.RIVALS, "the run ended before it came to it")
         for name in rivals.RIVALS:
-            if record is not None:  # a rival that hangs must not cost what was measured
+            if record is not None:
                 report.write_record(record, sizes, found, about)
             here = rivals.run_apart(name, quick=chosen.quick)
             if isinstance(here, str):
