@@ -12,6 +12,15 @@ from ktrain.format.manifest import Identity
 
 
 @dataclass(frozen=True, slots=True)
+class BadOwn:
+    """Bytes of a payload in a slot of the receiver's own that do not match their digests."""
+
+    rank: int  # whose share it is; of copies beside a share: `abc.source.copies_beside` of the rank
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
 class Receipt:
     """Proof that a snapshot lies verified and sealed in the receiver's volume."""
 
@@ -21,6 +30,9 @@ class Receipt:
     wire_nbytes: int  # what crossed the wire: 0 where the copy was there already, more than nbytes after a bad chunk
     seconds: float
     manifest_digest: str
+    own_nbytes: int = 0  # of nbytes, copied from what the receiver's own slots hold of the same snapshot
+    wire_s: float = 0.0  # of seconds, for what crossed the wire
+    bad_own: tuple[BadOwn, ...] = ()  # what of the own slots was found bad on the way
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -30,11 +42,15 @@ class Receipt:
             "wire_nbytes": self.wire_nbytes,
             "seconds": self.seconds,
             "manifest_digest": self.manifest_digest,
+            "own_nbytes": self.own_nbytes,
+            "wire_s": self.wire_s,
+            "bad_own": [[bad.rank, bad.begin, bad.end] for bad in self.bad_own],
         }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Receipt:
-        return cls(**{**value, "identity": Identity.from_json(value["identity"])})
+        bad = tuple(BadOwn(int(rank), int(begin), int(end)) for rank, begin, end in value["bad_own"])
+        return cls(**{**value, "identity": Identity.from_json(value["identity"]), "bad_own": bad})
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +125,9 @@ class Transport(Protocol):
     ) -> Receipt:
         """Brings the snapshot of (rank, identity) from the node at `source` into a slot of the own volume.
 
-        Every chunk is proven by the manifest before the slot is sealed; on any error nothing is sealed.
-        What `protect` names by (step, epoch) is not overwritten to make room, nor what is newer than the snapshot.
+        What the own slots hold of the same snapshot need not cross the wire (ADR 0025). Every chunk is proven by the
+        manifest before the slot is sealed; on any error nothing is sealed. What `protect` names by (step, epoch) is not
+        overwritten to make room, nor what is newer than the snapshot.
 
         Raises:
             NotFoundError: the source does not hold that snapshot.

@@ -27,7 +27,7 @@ KINDS = frozenset(
         "snapshot",  # rank, step, tier "memory", nbytes, stall_s
         "save_skipped",  # rank, step, tier, reason
         "committed",  # step, tier, nbytes, seconds
-        "replicated",  # rank, step, source, target, nbytes, seconds (through the transport)
+        "replicated",  # rank, step, source, target, nbytes (through the transport), own_bytes, seconds, wire_seconds
         "drained",  # rank, step, tier, node, nbytes, seconds
         "collected",  # tier, step: removed by retention
         "quarantined",  # step, epoch, attempts, reason: set aside, an older step is restored

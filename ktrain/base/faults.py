@@ -29,6 +29,7 @@ POINTS = (
     "disk.doomed",  # a node has marked a step of its disk for removal
     "disk.manifest",  # its manifests are gone, its payloads are not
     "restore.fill",  # before a node's agent brings a payload from the bucket into its volume for all nodes
+    "replica.pull",  # before a node's agent brings a replica of a peer's snapshot into its volume
     "read.parts",  # before a node's agent reads parts of a peer's snapshot for a rank
     "restore.loaded",  # bytes are proven, nothing is applied
     "restore.applied",  # applied here, perhaps not yet on other ranks

@@ -12,15 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ktrain.abc.proven import BadBytes
-from ktrain.abc.transport import PartialRead, Transport
+from ktrain.abc.transport import Transport
 from ktrain.base import contract
-from ktrain.base.clock import Clock, Deadline
+from ktrain.base.clock import Clock
 from ktrain.base.faults import FaultPoints
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.fill import Filler, WantedFills
+from ktrain.checkpoint.replicas import Replicas, WantedReplicas
 from ktrain.checkpoint.source import Failure
 from ktrain.checkpoint.upload import Uploader, refuse_slot
-from ktrain.errors import CapacityError, ConflictError, CorruptionError, KtrainError, NotFoundError, UnavailableError
+from ktrain.errors import CorruptionError, KtrainError, NotFoundError
 from ktrain.format.manifest import Identity
 from ktrain.snapshot.arena import NodeVolume
 from ktrain.tier.disk import NodeDisk
@@ -34,10 +35,7 @@ class Wanted:
 
     drain: Mapping[str, Any] | None = None  # what to bring into the bucket, and for which ranks
     ranks: Sequence[int] = ()  # whose snapshots are to be on this node's disk
-    pull: Sequence[Mapping[str, Any]] = ()
-    peers: Mapping[str, str] = field(default_factory=dict)
-    protect: Sequence[tuple[int, int]] = ()
-    protect_kept: Sequence[tuple[int, int]] = ()  # the part of it that no replica may overwrite
+    replicas: WantedReplicas = field(default_factory=WantedReplicas)
     disk: Mapping[str, Any] | None = None  # what is to be on this node's disk
     disk_gone: Sequence[tuple[int, int]] = ()  # (step, epoch) of what is to go from there
     fill: WantedFills = field(default_factory=WantedFills)  # from the bucket into the volume, before a restore reads
@@ -77,7 +75,6 @@ class Carrier:
         self._node = ends.node
         self._volume = ends.volume
         self._disk = ends.disk
-        self._transport = ends.transport
         self._emit = emit
         self._timeouts = timeouts
         self._clock = clock
@@ -87,13 +84,10 @@ class Carrier:
         self._closed = threading.Event()
         self._disk_failed = False
         self._disk_lock = threading.Lock()  # one at a time writes to the disk, or removes it
-        self._not_kept: dict[int, Identity] = {}  # rank -> the replica that was said to be missing
-        self._no_room_until: dict[int, float] = {}  # rank -> until when a lack of room is nothing to be said
         self.on_disk: Sequence[tuple[int, Identity]] | None = None  # replaced whole; None before the first look
         self._filler = Filler(ends.run_url, timeouts, clock, changed=filled, bad=self._say_bad_fill)
         self._wakes = {name: threading.Event() for name in ("drain", "disk", "pull", "fill")}
-        self._pull_lock = threading.Lock()  # one pull at a time: bounded chunks in flight
-        self._fault_lock = threading.Lock()  # a plan counts, and is not made for several threads
+        self.replicas = Replicas(ends.node, ends.volume, ends.transport, emit=emit, timeouts=timeouts, clock=clock)
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -119,6 +113,7 @@ class Carrier:
         if wanted.epoch != self._wanted.epoch:
             self._faults = FaultPoints.from_environment(wanted.epoch)
         self._wanted = wanted
+        self.replicas.want(wanted.replicas, self._faults)
         for wake in self._wakes.values():
             wake.set()
 
@@ -236,98 +231,7 @@ class Carrier:
             self._emit("bad_copy", reason=f"copies beside its share: {error}", **where)
             return 0
 
-    # Pull
+    # What peers hold
 
     def _pull_once(self, memory: dict[Any, Any]) -> None:
-        for want in self._wanted.pull:
-            key = (int(want["rank"]), Identity.from_json(want["identity"]))
-            is_wanted = want in self._wanted.pull  # still: pulling the ones before it took its time
-            if self._closed.is_set() or not is_wanted or self._clock.monotonic() < memory.get(key, 0.0):
-                continue
-            if not self._keep_replica(*key, owner=str(want["owner"])):
-                memory[key] = self._clock.monotonic() + self._timeouts.call_s  # not again at once
-
-    def _keep_replica(self, rank: int, identity: Identity, *, owner: str) -> bool:
-        started = self._clock.monotonic()
-        deadline = Deadline.after(self._timeouts.restore_s, self._clock)
-        try:
-            wire_nbytes = self._pull(rank, identity, owner, lambda: self._wanted.protect_kept, deadline)
-        except (NotFoundError, ConflictError) as error:
-            _LOG.info(
-                "replica of rank %d step %d from %s: %s", rank, identity.step, owner, error
-            )  # superseded meanwhile
-            return False
-        except CorruptionError as error:
-            where = {"step": identity.step, "rank": rank, "tier": contract.TIER_PEER, "where": owner}
-            self._emit("bad_copy", reason=str(error), **where)
-            return False
-        except KtrainError as error:
-            _LOG.warning("replica of rank %d step %d from %s: %s", rank, identity.step, owner, error)
-            self._say_not_kept(rank, identity, error)
-            return False
-        self._no_room_until.pop(rank, None)
-        seconds = self._clock.monotonic() - started
-        fields = {"rank": rank, "step": identity.step, "source": owner, "target": self._node}
-        self._emit("replicated", nbytes=wire_nbytes, seconds=seconds, **fields)
-        return True
-
-    def _say_not_kept(self, rank: int, identity: Identity, error: KtrainError) -> None:
-        """Once for each replica; it is tried until a newer step is wanted.
-
-        Slots are often in use for a moment, between a commit and the news of it. A lack of room is said where nothing
-        of the rank could be kept from one try to the next, be it of the same step or of a newer one.
-        """
-        now = self._clock.monotonic()
-        if isinstance(error, CapacityError) and now < self._no_room_until.setdefault(rank, now + self._timeouts.call_s):
-            return
-        if self._not_kept.get(rank) != identity:
-            self._not_kept[rank] = identity
-            fields = {"rank": rank, "step": identity.step, "tier": contract.TIER_PEER}
-            self._emit("save_skipped", reason=f"{self._node} cannot keep it: {error}", **fields)
-
-    def pull(self, rank: int, identity: Identity, owner: str, deadline: Deadline) -> int:
-        """Brings a snapshot of another node, which a rank restores, into the own volume.
-
-        The newest one here of its epoch or a later one stays: it may be what is restored next. Returns the bytes that
-        crossed the wire.
-        """
-        volume = self._volume()
-        held = [] if volume is None else [entry.identity for entry in volume.scan() if entry.rank == rank]
-        ages = [(at.epoch, at.step) for at in held if at.epoch >= identity.epoch]
-        newest = [(step, epoch) for epoch, step in [max(ages)]] if ages else []
-        return self._pull(rank, identity, owner, lambda: [*self._wanted.protect, *newest], deadline)
-
-    def _pull(
-        self,
-        rank: int,
-        identity: Identity,
-        owner: str,
-        protect: Callable[[], Sequence[tuple[int, int]]],
-        deadline: Deadline,
-    ) -> int:
-        if self._transport is None:
-            raise UnavailableError(f"rank {rank}, {identity}: this node has no wire to its peers")
-        source = self._source_of(owner, deadline)
-        with self._pull_lock:
-            receipt = self._transport.pull(source, rank, identity, protect=protect(), deadline=deadline)
-        return receipt.wire_nbytes
-
-    def read(self, wanted: PartialRead, owner: str, deadline: Deadline) -> int:
-        """Brings parts of a snapshot of another node into a reader's file; returns the bytes that crossed the wire."""
-        if self._transport is None:
-            raise UnavailableError(f"{wanted}: this node has no wire to its peers")
-        source = self._source_of(owner, deadline)
-        with self._fault_lock:
-            self._faults.reached("read.parts", step=wanted.identity.step, rank=wanted.rank)
-        return self._transport.read(source, wanted, deadline=deadline)
-
-    def _source_of(self, owner: str, deadline: Deadline) -> str:
-        """Waits, bounded, until both ends of the wire are up (a replaced node joins the wire while ranks start)."""
-        bound = deadline.sooner(self._timeouts.start_s / 2)
-        while True:
-            source = self._wanted.peers.get(owner)
-            if source is not None and self._transport is not None and self._transport.address() is not None:
-                return source
-            if bound.expired():
-                raise UnavailableError(f"peer {owner}: no wire to it within {bound.total_s:g} s")
-            self._clock.sleep(min(0.1, bound.remaining_s()))
+        self.replicas.work(memory, is_closed=self._closed.is_set)

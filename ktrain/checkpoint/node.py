@@ -24,6 +24,7 @@ from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.carry import Carrier, Ends, Wanted
 from ktrain.checkpoint.fill import WantedFills
 from ktrain.checkpoint.lineage import Copy
+from ktrain.checkpoint.replicas import WantedReplicas
 from ktrain.checkpoint.upload import DrainReports
 from ktrain.errors import ConflictError, CorruptionError, KtrainError
 from ktrain.format.manifest import Identity
@@ -278,13 +279,13 @@ class NodeKeeper:
         """Brings a peer's copy into this node's volume for a rank that restores."""
         copy = Copy.from_json(said["copy"])
         deadline = Deadline.after(float(said["timeout_s"]), self._clock)
-        return {"wire_nbytes": self._carrier.pull(copy.rank, copy.identity, copy.place, deadline)}
+        return {"wire_nbytes": self._carrier.replicas.pull(copy.rank, copy.identity, copy.place, deadline)}
 
     def _read(self, said: dict[str, Any]) -> dict[str, Any]:
         """Brings parts of a peer's copy into a file of a rank that restores."""
         copy, wanted = Copy.from_json(said["copy"]), PartialRead.from_json(said["wanted"])
         deadline = Deadline.after(float(said["timeout_s"]), self._clock)
-        return {"wire_nbytes": self._carrier.read(wanted, copy.place, deadline)}
+        return {"wire_nbytes": self._carrier.replicas.read(wanted, copy.place, deadline)}
 
     # Beats
 
@@ -364,10 +365,12 @@ class NodeKeeper:
             Wanted(
                 drain=answer["drain"],
                 ranks=[rank for rank in answer["ranks"] if rank in self._ranks],
-                pull=answer["pull"],
-                peers=answer["peers"],
-                protect=[(int(step), int(epoch)) for step, epoch in answer["protect"]],
-                protect_kept=[(int(step), int(epoch)) for step, epoch in answer["protect_kept"]],
+                replicas=WantedReplicas(
+                    pull=answer["pull"],
+                    peers=answer["peers"],
+                    protect=[(int(step), int(epoch)) for step, epoch in answer["protect"]],
+                    protect_kept=[(int(step), int(epoch)) for step, epoch in answer["protect_kept"]],
+                ),
                 disk=answer["disk"],
                 disk_gone=[(int(step), int(epoch)) for step, epoch in answer["disk_gone"]],
                 fill=WantedFills.from_json(answer["fill"], self._restore.newest),

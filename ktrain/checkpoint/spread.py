@@ -36,21 +36,30 @@ class Choice:
 
 
 def measured(blocks: Iterable[Sequence[Event]]) -> Rates:
-    """The rates in a run's events, the newest blocks first; read only as far as needed."""
+    """The rates in a run's events, the newest blocks first; read only as far as needed.
+
+    A replica that was made from the peer's own memory moved little: its rate is the wire's or, with the time that it
+    takes to ask, less. So the best of these tells where no replica crossed the wire whole.
+    """
     drains: dict[tuple[str, int], tuple[int, float]] = {}  # (node, step) -> bytes, seconds of the slowest rank
     wires: list[float] = []
+    least: list[float] = []  # rates that the wire has at least
     for block in blocks:
         for event in reversed(block):
             fields = event.fields
             if event.kind == "drained" and fields["tier"] == contract.TIER_BUCKET and "node" in fields:
                 nbytes, seconds = drains.get((fields["node"], fields["step"]), (0, 0.0))
                 drains[fields["node"], fields["step"]] = (nbytes + fields["nbytes"], max(seconds, fields["seconds"]))
-            elif event.kind == "replicated" and fields["nbytes"] > 0 and fields["seconds"] > 0:
-                wires.append(fields["nbytes"] / fields["seconds"])
-        if len(drains) >= _ENOUGH and len(wires) >= _ENOUGH:
+            elif event.kind == "replicated" and fields["nbytes"] > 0:
+                is_least = bool(fields.get("own_bytes"))
+                seconds = fields["wire_seconds" if is_least else "seconds"]
+                if seconds > 0:
+                    (least if is_least else wires).append(fields["nbytes"] / seconds)
+        if len(drains) >= _ENOUGH and len(wires) + len(least) >= _ENOUGH:
             break
     buckets = [nbytes / seconds for nbytes, seconds in drains.values() if seconds > 0]
-    return Rates(median(buckets) if buckets else None, median(wires) if wires else None)
+    wire = median(wires) if wires else max(least, default=None)
+    return Rates(median(buckets) if buckets else None, wire)
 
 
 def choose(wants: Wants, sizes: Mapping[int, int], rates: Rates, mode: Spread) -> Choice:

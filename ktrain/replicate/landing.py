@@ -9,21 +9,21 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from mmap import mmap
 from pathlib import Path
 from typing import Any, Protocol
 
 from ktrain import native
-from ktrain.abc.transport import Part, PartialRead, Receipt
+from ktrain.abc.transport import BadOwn, Part, PartialRead, Receipt
 from ktrain.base.clock import Deadline
 from ktrain.errors import CapacityError, CorruptionError, UnavailableError
 from ktrain.format.manifest import Identity, Manifest
-from ktrain.snapshot.arena import NodeVolume
+from ktrain.replicate.own import DIGEST_THREADS, OwnBytes
+from ktrain.snapshot.arena import NodeVolume, SlotWriter
 
 PULL_NBYTES = 32 << 20  # a piece on the wire: whole digest chunks, large enough to hide Ray's cost per call
 IN_FLIGHT = 4  # pieces asked for and not yet landed; bounds the wire's memory on both sides
-DIGEST_THREADS = 1  # training needs the cores more
-
 
 Ranges = Sequence[tuple[int, int]]
 
@@ -65,27 +65,26 @@ class Wanted:
 
 
 def land(volume: NodeVolume, source: ChunkSource, wanted: Wanted, *, deadline: Deadline) -> Receipt:
-    """Pulls one snapshot; see `Transport.pull` for what it raises. On an error nothing is sealed."""
+    """Brings one snapshot into a slot; see `Transport.pull` for what it raises. On an error nothing is sealed.
+
+    What the volume has of it beside its own ranks' shares is copied there, and only the rest crosses the wire.
+    """
     clock = deadline.clock
     begun_s = clock.monotonic()
     held = next((h for h in volume.scan() if (h.rank, h.identity) == (wanted.rank, wanted.identity)), None)
     if held is not None:
         return Receipt(wanted.rank, wanted.identity, held.nbytes, 0, 0.0, held.manifest_digest)
     handle, manifest_bytes = source.open(wanted.rank, wanted.identity, deadline=deadline)
+    opened_s = clock.monotonic() - begun_s
     try:
         manifest = Manifest.from_bytes(manifest_bytes)
         if (manifest.rank, manifest.identity) != (wanted.rank, wanted.identity):
             raise CorruptionError(
                 f"pull of {wanted}: the source sent the manifest of rank {manifest.rank}, {manifest.identity}"
             )
-        protect, over = set(wanted.protect), (wanted.identity.epoch, wanted.identity.step)
-        writer = volume.acquire(wanted.rank, manifest.nbytes, protect=protect, limit=wanted.slots, over=over)
-        if writer is None:
-            raise CapacityError(
-                f"pull of {wanted}: all {wanted.slots} slots are protected or in use; try again after the next commit"
-            )
-        with writer:  # abandons what was not sealed
-            wire_nbytes = _fill(writer.memory, manifest, _Lane(source, handle, str(wanted)), deadline)
+        with _acquire(volume, manifest, wanted) as writer:  # abandons what was not sealed
+            lane = _Lane(source, handle, f"pull of {wanted}", manifest.chunk_nbytes, IN_FLIGHT, writer.memory)
+            filled = _fill(volume, manifest, lane, deadline)
             held = writer.seal(manifest)
     finally:
         source.release(handle)
@@ -93,54 +92,46 @@ def land(volume: NodeVolume, source: ChunkSource, wanted: Wanted, *, deadline: D
         rank=wanted.rank,
         identity=wanted.identity,
         nbytes=manifest.nbytes,
-        wire_nbytes=wire_nbytes + len(manifest_bytes),
+        wire_nbytes=filled.wire_nbytes + len(manifest_bytes),
         seconds=clock.monotonic() - begun_s,
         manifest_digest=held.manifest_digest,
+        own_nbytes=filled.own_nbytes,
+        wire_s=opened_s + filled.wire_s,
+        bad_own=filled.bad_own,
     )
 
 
+def _acquire(volume: NodeVolume, manifest: Manifest, wanted: Wanted) -> SlotWriter:
+    protect, over = set(wanted.protect), (wanted.identity.epoch, wanted.identity.step)
+    writer = volume.acquire(wanted.rank, manifest.nbytes, protect=protect, limit=wanted.slots, over=over)
+    if writer is None:
+        raise CapacityError(
+            f"pull of {wanted}: all {wanted.slots} slots are protected or in use; try again after the next commit"
+        )
+    return writer
+
+
 @dataclass(frozen=True, slots=True)
-class _Lane:
-    source: ChunkSource
-    handle: str
-    what: str
+class _Filled:
+    """Where the bytes of a slot came from; fields as in `Receipt`."""
+
+    own_nbytes: int
+    wire_nbytes: int
+    wire_s: float
+    bad_own: tuple[BadOwn, ...]
 
 
-def _fill(memory: memoryview, manifest: Manifest, lane: _Lane, deadline: Deadline) -> int:
-    """Lands and proves the whole payload, a bounded number of pieces ahead; returns the bytes that came."""
-    piece_nbytes = max(1, PULL_NBYTES // manifest.chunk_nbytes) * manifest.chunk_nbytes
-    ahead: deque[tuple[int, int, Piece]] = deque()
-    wire_nbytes = 0
-    position = 0
-    while position < manifest.nbytes or ahead:
-        while position < manifest.nbytes and len(ahead) < IN_FLIGHT:
-            end = min(position + piece_nbytes, manifest.nbytes)
-            ahead.append((position, end, lane.source.request(lane.handle, [(position, end)])))
-            position = end
-        begin, end, piece = ahead.popleft()
-        deadline.check(f"pull of {lane.what}: byte {begin} of {manifest.nbytes}")
-        bad = _land_piece(memory, manifest, (begin, end), piece.take(deadline))
-        wire_nbytes += end - begin
-        del piece  # the wire's memory is free from here on
-        if bad is not None:  # once more: a flipped bit on the way is not a bad copy at the source
-            bad = _land_piece(
-                memory, manifest, (begin, end), lane.source.request(lane.handle, [(begin, end)]).take(deadline)
-            )
-            wire_nbytes += end - begin
-        if bad is not None:
-            raise CorruptionError(
-                f"pull of {lane.what}: bytes {bad[0]} to {bad[1]} of the payload do not match the manifest, "
-                "twice; use another copy"
-            )
-    return wire_nbytes
-
-
-def _land_piece(memory: memoryview, manifest: Manifest, span: tuple[int, int], data: Any) -> tuple[int, int] | None:
-    """Copies one piece into place; the first byte range that is not what the manifest says, or None."""
-    begin, end = span
-    first, last = begin // manifest.chunk_nbytes, -(-end // manifest.chunk_nbytes)
-    part = Part(begin, end, manifest.chunks[first:last])
-    return _land_parts(memory[begin:end], manifest.chunk_nbytes, [part], data)
+def _fill(volume: NodeVolume, manifest: Manifest, lane: _Lane, deadline: Deadline) -> _Filled:
+    """Fills a slot with the whole payload and proves it."""
+    with OwnBytes(volume, manifest) as own:
+        missing = own.copy(lane.memory, deadline)
+        bad = tuple(own.bad)
+    size, clock = manifest.chunk_nbytes, deadline.clock
+    parts = [Part(begin, end, manifest.chunks[begin // size : -(-end // size)]) for begin, end in missing]
+    begun_s = clock.monotonic()
+    wire_nbytes = lane.bring([(part, part.begin) for part in parts], deadline)
+    own_nbytes = manifest.nbytes - sum(part.nbytes for part in parts)
+    return _Filled(own_nbytes, wire_nbytes, clock.monotonic() - begun_s, bad)
 
 
 def land_parts(source: ChunkSource, wanted: PartialRead, *, num_ahead: int, deadline: Deadline) -> int:
@@ -149,7 +140,10 @@ def land_parts(source: ChunkSource, wanted: PartialRead, *, num_ahead: int, dead
         handle = source.lease(wanted.rank, wanted.identity, deadline=deadline)
         try:
             with memoryview(mapped) as memory:
-                return _Parts(memory, source, handle, wanted).land(num_ahead, deadline)
+                lane = _Lane(source, handle, f"read of {wanted}", wanted.chunk_nbytes, num_ahead, memory)
+                ends = accumulate(part.nbytes for part in wanted.parts)
+                places = [(part, end - part.nbytes) for part, end in zip(wanted.parts, ends, strict=True)]
+                return lane.bring(places, deadline)
         finally:
             source.release(handle)
 
@@ -162,73 +156,81 @@ def _opened(file: Path, nbytes: int) -> mmap:
         raise UnavailableError(f"read into {file}: {nbytes} bytes of it cannot be mapped: {error}") from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """A read of parts in progress."""
+_Place = tuple[Part, int]
+"""A part, and the byte of a lane's memory that it goes to."""
 
-    memory: memoryview  # of the reader's file
+
+@dataclass(frozen=True, slots=True)
+class _Lane:
+    """A leased snapshot of another node, how it is read, and where to."""
+
     source: ChunkSource
     handle: str
-    wanted: PartialRead
+    what: str  # for errors
+    chunk_nbytes: int
+    num_ahead: int  # pieces asked for and not yet landed
+    memory: memoryview
 
-    def land(self, num_ahead: int, deadline: Deadline) -> int:
+    def bring(self, places: Sequence[_Place], deadline: Deadline) -> int:
         """Lands and proves all parts; returns the bytes that came."""
-        waiting = deque(_pieces(self.wanted))
-        ahead: deque[tuple[int, list[Part], Piece]] = deque()
+        waiting = deque(_pieces(places, self.chunk_nbytes))
+        ahead: deque[tuple[list[_Place], Piece]] = deque()
         wire_nbytes = 0
         while waiting or ahead:
-            while waiting and len(ahead) < num_ahead:
-                at, parts = waiting.popleft()
-                ahead.append((at, parts, self._ask(parts)))
-            at, parts, piece = ahead.popleft()
-            deadline.check(f"read of {self.wanted}: byte {parts[0].begin}")
-            bad = self._land_piece(at, parts, piece, deadline)
-            wire_nbytes += sum(part.nbytes for part in parts)
+            while waiting and len(ahead) < self.num_ahead:
+                together = waiting.popleft()
+                ahead.append((together, self._ask(together)))
+            together, piece = ahead.popleft()
+            deadline.check(f"{self.what}: byte {together[0][0].begin}")
+            nbytes = sum(part.nbytes for part, _ in together)
+            bad = self._land(together, piece.take(deadline))
+            wire_nbytes += nbytes
             del piece  # the wire's memory is free from here on
             if bad is not None:  # once more: a flipped bit on the way is not a bad copy at the source
-                bad = self._land_piece(at, parts, self._ask(parts), deadline)
-                wire_nbytes += sum(part.nbytes for part in parts)
+                bad = self._land(together, self._ask(together).take(deadline))
+                wire_nbytes += nbytes
             if bad is not None:
                 raise CorruptionError(
-                    f"read of {self.wanted}: bytes {bad[0]} to {bad[1]} of the payload do not match their digests, "
-                    "twice; use another copy"
+                    f"{self.what}: bytes {bad[0]} to {bad[1]} of the payload do not match their digests, twice; use "
+                    "another copy"
                 )
         return wire_nbytes
 
-    def _ask(self, parts: Sequence[Part]) -> Piece:
-        return self.source.request(self.handle, [(part.begin, part.end) for part in parts])
+    def _ask(self, together: Sequence[_Place]) -> Piece:
+        return self.source.request(self.handle, [(part.begin, part.end) for part, _ in together])
 
-    def _land_piece(self, at: int, parts: Sequence[Part], piece: Piece, deadline: Deadline) -> tuple[int, int] | None:
-        end = at + sum(part.nbytes for part in parts)
-        return _land_parts(self.memory[at:end], self.wanted.chunk_nbytes, parts, piece.take(deadline))
+    def _land(self, places: Sequence[_Place], data: Any) -> tuple[int, int] | None:
+        """Copies parts that arrived together into place; the first byte range that does not match, or None."""
+        arrived, size, at = memoryview(data).cast("B"), self.chunk_nbytes, 0
+        if arrived.nbytes != sum(part.nbytes for part, _ in places):
+            return places[0][0].begin, places[-1][0].end
+        for part, to in places:
+            found = native.copy_digest(
+                self.memory[to : to + part.nbytes],
+                arrived[at : at + part.nbytes],
+                chunk_nbytes=size,
+                num_threads=DIGEST_THREADS,
+            )
+            if tuple(found) != tuple(part.chunks):
+                index = next(i for i, (a, b) in enumerate(zip(found, part.chunks, strict=True)) if a != b)
+                begin = part.begin + index * size
+                return begin, min(begin + size, part.end)
+            at += part.nbytes
+        return None
 
 
-def _pieces(wanted: PartialRead) -> list[tuple[int, list[Part]]]:
-    """The parts in pieces of about the size of a pull's, each with its place in the file."""
-    pieces: list[tuple[int, list[Part]]] = []
-    at = room = 0
-    for part in wanted.parts:
-        if part.nbytes > room or not pieces:
-            pieces.append((at, []))
-            room = PULL_NBYTES
-        pieces[-1][1].append(part)
-        at += part.nbytes
-        room -= part.nbytes
+def _pieces(places: Sequence[_Place], chunk_nbytes: int) -> list[list[_Place]]:
+    """What travels together: pieces of at most `PULL_NBYTES` or one chunk; larger parts are cut between chunks."""
+    most = max(1, PULL_NBYTES // chunk_nbytes) * chunk_nbytes
+    pieces: list[list[_Place]] = []
+    room = 0
+    for whole, to in places:
+        for at in range(0, whole.nbytes, most):
+            end = min(at + most, whole.nbytes)
+            chunks = whole.chunks[at // chunk_nbytes : -(-end // chunk_nbytes)]
+            if end - at > room:
+                pieces.append([])
+                room = most
+            pieces[-1].append((Part(whole.begin + at, whole.begin + end, chunks), to + at))
+            room -= end - at
     return pieces
-
-
-def _land_parts(memory: memoryview, chunk_nbytes: int, parts: Sequence[Part], data: Any) -> tuple[int, int] | None:
-    """Copies parts that arrived together into place; the first byte range that is not what its digest says, or None."""
-    arrived = memoryview(data).cast("B")
-    if arrived.nbytes != sum(part.nbytes for part in parts):
-        return parts[0].begin, parts[-1].end
-    at = 0
-    for part in parts:
-        there = slice(at, at + part.nbytes)
-        found = native.copy_digest(memory[there], arrived[there], chunk_nbytes=chunk_nbytes, num_threads=DIGEST_THREADS)
-        if tuple(found) != tuple(part.chunks):
-            index = next(i for i, (a, b) in enumerate(zip(found, part.chunks, strict=True)) if a != b)
-            begin = part.begin + index * chunk_nbytes
-            return begin, min(begin + chunk_nbytes, part.end)
-        at += part.nbytes
-    return None

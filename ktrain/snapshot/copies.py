@@ -21,11 +21,15 @@ class VolumeCopies:
     def __init__(self, inventory: Inventory) -> None:
         self._inventory = inventory
 
+    def ranks(self) -> list[int]:
+        """The ranks with copies beside their shares, of whichever snapshot."""
+        return self._inventory.ranks_with_copies()
+
     def find(self, identity: Identity) -> tuple[dict[int, Manifest], dict[int, str]]:
         """Manifests of the copies beside shares of a snapshot, by rank; and by rank why some cannot be used."""
         found: dict[int, Manifest] = {}
         damaged: dict[int, str] = {}
-        for rank in self._inventory.ranks_with_copies():
+        for rank in self.ranks():
             try:
                 with self.open(rank, identity) as reader:
                     found[rank] = reader.manifest

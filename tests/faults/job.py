@@ -27,7 +27,6 @@ from ktrain.testing.faulty_tier import Fault, FaultyTier, Killed, TierFault
 from ktrain.testing.local_transport import LocalWire
 from ktrain.testing.tier_url import publish, withdraw
 from ktrain.tier.disk import NodeDisk
-from tests.unit.checkpoint.builders import snapshot
 from tests.unit.checkpoint.cluster import Cluster, Node, RestoreFailed, Worker
 
 ALWAYS = 10**6
@@ -268,8 +267,8 @@ class Job(Cluster):
         found = {(name, ALWAYS if keeps_all else int(name.split("-")[1][:8]), data) for name, data in objects}
         for node in self.nodes:
             for held in node.volume.scan():
-                payload, manifest = snapshot(held.rank, held.identity)
-                if (node.volume.path / f"{held.slot}.safetensors").read_bytes() == payload:
+                (payload, manifest), _ = self.takes(held.rank, held.identity)
+                if (node.volume.path / f"{held.slot}.safetensors").read_bytes()[: len(payload)] == payload:
                     what = f"{node.name} rank {held.rank} {held.identity}"
                     found.add((what, held.identity.step, manifest.to_bytes()))
         return found

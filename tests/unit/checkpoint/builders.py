@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -45,6 +46,29 @@ def snapshot(rank: int, at: Identity) -> tuple[bytes, Manifest]:
     plan = f"{rank:016x}"
     manifest = Manifest(at, rank, plan, len(payload), CHUNK_NBYTES, chunks, layout.entries, {}, {})
     return payload, manifest
+
+
+def divided(rank: int, at: Identity) -> tuple[tuple[bytes, Manifest], tuple[bytes, Manifest]]:
+    """What a rank saves of a tensor that all ranks hold: three chunks as its share, and as copies those of all others.
+
+    The share ends with a value of the rank's own.
+    """
+    shape = (at.world_size, 3 * CHUNK_NBYTES)
+    boxes = [Box((row, 0), (1, shape[1])) for row in range(at.world_size)]
+    shards = [Shard("model.weight", "uint8", shape, box, Role.REPLICATED) for box in boxes]
+    own = Shard("model.own", "uint8", (1000,), Box.whole((1000,)), Role.RANK)
+    beside = [shard for row, shard in enumerate(shards) if row != rank]
+    return _random([shards[rank], own], rank, at), _random(beside, rank, at)
+
+
+def _random(shards: Sequence[Shard], rank: int, at: Identity) -> tuple[bytes, Manifest]:
+    """A payload of bytes, the same for a row and a step wherever they are stored."""
+    layout = lay_out(shards)
+    seeds = [f"{rank} {at}" if shard.role is Role.RANK else f"{shard.box} {at}" for shard in shards]
+    data = [random.Random(seed).randbytes(shard.box.numel) for seed, shard in zip(seeds, shards, strict=True)]
+    payload = b"".join([layout.header, *data])
+    chunks = tuple(native.digest_chunks(payload, chunk_nbytes=CHUNK_NBYTES))
+    return payload, Manifest(at, rank, f"{rank:016x}", len(payload), CHUNK_NBYTES, chunks, layout.entries, {}, {})
 
 
 def catalog(tier: Tier, clock: Clock | None = None) -> RunCatalog:

@@ -27,6 +27,7 @@ from ktrain.checkpoint.policy import Every, Keep, Policies
 from ktrain.checkpoint.source import NearestSource, Openers, PeerCalls
 from ktrain.errors import CorruptionError, KtrainError, UnavailableError
 from ktrain.format.manifest import Identity, Manifest
+from ktrain.format.payload import copies_begin
 from ktrain.snapshot.arena import NodeVolume
 from ktrain.snapshot.slots import SlotCalls
 from ktrain.testing.fake_clock import FakeClock
@@ -35,6 +36,14 @@ from ktrain.tier.disk import NodeDisk, open_disk
 from tests.unit.checkpoint.builders import snapshot
 
 NUM_SLOTS = 4
+
+Takes = Callable[[int, Identity], tuple[tuple[bytes, Manifest], tuple[bytes, Manifest] | None]]
+"""What a rank saves of a step: its share, and the copies beside it."""
+
+
+def undivided(rank: int, at: Identity) -> tuple[tuple[bytes, Manifest], None]:
+    """What no other rank holds."""
+    return snapshot(rank, at), None
 
 
 class Head:
@@ -83,6 +92,7 @@ class Worker:
     wire_nbytes: int = 0  # of the last restore
     disk: NodeDisk | None = None  # this process's own, as `checkpoint.restore` opens it
     reached: Callable[[str], None] = lambda moment: None  # called in the middle of a save; may raise
+    takes: Takes = undivided
 
     def __post_init__(self) -> None:
         self.schedule = Schedule(self.policies.every.memory)
@@ -110,18 +120,22 @@ class Worker:
 
     def save(self, run_id: str, step: int, world_size: int) -> bool:
         """Seals a snapshot; false where no slot is free."""
-        payload, manifest = snapshot(self.rank, Identity(run_id, step, self.epoch, world_size))
+        (payload, manifest), beside = self.takes(self.rank, Identity(run_id, step, self.epoch, world_size))
         protect = [(int(at), int(epoch)) for at, epoch in self.answer.get("protect", [])]
-        writer = self.volume.acquire(self.rank, len(payload), protect=protect, limit=NUM_SLOTS)
+        begin = copies_begin(len(payload))
+        nbytes = len(payload) if beside is None else begin + len(beside[0])
+        writer = self.volume.acquire(self.rank, nbytes, protect=protect, limit=NUM_SLOTS)
         if writer is None:
             return False
         with writer:
             half = len(payload) // 2
             writer.memory[:half] = payload[:half]
             self.reached("half staged")
-            writer.memory[half:] = payload[half:]
+            writer.memory[half : len(payload)] = payload[half:]
+            if beside is not None:
+                writer.memory[begin:] = beside[0]
             self.reached("staged")
-            writer.seal(manifest)
+            writer.seal(manifest, None if beside is None else beside[1])
         self.reached("sealed")
         self.step = step
         return True
@@ -169,7 +183,7 @@ class Worker:
             wanted = self.wanted or {self.rank: (0, manifests[self.rank].nbytes)}
             source.fetch({rank: [span] for rank, span in wanted.items()}, deadline=Deadline.after(10.0))
             for rank, (begin, end) in wanted.items():
-                expected, _ = snapshot(rank, manifests[rank].identity)
+                (expected, _), _ = self.takes(rank, manifests[rank].identity)
                 assert bytes(source.view(rank, begin, end)) == expected[begin:end], (
                     "bytes that nobody saved were loaded"
                 )
@@ -292,6 +306,7 @@ class Cluster:
         self.epoch = 0
         self.drains = True
         self.wanted: dict[int, dict[int, tuple[int, int]]] = {}  # what ranks want of saved ranks; else their own
+        self.takes: Takes = undivided  # what the ranks of the next attempts save
 
     def new_coordinator(self) -> Coordinator:
         return Coordinator(self.catalog, timeouts=self.timeouts, emit=self.events.append, clock=self.clock)
@@ -322,7 +337,16 @@ class Cluster:
         disk = open_disk(root, run=run, node=node.name, timeouts=self.timeouts)
         caller = LocalCaller(node.keeper.handlers())
         wanted = self.wanted.get(rank, {})
-        return Worker(rank, self.epoch, caller, node.volume, policies=self.policies, disk=disk, wanted=wanted)
+        return Worker(
+            rank,
+            self.epoch,
+            caller,
+            node.volume,
+            policies=self.policies,
+            disk=disk,
+            wanted=wanted,
+            takes=self.takes,
+        )
 
     def turn(self, count: int = 1) -> None:
         for _ in range(count):
@@ -405,7 +429,13 @@ class RestoreFailed(Exception):
 
 
 def flip_file(path: Path) -> None:
+    flip_at(path, path.stat().st_size // 2)
+
+
+def flip_at(path: Path, at: int) -> None:
+    """Flips a bit of one byte."""
     with open(path, "r+b") as file:
-        data = file.read()
-        file.seek(len(data) // 2)
-        file.write(bytes([data[len(data) // 2] ^ 1]))
+        file.seek(at)
+        value = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([value ^ 1]))

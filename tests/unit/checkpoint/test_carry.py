@@ -7,6 +7,7 @@ import pytest
 from ktrain.abc.transport import Transport
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.carry import Carrier, Ends, Wanted
+from ktrain.checkpoint.replicas import WantedReplicas
 from ktrain.errors import CapacityError, KtrainError, UnavailableError
 from ktrain.testing.fake_clock import FakeClock
 from tests.unit.checkpoint.builders import identity
@@ -29,7 +30,7 @@ class Refusing:
 
 def want(carrier: Carrier, step: int) -> None:
     pull = [{"rank": 0, "identity": identity(step).to_json(), "source": "there", "owner": "node-0"}]
-    carrier.want(Wanted(pull=pull, peers={"node-0": "there"}))
+    carrier.want(Wanted(replicas=WantedReplicas(pull=pull, peers={"node-0": "there"})))
 
 
 @pytest.mark.parametrize("error", [CapacityError("no slot"), UnavailableError("cut")], ids=["no-room", "no-wire"])

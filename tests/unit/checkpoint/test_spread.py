@@ -121,6 +121,16 @@ def test_measured_takes_a_nodes_ranks_together_and_the_median() -> None:
     assert measured([]) == Rates()
 
 
+def test_measured_from_replicas_of_own_bytes_alone_takes_the_best_of_what_the_wire_did_at_least() -> None:
+    little = [
+        Event("replicated", {"nbytes": 50, "own_bytes": 950, "seconds": 0.01, "wire_seconds": wire_s})
+        for wire_s in (0.5, 0.1, 0.0)
+    ]
+    assert measured([little]) == Rates(None, 500.0)
+    whole = Event("replicated", {"nbytes": 500, "own_bytes": 0, "seconds": 2.0, "wire_seconds": 1.0})
+    assert measured([[*little, whole]]) == Rates(None, 250.0), "what crossed the wire whole tells more"
+
+
 def test_restore_spread_of_an_unknown_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KTRAIN_RESTORE_SPREAD", "sometimes")
     with pytest.raises(ConfigError, match="auto, always, never, found 'sometimes'"):

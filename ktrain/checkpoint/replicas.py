@@ -1,0 +1,187 @@
+"""What a node holds of its peers' snapshots: the replicas that it keeps, and what its ranks read for a restore."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ktrain.abc.source import copies_beside
+from ktrain.abc.transport import BadOwn, PartialRead, Receipt, Transport
+from ktrain.base import contract
+from ktrain.base.clock import Clock, Deadline
+from ktrain.base.faults import FaultPoints
+from ktrain.base.settings import Timeouts
+from ktrain.errors import CapacityError, ConflictError, CorruptionError, KtrainError, NotFoundError, UnavailableError
+from ktrain.format.manifest import Identity
+from ktrain.snapshot.arena import NodeVolume
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WantedReplicas:
+    """What the head wants of this node as a peer, and what it says of the others."""
+
+    pull: Sequence[Mapping[str, Any]] = ()
+    peers: Mapping[str, str] = field(default_factory=dict)
+    protect: Sequence[tuple[int, int]] = ()
+    protect_kept: Sequence[tuple[int, int]] = ()  # the part of it that no replica may overwrite
+
+
+class Replicas:
+    """Pulls for one node. Safe from any thread.
+
+    Args:
+        volume: gives None while there is none.
+        emit: takes an event's kind and fields.
+    """
+
+    def __init__(
+        self,
+        node: str,
+        volume: Callable[[], NodeVolume | None],
+        transport: Transport | None,
+        *,
+        emit: Callable[..., None],
+        timeouts: Timeouts,
+        clock: Clock,
+    ) -> None:
+        self._node = node
+        self._volume = volume
+        self._transport = transport
+        self._emit = emit
+        self._timeouts = timeouts
+        self._clock = clock
+        self._wanted = WantedReplicas()  # replaced whole
+        self._faults = FaultPoints([], epoch=0)
+        self._not_kept: dict[int, Identity] = {}  # rank -> the replica that was said to be missing
+        self._no_room_until: dict[int, float] = {}  # rank -> until when a lack of room is nothing to be said
+        self._pull_lock = threading.Lock()  # one pull at a time: bounded chunks in flight
+        self._fault_lock = threading.Lock()  # a plan counts, and is not made for several threads
+
+    def want(self, wanted: WantedReplicas, faults: FaultPoints) -> None:
+        """Replaces what is wanted."""
+        self._wanted, self._faults = wanted, faults
+
+    def work(self, memory: dict[Any, Any], *, is_closed: Callable[[], bool] = lambda: False) -> None:
+        """Brings what is wanted and missing; `memory` has until when each is left alone after a failure."""
+        for want in self._wanted.pull:
+            key = (int(want["rank"]), Identity.from_json(want["identity"]))
+            is_wanted = want in self._wanted.pull  # still: pulling the ones before it took its time
+            if is_closed() or not is_wanted or self._clock.monotonic() < memory.get(key, 0.0):
+                continue
+            if not self._keep_replica(*key, owner=str(want["owner"])):
+                memory[key] = self._clock.monotonic() + self._timeouts.call_s  # not again at once
+
+    def _keep_replica(self, rank: int, identity: Identity, *, owner: str) -> bool:
+        started = self._clock.monotonic()
+        deadline = Deadline.after(self._timeouts.restore_s, self._clock)
+        try:
+            with self._fault_lock:
+                self._faults.reached("replica.pull", step=identity.step, rank=rank)
+            receipt = self._pull(rank, identity, owner, lambda: self._wanted.protect_kept, deadline)
+        except (NotFoundError, ConflictError) as error:
+            _LOG.info(
+                "replica of rank %d step %d from %s: %s", rank, identity.step, owner, error
+            )  # superseded meanwhile
+            return False
+        except CorruptionError as error:
+            where = {"step": identity.step, "rank": rank, "tier": contract.TIER_PEER, "where": owner}
+            self._emit("bad_copy", reason=str(error), **where)
+            return False
+        except KtrainError as error:
+            _LOG.warning("replica of rank %d step %d from %s: %s", rank, identity.step, owner, error)
+            self._say_not_kept(rank, identity, error)
+            return False
+        self._no_room_until.pop(rank, None)
+        self._emit(
+            "replicated",
+            rank=rank,
+            step=identity.step,
+            source=owner,
+            target=self._node,
+            nbytes=receipt.wire_nbytes,
+            own_bytes=receipt.own_nbytes,
+            seconds=self._clock.monotonic() - started,
+            wire_seconds=receipt.wire_s,
+        )
+        return True
+
+    def _say_not_kept(self, rank: int, identity: Identity, error: KtrainError) -> None:
+        """Once for each replica; it is tried until a newer step is wanted.
+
+        Slots are often in use for a moment, between a commit and the news of it. A lack of room is said where nothing
+        of the rank could be kept from one try to the next, be it of the same step or of a newer one.
+        """
+        now = self._clock.monotonic()
+        if isinstance(error, CapacityError) and now < self._no_room_until.setdefault(rank, now + self._timeouts.call_s):
+            return
+        if self._not_kept.get(rank) != identity:
+            self._not_kept[rank] = identity
+            fields = {"rank": rank, "step": identity.step, "tier": contract.TIER_PEER}
+            self._emit("save_skipped", reason=f"{self._node} cannot keep it: {error}", **fields)
+
+    def pull(self, rank: int, identity: Identity, owner: str, deadline: Deadline) -> int:
+        """Brings a snapshot of another node, which a rank restores, into the own volume.
+
+        The newest one here of its epoch or a later one stays: it may be what is restored next. Returns the bytes that
+        crossed the wire.
+        """
+        volume = self._volume()
+        held = [] if volume is None else [entry.identity for entry in volume.scan() if entry.rank == rank]
+        ages = [(at.epoch, at.step) for at in held if at.epoch >= identity.epoch]
+        newest = [(step, epoch) for epoch, step in [max(ages)]] if ages else []
+        return self._pull(rank, identity, owner, lambda: [*self._wanted.protect, *newest], deadline).wire_nbytes
+
+    def _pull(
+        self,
+        rank: int,
+        identity: Identity,
+        owner: str,
+        protect: Callable[[], Sequence[tuple[int, int]]],
+        deadline: Deadline,
+    ) -> Receipt:
+        if self._transport is None:
+            raise UnavailableError(f"rank {rank}, {identity}: this node has no wire to its peers")
+        source = self._source_of(owner, deadline)
+        with self._pull_lock:
+            receipt = self._transport.pull(source, rank, identity, protect=protect(), deadline=deadline)
+        for bad in receipt.bad_own:
+            self._refuse_own(bad, identity)
+        return receipt
+
+    def _refuse_own(self, bad: BadOwn, identity: Identity) -> None:
+        """Takes what the volume itself had of a snapshot out of use where it was proven bad, and says which it is."""
+        volume, is_beside = self._volume(), bad.rank < 0
+        rank = copies_beside(bad.rank) if is_beside else bad.rank
+        reason = f"bytes {bad.begin} to {bad.end} differ from the digest made at the snapshot"
+        if volume is not None and is_beside:
+            volume.copies.discard(rank, identity)
+        elif volume is not None:
+            volume.discard(rank, identity, reason)
+        where = {"step": identity.step, "rank": rank, "tier": contract.TIER_MEMORY, "where": self._node}
+        said = f"copies beside its share: {reason}" if is_beside else reason
+        self._emit("bad_copy", reason=said, begin=bad.begin, end=bad.end, **where)
+
+    def read(self, wanted: PartialRead, owner: str, deadline: Deadline) -> int:
+        """Brings parts of a snapshot of another node into a reader's file; returns the bytes that crossed the wire."""
+        if self._transport is None:
+            raise UnavailableError(f"{wanted}: this node has no wire to its peers")
+        source = self._source_of(owner, deadline)
+        with self._fault_lock:
+            self._faults.reached("read.parts", step=wanted.identity.step, rank=wanted.rank)
+        return self._transport.read(source, wanted, deadline=deadline)
+
+    def _source_of(self, owner: str, deadline: Deadline) -> str:
+        """Waits, bounded, until both ends of the wire are up (a replaced node joins the wire while ranks start)."""
+        bound = deadline.sooner(self._timeouts.start_s / 2)
+        while True:
+            source = self._wanted.peers.get(owner)
+            if source is not None and self._transport is not None and self._transport.address() is not None:
+                return source
+            if bound.expired():
+                raise UnavailableError(f"peer {owner}: no wire to it within {bound.total_s:g} s")
+            self._clock.sleep(min(0.1, bound.remaining_s()))
