@@ -75,6 +75,7 @@ class Snapshotter:
         self.held: Held | None = None
         self._stager: tuple[int, Stager] | None = None  # kept between snapshots, as a rank keeps it
         self._table: tuple[Layout, Written] | None = None  # as well
+        self._said: tuple[int, bytes] = 0, b""  # the newest manifest as a head sends it, by its step
 
     @property
     def nbytes(self) -> int:
@@ -123,6 +124,12 @@ class Snapshotter:
         with self.volume.open(0, self.identity) as slot:
             return slot.manifest
 
+    def manifest_bytes(self) -> bytes:
+        """Of the newest snapshot, as a rank that restores hears them from the head."""
+        if self._said[0] != self.step:
+            self._said = self.step, self.manifest().to_bytes()
+        return self._said[1]
+
     def prove(self, proofs: Proofs) -> None:
         """Proves that an independent reader finds the module's bytes in the slot."""
         from safetensors.torch import load
@@ -163,12 +170,14 @@ class Restored:
         self._state = TrainState({"model": self.module})
         self._volume = volume or saved.volume
         self._tier = open_tier(run_url, timeouts=Timeouts())
-        self.phases: dict[str, list[float]] = {"plan": [], "read and prove": [], "apply": []}
+        self.phases: dict[str, list[float]] = {"parse": [], "plan": [], "read and prove": [], "apply": []}
 
     def load(self, copy: Copy) -> None:
-        """Plans, reads, proves and applies one copy, into the live tensors."""
-        manifests = {0: self._saved.manifest()}
+        """Parses the manifest, plans, reads, proves and applies one copy, into the live tensors."""
+        said = self._saved.manifest_bytes()
         begin = time.perf_counter()
+        manifests = {0: Manifest.from_bytes(said)}
+        parsed = time.perf_counter()
         needs = plan_restore(self._state, manifests, ALONE)
         landing = land(needs.targets)
         planned = time.perf_counter()
@@ -187,7 +196,7 @@ class Restored:
             apply(self._state, needs, source, landing)
         finally:
             source.close()
-        seconds = (planned - begin, read - planned, time.perf_counter() - read)
+        seconds = (parsed - begin, planned - parsed, read - planned, time.perf_counter() - read)
         for phase, taken in zip(self.phases.values(), seconds, strict=True):
             phase.append(taken)
 

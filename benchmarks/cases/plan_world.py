@@ -135,7 +135,7 @@ def _of_rank(entry: Entry, rank: int) -> Entry:
     if box.is_whole(entry.shard.global_shape):
         return entry
     offsets = (rank * box.lengths[0], *box.offsets[1:])
-    return replace(entry, shard=replace(entry.shard, box=Box(offsets, box.lengths)))
+    return entry._replace(shard=entry.shard._replace(box=Box(offsets, box.lengths)))
 
 
 @contextmanager

@@ -138,7 +138,11 @@ class Openers:
             raise UnavailableError(f"rank {copy.rank}, {copy.identity}: this process has no volume")
         if copy.tier == contract.TIER_PEER:
             return self._open_peer(self._volume, copy, share, manifest, tally)
-        return VolumeReader(self._volume.open(copy.rank, copy.identity), manifest, self._num_threads)
+        return self._open_slot(self._volume, copy, manifest)
+
+    def _open_slot(self, volume: NodeVolume, copy: Copy, manifest: Manifest) -> Reader:
+        slot = volume.open(copy.rank, copy.identity, known=manifest)
+        return VolumeReader(slot, manifest, self._num_threads)
 
     def close(self) -> None:
         """Gives back what reads from peers used."""
@@ -162,7 +166,7 @@ class Openers:
             except CapacityError:
                 pass  # parts need no slot
         try:
-            return VolumeReader(volume.open(copy.rank, copy.identity), manifest, self._num_threads)
+            return self._open_slot(volume, copy, manifest)
         except NotFoundError:
             pass  # nobody on this node has pulled it
         if self._scratch is None:

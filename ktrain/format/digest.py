@@ -21,7 +21,7 @@ def to_text(digest: int) -> str:
     return f"{digest:016x}"
 
 
-def digest_text(data: bytes) -> str:
+def digest_text(data: bytes | bytearray | memoryview) -> str:
     """The digest of a whole object (a manifest, a record), as text."""
     return to_text(native.crc64(data))
 

@@ -69,7 +69,8 @@ class Manifest:
     `chunks` are CRC-64/NVME digests of the payload file, one per `chunk_nbytes`, the last one short.
     `objects` is tagged JSON (`format.objects`). `origin` holds free facts for people; no decision that must
     be right rests on it. `format` is the version in which it is written, and was read. `table` is
-    `columns.write(entries)`, where that is at hand; it saves its time.
+    `columns.write(entries)`, where that is at hand; it saves its time. `read_from` is the digest of the file that
+    it was read from; None where it was made.
     """
 
     identity: Identity
@@ -83,6 +84,7 @@ class Manifest:
     origin: dict[str, Any]
     format: int = document.FORMAT
     table: document.Written | None = field(default=None, compare=False, repr=False)
+    read_from: str | None = field(default=None, init=False, compare=False, repr=False)
 
     def to_bytes(self) -> bytes:
         """The manifest file; equal manifests give equal bytes.
@@ -94,16 +96,24 @@ class Manifest:
         return document.seal(KIND, write(self), self.format)
 
     @classmethod
-    def from_bytes(cls, data: bytes | bytearray | memoryview) -> Manifest:
+    def from_bytes(cls, data: bytes | bytearray | memoryview, *, known: Manifest | None = None) -> Manifest:
         """Reads and proves a manifest file.
+
+        Args:
+            known: one that was read before, and is given back where these are the bytes that it was read from.
 
         Raises:
             CorruptionError: it is torn, changed, or says what cannot be.
             ConfigError: a newer ktrain wrote it.
         """
+        digest = digest_text(data)
+        if known is not None and known.read_from == digest:
+            return known
         with without_collections():
             members = document.unseal(KIND, data)
-            return _READERS[members.version](members)
+            manifest = _READERS[members.version](members)
+        object.__setattr__(manifest, "read_from", digest)  # not by __init__: a changed copy was read from nothing
+        return manifest
 
     def digest(self) -> str:
         """The digest of the manifest file (of `to_bytes()`, which is made for it)."""

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ktrain.errors import ConfigError, CorruptionError
 from ktrain.format import dtype as dtypes
@@ -29,8 +29,7 @@ _METADATA = "__metadata__"
 _VERSION = "ktrain"  # the member of the metadata that names the format version
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A shard's place in a payload: absolute byte range of the file, and the key of its header entry."""
 
     key: str

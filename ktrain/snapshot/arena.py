@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ktrain.base import atomic, contract
 from ktrain.errors import CorruptionError, InternalError, NotFoundError
-from ktrain.format.manifest import Identity
+from ktrain.format.manifest import Identity, Manifest
 from ktrain.snapshot.copies import VolumeCopies
 from ktrain.snapshot.inventory import Inventory, ProblemKind, SlotProblem, age
 from ktrain.snapshot.slots import (
@@ -107,14 +107,17 @@ class NodeVolume:
         with translated(f"scan volume {self.path}"):
             return self._inventory.problems(ready=ready)
 
-    def open(self, rank: int, identity: Identity) -> SlotReader:
+    def open(self, rank: int, identity: Identity, *, known: Manifest | None = None) -> SlotReader:
         """The snapshot for reading, under a lease that keeps writers away until it is closed.
+
+        Args:
+            known: its manifest where that was read before; the same bytes are not parsed again.
 
         Raises:
             NotFoundError: no sealed slot here holds it.
         """
         with translated(f"open rank {rank}, {identity} in {self.path}"):
-            found = self._inventory.try_lease(rank, identity)
+            found = self._inventory.try_lease(rank, identity, known)
             if found is not None:
                 return SlotReader(*found)
             held = self._inventory.held(rank).values()

@@ -91,9 +91,9 @@ class Inventory:
         found = [held for rank in self._ranks() for held in self.held(rank).values()]
         return sorted(found, key=lambda held: (held.rank, *age(held), held.slot))
 
-    def held(self, rank: int) -> dict[int, Held]:
-        """The sealed slots of a rank, by index."""
-        seen = {files.index: self.look(files, rank) for files in self.slots(rank)}
+    def held(self, rank: int, known: Manifest | None = None) -> dict[int, Held]:
+        """The sealed slots of a rank, by index. `known`: as of `try_lease`."""
+        seen = {files.index: self.look(files, rank, known) for files in self.slots(rank)}
         return {index: held for index, held in seen.items() if isinstance(held, Held)}
 
     def problems(self, *, ready: Collection[Path]) -> list[SlotProblem]:
@@ -107,15 +107,18 @@ class Inventory:
                 found.append(_unsealed(files, rank))
         return found
 
-    def look(self, files: SlotFiles, rank: int) -> Held | SlotProblem | None:
-        """What the slot's manifest says, from memory where the file is the same; None where there is none."""
+    def look(self, files: SlotFiles, rank: int, manifest: Manifest | None = None) -> Held | SlotProblem | None:
+        """What the slot's manifest says, from memory where the file is the same; None where there is none.
+
+        `manifest`: as `known` of `try_lease`.
+        """
         try:
             stamp = _stamp(files)
             with self._lock:
                 known = self._known.get(files.manifest)
             if known is not None and known[0] == stamp:
                 return known[1]
-            seen = self._judge(files, rank, files.manifest.read_bytes())
+            seen = self._judge(files, rank, files.manifest.read_bytes(), manifest)
         except FileNotFoundError:
             return _discarded(files, rank)
         with self._lock:
@@ -131,9 +134,14 @@ class Inventory:
         with self._lock:
             self._known[files.manifest] = (stamp, held)
 
-    def try_lease(self, rank: int, identity: Identity) -> tuple[SlotFiles, Manifest, int] | None:
-        """The first slot that holds the identity, its manifest, and a descriptor: a lease until closed."""
-        for index, held in self.held(rank).items():
+    def try_lease(
+        self, rank: int, identity: Identity, known: Manifest | None = None
+    ) -> tuple[SlotFiles, Manifest, int] | None:
+        """The first slot that holds the identity, its manifest, and a descriptor: a lease until closed.
+
+        `known`: a manifest that was read before, perhaps from the same bytes; then it is not read again.
+        """
+        for index, held in self.held(rank, known).items():
             if held.identity != identity:
                 continue
             files = SlotFiles(self.folder(rank), index)
@@ -142,15 +150,15 @@ class Inventory:
             if lease_fd is None:
                 continue
             # Looked at again: before the lease a writer may have changed it, from here on none can.
-            manifest = _try_read_manifest(files)
+            manifest = _try_read_manifest(files, known)
             if manifest is not None and manifest.identity == identity and isinstance(self.look(files, rank), Held):
                 return files, manifest, lease_fd
             os.close(lease_fd)
         return None
 
-    def _judge(self, files: SlotFiles, rank: int, data: bytes) -> Held | SlotProblem:
+    def _judge(self, files: SlotFiles, rank: int, data: bytes, known: Manifest | None) -> Held | SlotProblem:
         try:
-            manifest = Manifest.from_bytes(data)
+            manifest = Manifest.from_bytes(data, known=known)
         except KtrainError as error:
             return SlotProblem(rank, files.name, ProblemKind.UNREADABLE, str(error))
         if (manifest.identity.run, manifest.rank) != (self.run, rank):
@@ -173,9 +181,9 @@ def _stamp(files: SlotFiles) -> _Stamp:
     return stat.st_ino, stat.st_mtime_ns, stat.st_size, payload_nbytes(files)
 
 
-def _try_read_manifest(files: SlotFiles) -> Manifest | None:
+def _try_read_manifest(files: SlotFiles, known: Manifest | None) -> Manifest | None:
     try:
-        return Manifest.from_bytes(files.manifest.read_bytes())
+        return Manifest.from_bytes(files.manifest.read_bytes(), known=known)
     except (FileNotFoundError, KtrainError):
         return None  # what is wrong with it is in `problems`
 

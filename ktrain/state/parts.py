@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -16,8 +16,7 @@ from ktrain.state.tensors import Leaf, Spreads, is_dtensor, require_base_type, r
 from ktrain.state.topology import Topology
 
 
-@dataclass(frozen=True, slots=True)
-class OwnedParameter:
+class OwnedParameter(NamedTuple):
     """A parameter of a tracked module: `name` is `part.path`, `leaf` the name its tensor is stored by."""
 
     name: str

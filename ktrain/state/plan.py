@@ -337,7 +337,7 @@ def _dividing_nodes(holders: Sequence[int], topology: Topology) -> _Nodes:
 def _part(shard: Shard, inner: Box) -> Shard:
     """A box of a shard's box, as a shard."""
     offsets = tuple(a + b for a, b in zip(shard.box.offsets, inner.offsets, strict=True))
-    return replace(shard, box=Box(offsets, inner.lengths))
+    return shard._replace(box=Box(offsets, inner.lengths))
 
 
 def _cut(shard: Shard, inner: Box) -> _Cut | None:

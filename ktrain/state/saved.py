@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -25,8 +24,7 @@ from ktrain.state.tensors import Spreads, dtype_of
 from ktrain.state.topology import Topology
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A box of a tensor and the saved entry it is read from, at these bytes of the saved rank's payload.
 
     `rank` may stand for copies beside a rank's share (`copies_beside`).
@@ -39,8 +37,7 @@ class Piece:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """A box of a saved tensor that this rank wants, and the pieces that fill it.
 
     `into` is the live local tensor that gets the value; without one a tensor will be created, on the host or not.

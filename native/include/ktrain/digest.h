@@ -20,15 +20,20 @@ using UpdateFunction = std::uint64_t (*)(std::uint64_t state, const std::byte* d
 using CopyUpdateFunction = std::uint64_t (*)(std::uint64_t state, std::byte* target, const std::byte* source,
                                              std::size_t nbytes) noexcept;
 
-// Copies past the caches, and fetches meanwhile what lies `ahead` bytes behind the source: see copy_streaming.
-using StreamFunction = void (*)(std::byte* target, const std::byte* source, std::size_t nbytes,
-                                std::size_t ahead) noexcept;
+// Copies past the caches: see copy_streaming.
+using StreamFunction = void (*)(std::byte* target, const std::byte* source, std::size_t nbytes) noexcept;
+
+// Copies past the caches and takes as many other bytes, those at `data`, into the register meanwhile: while the ones
+// are on their way to memory, the others come from there. fence_stores() must follow before another thread reads.
+using StreamUpdateFunction = std::uint64_t (*)(std::uint64_t state, const std::byte* data, std::byte* target,
+                                               const std::byte* source, std::size_t nbytes) noexcept;
 
 struct Variant {
   const char* name;
   UpdateFunction update;
   CopyUpdateFunction copy_update;
   StreamFunction stream;
+  StreamUpdateFunction stream_update;
 };
 
 // The variants that this processor can run, slowest first; the first one is always the portable oracle.
@@ -56,7 +61,14 @@ std::uint64_t copy_update_pclmul(std::uint64_t state, std::byte* target, const s
 std::uint64_t copy_update_vpclmul(std::uint64_t state, std::byte* target, const std::byte* source,
                                   std::size_t nbytes) noexcept;
 
-void stream_avx512(std::byte* target, const std::byte* source, std::size_t nbytes, std::size_t ahead) noexcept;
+std::uint64_t stream_update_portable(std::uint64_t state, const std::byte* data, std::byte* target,
+                                     const std::byte* source, std::size_t nbytes) noexcept;
+std::uint64_t stream_update_pclmul(std::uint64_t state, const std::byte* data, std::byte* target,
+                                   const std::byte* source, std::size_t nbytes) noexcept;
+std::uint64_t stream_update_vpclmul(std::uint64_t state, const std::byte* data, std::byte* target,
+                                    const std::byte* source, std::size_t nbytes) noexcept;
+
+void stream_avx512(std::byte* target, const std::byte* source, std::size_t nbytes) noexcept;
 
 // x^n modulo the polynomial. Bits are reflected: bit 63 is the coefficient of x^0.
 constexpr std::uint64_t power_of_x(unsigned n) noexcept {

@@ -15,22 +15,15 @@ namespace ktrain {
 // Below this size a target may still be in cache when its reader comes; above, stores go past the caches.
 inline constexpr std::size_t kStreamNbytes = std::size_t{4} << 20;
 
-// Copies past the caches. Where `ahead` is not 0, what lies that many bytes behind the source is fetched into the
-// cache meanwhile, where it waits for whoever reads it next; it may lie outside of any memory.
-// fence_stores() must follow before another thread reads.
+// Copies past the caches. fence_stores() must follow before another thread reads.
 #if defined(__SSE2__)
-inline void copy_streaming(std::byte* target, const std::byte* source, std::size_t nbytes,
-                           std::size_t ahead = 0) noexcept {
+inline void copy_streaming(std::byte* target, const std::byte* source, std::size_t nbytes) noexcept {
   const std::size_t lead = std::min(nbytes, (64 - reinterpret_cast<std::uintptr_t>(target) % 64) % 64);
   std::memcpy(target, source, lead);
   target += lead;
   source += lead;
   nbytes -= lead;
   for (; nbytes >= 64; target += 64, source += 64, nbytes -= 64) {
-    if (ahead != 0) {
-      // As a number, for a pointer must stay inside of its object.
-      _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(source) + ahead), _MM_HINT_T1);
-    }
     const auto* from = reinterpret_cast<const __m128i*>(source);
     auto* to = reinterpret_cast<__m128i*>(target);
     const __m128i a = _mm_loadu_si128(from);
@@ -47,8 +40,7 @@ inline void copy_streaming(std::byte* target, const std::byte* source, std::size
 
 inline void fence_stores() noexcept { _mm_sfence(); }
 #else
-inline void copy_streaming(std::byte* target, const std::byte* source, std::size_t nbytes,
-                           std::size_t /*ahead*/ = 0) noexcept {
+inline void copy_streaming(std::byte* target, const std::byte* source, std::size_t nbytes) noexcept {
   std::memcpy(target, source, nbytes);
 }
 

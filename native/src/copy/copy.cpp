@@ -166,7 +166,7 @@ void gather(std::span<std::byte> target, const Segments& segments, unsigned num_
       if (from < to) {
         const auto* source = reinterpret_cast<const std::byte*>(segments.address[i]) + (from - segments.offset[i]);
         if (is_streamed && to - from >= kLargePieceNbytes) {
-          stream(target.data() + from, source, to - from, 0);
+          stream(target.data() + from, source, to - from);
         } else {
           std::memcpy(target.data() + from, source, to - from);
         }

@@ -39,14 +39,47 @@ std::vector<std::uint64_t> reaches(const Runs& runs) {
   return reach;
 }
 
-// Copies what one row wants of [begin, end) of the payload, whose bytes are at `chunk`. Fetches the same of the chunk
-// that lies `ahead` bytes behind it, unless that is 0.
+// A chunk and how far it is digested.
+class Chunk {
+ public:
+  Chunk() = default;
+  Chunk(std::size_t index, std::span<const std::byte> bytes) noexcept : index_(index), bytes_(bytes) {}
+
+  std::size_t index() const noexcept { return index_; }
+  std::span<const std::byte> bytes() const noexcept { return bytes_; }
+
+  // Copies past the caches, and digests of this chunk as much meanwhile as there is left.
+  void stream_beside(std::byte* target, const std::byte* source, std::size_t nbytes) noexcept {
+    const std::size_t both = std::min(nbytes, bytes_.size() - done_);
+    if (both != 0) {
+      state_ = best_variant().stream_update(state_, bytes_.data() + done_, target, source, both);
+      done_ += both;
+    }
+    if (both < nbytes) {
+      best_variant().stream(target + both, source + both, nbytes - both);
+    }
+  }
+
+  // Digests what is left.
+  std::uint64_t digest() noexcept {
+    state_ = best_variant().update(state_, bytes_.data() + done_, bytes_.size() - done_);
+    done_ = bytes_.size();
+    return ~state_;
+  }
+
+ private:
+  std::size_t index_ = 0;
+  std::span<const std::byte> bytes_;
+  std::size_t done_ = 0;
+  std::uint64_t state_ = ~std::uint64_t{0};
+};
+
+// Copies what one row wants of [begin, end) of the payload, whose bytes are at `chunk`; `next` is digested meanwhile.
 void copy_row(const Runs& runs, std::size_t row, const std::byte* chunk, std::uint64_t begin, std::uint64_t end,
-              bool is_streamed, std::size_t ahead) noexcept {
+              bool is_streamed, Chunk& next) noexcept {
   const std::uint64_t first = runs.offset[row];
   const std::uint64_t step = runs.source_step[row];
   const std::uint64_t nbytes = runs.nbytes[row];
-  const StreamFunction stream = best_variant().stream;
   const bool is_run_streamed = is_streamed && nbytes >= kLargeRunNbytes;
   for (std::uint64_t run = step == 0 || begin <= first ? 0 : (begin - first) / step; run < runs.count[row]; ++run) {
     const std::uint64_t at = first + run * step;
@@ -58,7 +91,7 @@ void copy_row(const Runs& runs, std::size_t row, const std::byte* chunk, std::ui
     if (from < to) {
       auto* target = reinterpret_cast<std::byte*>(runs.address[row] + run * runs.target_step[row] + (from - at));
       if (is_run_streamed) {
-        stream(target, chunk + (from - begin), to - from, ahead);
+        next.stream_beside(target, chunk + (from - begin), to - from);
       } else {
         std::memcpy(target, chunk + (from - begin), to - from);
       }
@@ -102,26 +135,38 @@ void prove_scatter(std::span<const std::byte> source, std::uint64_t begin, std::
                    std::span<std::uint8_t> is_bad) {
   const bool is_streamed = is_worth_streaming(source.size());
   const std::vector<std::uint64_t> reach = reaches(runs);
-  // A thread takes neighbours, so that while it copies a chunk the next one is on its way from memory.
   const std::size_t group = std::max<std::size_t>(1, kGroupNbytes / chunk_nbytes);
-  parallel_for(num_chunks(is_bad.size(), group), num_threads, [&](std::size_t item) noexcept {
-    const std::size_t behind = std::min((item + 1) * group, is_bad.size());
-    for (std::size_t index = item * group; index < behind; ++index) {
+  const std::size_t num_groups = num_chunks(is_bad.size(), group);
+  parallel_take(num_groups, num_threads, [&](const auto& take) noexcept {
+    std::size_t item = take();
+    std::size_t index = item * group;
+    // The next chunk of this thread; one without bytes when there is none. Neighbours, as long as its group lasts.
+    const auto take_chunk = [&]() noexcept {
+      if (item < num_groups && index == std::min((item + 1) * group, is_bad.size())) {
+        item = take();
+        index = item * group;
+      }
+      if (item >= num_groups) {
+        return Chunk();
+      }
       const std::size_t at = index * chunk_nbytes;
-      const std::size_t nbytes = std::min(chunk_nbytes, source.size() - at);
-      const std::byte* chunk = source.data() + at;
-      is_bad[index] = crc64(chunk, nbytes) != expected[index] ? 1 : 0;
-      if (is_bad[index] != 0) {
+      return Chunk(index++, source.subspan(at, std::min(chunk_nbytes, source.size() - at)));
+    };
+    Chunk next = take_chunk();
+    while (!next.bytes().empty()) {
+      Chunk chunk = next;
+      is_bad[chunk.index()] = chunk.digest() != expected[chunk.index()] ? 1 : 0;
+      next = take_chunk();
+      if (is_bad[chunk.index()] != 0) {
         continue;
       }
-      // The digest has brought the chunk into the cache, from where it is copied.
-      const std::size_t ahead = index + 1 < behind ? chunk_nbytes : 0;
-      const std::uint64_t from = begin + at;
-      const std::uint64_t to = from + nbytes;
+      // The chunk is proven, and in the cache. While it is copied from there, the next one comes and is digested.
+      const std::uint64_t from = begin + chunk.index() * chunk_nbytes;
+      const std::uint64_t to = from + chunk.bytes().size();
       const auto first = std::upper_bound(reach.begin(), reach.end(), from) - reach.begin();
       for (auto row = static_cast<std::size_t>(first); row < reach.size() && runs.offset[row] < to; ++row) {
         if (!is_empty(runs, row) && end_of(runs, row) > from) {
-          copy_row(runs, row, chunk, from, to, is_streamed, ahead);
+          copy_row(runs, row, chunk.bytes().data(), from, to, is_streamed, next);
         }
       }
     }

@@ -10,15 +10,15 @@ struct Registry {
   std::size_t size = 0;
 
   Registry() noexcept {
-    add({"portable", update_portable, copy_update_portable, copy_streaming});
+    add({"portable", update_portable, copy_update_portable, copy_streaming, stream_update_portable});
 #if defined(KTRAIN_HAS_PCLMUL)
     if (cpu_has_pclmul()) {
-      add({"pclmul", update_pclmul, copy_update_pclmul, copy_streaming});
+      add({"pclmul", update_pclmul, copy_update_pclmul, copy_streaming, stream_update_pclmul});
     }
 #endif
 #if defined(KTRAIN_HAS_VPCLMUL)
     if (cpu_has_vpclmul()) {
-      add({"vpclmul", update_vpclmul, copy_update_vpclmul, stream_avx512});
+      add({"vpclmul", update_vpclmul, copy_update_vpclmul, stream_avx512, stream_update_vpclmul});
     }
 #endif
   }

@@ -5,6 +5,8 @@
 // x^(D + 64), its last eight x^D; reflected products lie one bit low, so both constants are one power less.
 #include "ktrain/digest.h"
 
+#include <cstring>
+
 #include <emmintrin.h>
 #include <smmintrin.h>
 #include <wmmintrin.h>
@@ -48,6 +50,20 @@ struct Stream {
   }
   std::uint64_t rest(std::uint64_t state, std::size_t at, const std::byte* data, std::size_t nbytes) const noexcept {
     return copy_update_portable(state, target + at, data, nbytes);
+  }
+};
+
+// Beside what is digested as much is copied, to a target on the border of a lane, past the caches.
+struct StreamBeside {
+  std::byte* target;
+  const std::byte* source;
+
+  void lane(std::size_t at, __m128i) const noexcept {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(target + at), load(source + at));
+  }
+  std::uint64_t rest(std::uint64_t state, std::size_t at, const std::byte* data, std::size_t nbytes) const noexcept {
+    std::memcpy(target + at, source + at, nbytes);
+    return update_portable(state, data, nbytes);
   }
 };
 
@@ -105,6 +121,17 @@ std::uint64_t copy_update_pclmul(std::uint64_t state, std::byte* target, const s
   }
   state = copy_update_portable(state, target, source, lead);
   return update_lanes(state, source + lead, nbytes - lead, Stream{target + lead});
+}
+
+std::uint64_t stream_update_pclmul(std::uint64_t state, const std::byte* data, std::byte* target,
+                                   const std::byte* source, std::size_t nbytes) noexcept {
+  const std::size_t lead = (kLaneNbytes - reinterpret_cast<std::uintptr_t>(target) % kLaneNbytes) % kLaneNbytes;
+  if (nbytes < lead + 2 * kStrideNbytes) {
+    return stream_update_portable(state, data, target, source, nbytes);
+  }
+  std::memcpy(target, source, lead);
+  state = update_portable(state, data, lead);
+  return update_lanes(state, data + lead, nbytes - lead, StreamBeside{target + lead, source + lead});
 }
 
 }  // namespace ktrain

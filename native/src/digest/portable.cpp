@@ -1,6 +1,7 @@
 // The oracle: plain C++ without any instruction set. Sixteen bytes at a time by sixteen tables
 // (Kounavis and Berry, "Novel Table Lookup-Based Algorithms for High-Performance CRC Generation", 2008).
 #include "ktrain/digest.h"
+#include "ktrain/streaming.h"
 
 #include <algorithm>
 #include <bit>
@@ -72,6 +73,12 @@ std::uint64_t copy_update_portable(std::uint64_t state, std::byte* target, const
     std::memcpy(target + at, line, taken);
   }
   return state;
+}
+
+std::uint64_t stream_update_portable(std::uint64_t state, const std::byte* data, std::byte* target,
+                                     const std::byte* source, std::size_t nbytes) noexcept {
+  copy_streaming(target, source, nbytes);
+  return update_portable(state, data, nbytes);
 }
 
 }  // namespace ktrain

@@ -33,11 +33,6 @@ constexpr int kXorOfThree = 0x96;
 
 inline __m512i load(const std::byte* data) noexcept { return _mm512_loadu_si512(data); }
 
-// What is fetched may lie outside of any memory, where a pointer may not go, but a number may.
-inline void prefetch(const std::byte* data, std::size_t ahead) noexcept {
-  _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(data) + ahead), _MM_HINT_T1);
-}
-
 inline std::size_t bytes_to_line(const std::byte* target) noexcept {
   return (kVectorNbytes - reinterpret_cast<std::uintptr_t>(target) % kVectorNbytes) % kVectorNbytes;
 }
@@ -91,6 +86,20 @@ struct Stream {
   }
   std::uint64_t rest(std::uint64_t state, std::size_t at, const std::byte* data, std::size_t nbytes) const noexcept {
     return copy_update_portable(state, target + at, data, nbytes);
+  }
+};
+
+// Beside what is digested as much is copied, to a target on the border of a vector, past the caches.
+struct StreamBeside {
+  std::byte* target;
+  const std::byte* source;
+
+  void vector(std::size_t at, __m512i) const noexcept {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(target + at), load(source + at));
+  }
+  std::uint64_t rest(std::uint64_t state, std::size_t at, const std::byte* data, std::size_t nbytes) const noexcept {
+    std::memcpy(target + at, source + at, nbytes);
+    return update_portable(state, data, nbytes);
   }
 };
 
@@ -194,7 +203,27 @@ std::uint64_t copy_update_vpclmul(std::uint64_t state, std::byte* target, const 
   return update_vectors(state, source + at, nbytes - at, Stream{target + at});
 }
 
-void stream_avx512(std::byte* target, const std::byte* source, std::size_t nbytes, std::size_t ahead) noexcept {
+std::uint64_t stream_update_vpclmul(std::uint64_t state, const std::byte* data, std::byte* target,
+                                    const std::byte* source, std::size_t nbytes) noexcept {
+  const std::size_t lead = bytes_to_line(target);
+  if (nbytes < lead + 2 * kStrideNbytes) {
+    std::memcpy(target, source, nbytes);
+    return update_vpclmul(state, data, nbytes);
+  }
+  std::memcpy(target, source, lead);
+  state = update_portable(state, data, lead);
+  std::size_t at = lead;
+  for (; nbytes - at >= kPagesNbytes; at += kPagesNbytes) {
+    state = update_pages(state, data + at, StreamBeside{target + at, source + at});
+  }
+  if (nbytes - at < 2 * kStrideNbytes) {
+    std::memcpy(target + at, source + at, nbytes - at);
+    return update_vpclmul(state, data + at, nbytes - at);
+  }
+  return update_vectors(state, data + at, nbytes - at, StreamBeside{target + at, source + at});
+}
+
+void stream_avx512(std::byte* target, const std::byte* source, std::size_t nbytes) noexcept {
   const std::size_t lead = bytes_to_line(target);
   if (nbytes < lead + kVectorNbytes) {
     std::memcpy(target, source, nbytes);
@@ -206,17 +235,11 @@ void stream_avx512(std::byte* target, const std::byte* source, std::size_t nbyte
     for (std::size_t in_page = at; in_page < at + kPageNbytes; in_page += kVectorNbytes) {
       for (std::size_t page = 0; page < kPagesAtOnce; ++page) {
         const std::size_t offset = in_page + page * kPageNbytes;
-        if (ahead != 0) {
-          prefetch(source + offset, ahead);
-        }
         _mm512_stream_si512(reinterpret_cast<__m512i*>(target + offset), load(source + offset));
       }
     }
   }
   for (; nbytes - at >= kVectorNbytes; at += kVectorNbytes) {
-    if (ahead != 0) {
-      prefetch(source + at, ahead);
-    }
     _mm512_stream_si512(reinterpret_cast<__m512i*>(target + at), load(source + at));
   }
   std::memcpy(target + at, source + at, nbytes - at);

@@ -88,6 +88,18 @@ def cpu_s(call: Callable[[], object]) -> float:
     return min(seconds)
 
 
+def test_from_bytes_of_a_known_manifest_gives_it_back_for_its_own_bytes_alone() -> None:
+    data = snapshot([shard("w", (5,))]).manifest.to_bytes()
+    other = snapshot([shard("w", (6,))]).manifest.to_bytes()
+    known = Manifest.from_bytes(data)
+    assert Manifest.from_bytes(bytearray(data), known=known) is known
+    assert Manifest.from_bytes(other, known=known) == Manifest.from_bytes(other) != known
+    changed = replace(known, plan_digest="0" * 16)
+    assert Manifest.from_bytes(data, known=changed) == known
+    with pytest.raises(CorruptionError):
+        Manifest.from_bytes(data[:-9] + b"0" + data[-8:], known=known)
+
+
 def test_verify_payload_changed_byte_names_rank_step_and_range() -> None:
     made = snapshot([shard("w", (5000,))], rank=1, world_size=2, chunk_nbytes=4096)
     verify_payload(made.manifest, made.payload)

@@ -18,6 +18,7 @@ from ktrain.errors import (
     NotFoundError,
     UnavailableError,
 )
+from ktrain.format.manifest import Manifest
 from ktrain.snapshot.arena import NodeVolume, ProblemKind
 from ktrain.snapshot.slots import SlotCalls, translated
 from tests.unit.snapshot.builders import NODE, RUN, identity, save, snapshot, steps, try_save, volume_at
@@ -90,6 +91,17 @@ def test_open_gives_read_only_memory_of_exactly_the_payload(tmp_path: Path) -> N
             assert reader.memory.readonly
         with pytest.raises(InternalError, match="closed"):
             _ = reader.memory
+
+
+def test_open_with_a_known_manifest_takes_it_for_the_same_bytes_alone(tmp_path: Path) -> None:
+    with volume_at(tmp_path) as volume:
+        save(volume, 10)
+        save(volume, 20)
+        known = Manifest.from_bytes(snapshot(3, identity(10))[1].to_bytes())
+        with volume.open(3, identity(10), known=known) as reader:
+            assert reader.manifest is known
+        with volume.open(3, identity(20), known=known) as reader:
+            assert reader.manifest.identity == identity(20)
 
 
 @pytest.mark.parametrize(

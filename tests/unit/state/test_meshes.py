@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -168,7 +169,7 @@ def test_pending_sum_is_refused_by_name() -> None:
 def test_missing_box_is_refused_before_anything_changes() -> None:
     saved = save_world("rows-4", per_node=1)
     manifest, payload = saved[1]
-    cut = Manifest(**{f: getattr(manifest, f) for f in Manifest.__slots__ if f != "entries"}, entries=())
+    cut = replace(manifest, entries=())
     saved[1] = (cut, payload)
     fresh = Holder({"w": FULL.clone().zero_(), "b": SMALL.clone()})
     with pytest.raises(CorruptionError, match="part/w: no rank stored offsets"):
