@@ -2,6 +2,9 @@
 
 The training thread only ever touches memory here: it leaves its news and reads the newest answer. A keeper that is
 away (its agent is being restarted) is noticed and awaited by this thread alone.
+
+What each step says wakes nobody: a pulse, and what it sets in motion, takes milliseconds of Python, for which training
+would stand in every step. It is taken along within a tenth of a second.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import Any
 from ktrain.base import ids
 from ktrain.base.clock import Clock, Deadline
 from ktrain.base.control import Caller
-from ktrain.base.events import ListSink, make
+from ktrain.base.events import KINDS
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.cadence import Schedule
 from ktrain.checkpoint.policy import Policies
@@ -22,6 +25,10 @@ from ktrain.errors import ConflictError, DeadlineError, KtrainError
 
 _LOG = logging.getLogger(__name__)
 _LOG_POLL_S = 0.01  # between two pulses of a rank that waits for its events to be in the log
+_NEWS_S = 0.1  # what need not be known at once is told within this time
+_PATIENT = frozenset({"step", "log"})  # kinds of such events
+_EVENTS_PER_PULSE = 500
+_MOST_EVENTS = 100_000  # a head that is away for ever must not fill this process's memory; the newest are lost then
 
 
 class LogMark:
@@ -59,11 +66,12 @@ class Pulse:
         self._policies = policies
         self._timeouts = timeouts
         self._clock = clock
-        self._events = ListSink()
         self._instance = ids.random_id()
         self._events_sent = 0  # index of the first event in `_events`; used by the thread alone
         self._lock = threading.Lock()  # guards the fields below
         self._answered = threading.Condition(self._lock)
+        self._events: list[dict[str, Any]] = []  # as they are sent
+        self._has_news = False  # that may wait
         self._answer: dict[str, Any] = {}
         self._answers = 0
         self._step = 0
@@ -97,11 +105,15 @@ class Pulse:
 
     def emit(self, kind: str, **fields: Any) -> None:
         """An event, on its way to the run's log."""
-        event = make(kind, self._epoch, clock=self._clock, **fields)
+        assert kind in KINDS, kind
+        event = {"time": self._clock.wall(), "attempt": self._epoch, "kind": kind, **fields}
         with self._lock:
-            self._events.emit(event)
-            self.log.num_said += 1
-        self._wake.set()
+            if len(self._events) < _MOST_EVENTS:
+                self._events.append(event)
+                self.log.num_said += 1
+            self._has_news = True
+        if kind not in _PATIENT:
+            self._wake.set()
 
     def note_phase(self, phase: str) -> None:
         """Says what this rank is at: "start", "restore", "train" or "close"."""
@@ -113,8 +125,8 @@ class Pulse:
         """Says that this rank has reached `step`; returns the stop announcement if it is for this very step."""
         with self._lock:
             self._step = step
+            self._has_news = True
             stop = self._stop
-        self._wake.set()
         return stop if stop is not None and stop["step"] == step else None
 
     def refuse_stop(self, step: int) -> None:
@@ -186,7 +198,7 @@ class Pulse:
 
     def flush(self, deadline: Deadline) -> bool:
         """Waits, bounded, until all events so far were handed on; false when they could not be."""
-        while self._events.peek(1):
+        while self._events:
             try:
                 self.wait_answer(deadline, "hand over events")
             except KtrainError:
@@ -197,11 +209,15 @@ class Pulse:
 
     def _run(self) -> None:
         last = False
+        due = Deadline.after(0.0, self._clock)
         while not last:
-            self._clock.wait(self._wake, self._timeouts.beat_s)
+            self._clock.wait(self._wake, min(_NEWS_S, due.remaining_s()))
             last = self._ended.is_set()
-            news = self._wake.is_set()
+            news = self._wake.is_set() or self._has_news
+            if not news and not due.expired():
+                continue
             self._wake.clear()
+            due = Deadline.after(self._timeouts.beat_s, self._clock)
             try:
                 self._beat(news)
             except ConflictError as error:
@@ -217,8 +233,9 @@ class Pulse:
                 _LOG.exception("rank %d: the pulse met an unexpected failure", self._rank)
 
     def _beat(self, news: bool) -> None:
-        batch = self._events.peek(500)
         with self._lock:
+            batch = self._events[:_EVENTS_PER_PULSE]
+            self._has_news = len(batch) < len(self._events)
             stop = self._stop
             if stop is not None and not stop["confirmed"]:
                 # A promise: this rank had not reached the step when it answered, and `note_step` will see it.
@@ -238,13 +255,13 @@ class Pulse:
                 "news": news,
                 "instance": self._instance,
                 "events_from": self._events_sent,
-                "events": [event.to_json() for event in batch],
+                "events": batch,
             }
         answer = self._caller.call("pulse", message, timeout_s=self._timeouts.call_s)
-        self._events.drop(len(batch))
-        self._events_sent += len(batch)
         self._unreachable = None
         with self._answered:
+            del self._events[: len(batch)]
+            self._events_sent += len(batch)
             kept = self._answer.get("restore")
             new = answer.get("restore")
             if kept is not None and new is not None and new["round"] == kept["round"]:

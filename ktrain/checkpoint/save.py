@@ -62,7 +62,6 @@ class _Snapshot:
     stall_s: float = 0.0  # in `save`; what `window` adds comes later
     is_sealed: bool = False
     proves: bool = False  # whether it is watched up to the next optimizer step, with all its bytes
-    is_judged: bool = False  # where it proves: whether training has come there
     is_awaited: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -93,6 +92,7 @@ class Saver:
         self._log_stands_at: int | None = None  # events in the log when it was last waited for in vain
         self._is_proven = False  # one window was watched as a whole, and nothing changed in it
         self._newest: _Snapshot | None = None  # from `save` until it has ended
+        self._window_of: _Snapshot | None = None  # whose window training has not seen closed
         self._work: queue.SimpleQueue[_Snapshot | None] = queue.SimpleQueue()  # at most one, and the word to end
         # One for all snapshots: to start a thread is to wait until it runs.
         self._thread = threading.Thread(target=self._run, name="ktrain-capture", daemon=True)
@@ -182,7 +182,7 @@ class Saver:
             return False
         if made is None:
             return self._skip(step, "no slot is free: all are newest, committed, or being read")
-        self._newest = made
+        self._newest = self._window_of = made
         made.stall_s = self._clock.monotonic() - started
         self._work.put(made)
         return True
@@ -198,12 +198,12 @@ class Saver:
 
         Bounded, and raises nothing.
         """
-        made = self._newest
+        made = self._window_of
         if made is None:
             return
         is_good = made.window.wait(Deadline.after(self.wait_s, self._clock))
-        if made.proves and is_good and not made.is_judged:
-            made.is_judged = True
+        self._window_of = None
+        if made.proves and is_good:
             problem = made.staging.problem_of_tensors()
             made.staging.release()
             if problem is None:

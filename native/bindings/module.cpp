@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -54,6 +55,26 @@ class BufferView {
 
  private:
   Py_buffer view_{};
+};
+
+// Gives the GIL up for work that is worth it. A thread that gives it up for less may get it back only after another one
+// has had it for 5 ms (sys.getswitchinterval), for which training would stand.
+class GilRelease {
+ public:
+  explicit GilRelease(std::span<const std::uint64_t> sizes) {
+    std::size_t nbytes = sizes.size() * kPieceNbytes;
+    for (const std::uint64_t size : sizes) {
+      nbytes += size;
+    }
+    if (nbytes > kShortNbytes) {
+      release_.emplace();
+    }
+  }
+
+ private:
+  static constexpr std::size_t kShortNbytes = std::size_t{2} << 20;  // some 0.5 ms
+  static constexpr std::size_t kPieceNbytes = std::size_t{1} << 10;  // what a piece costs beside its bytes
+  std::optional<nb::gil_scoped_release> release_;
 };
 
 std::uint64_t crc64(nb::handle data, std::uint64_t value) {
@@ -189,7 +210,7 @@ void gather(nb::handle target, nb::tuple columns, unsigned num_threads) {
   const BufferView offset(columns[2], PyBUF_SIMPLE);
   const ktrain::Segments segments{address.words(), nbytes.words(), offset.words()};
   refuse_bad_segments(segments, to.size());
-  const nb::gil_scoped_release release;
+  const GilRelease release(segments.nbytes);
   ktrain::gather(to.writable(), segments, num_threads);
 }
 
@@ -202,7 +223,7 @@ nb::bytes digest_pieces(nb::handle addresses, nb::handle sizes, unsigned num_thr
   }
   Digests digests(address.words().size());
   {
-    const nb::gil_scoped_release release;
+    const GilRelease release(nbytes.words());
     ktrain::digest_pieces(address.words(), nbytes.words(), num_threads, digests);
   }
   return nb::bytes(reinterpret_cast<const char*>(digests.data()), digests.size() * sizeof(std::uint64_t));

@@ -154,6 +154,15 @@ void gather(std::span<std::byte> target, const Segments& segments, unsigned num_
   for (const std::uint64_t length : segments.nbytes) {
     nbytes += length;
   }
+  if (nbytes <= kGatherNbytes) {  // not worth a look at every region of a large target
+    for (std::size_t i = 0; i < segments.offset.size(); ++i) {
+      if (segments.nbytes[i] > 0) {
+        std::memcpy(target.data() + segments.offset[i], reinterpret_cast<const std::byte*>(segments.address[i]),
+                    segments.nbytes[i]);
+      }
+    }
+    return;
+  }
   const StreamFunction stream = best_variant().stream;
   const bool is_streamed = is_worth_streaming(nbytes);
   // Regions of the target, as in gather_digest: one large segment is shared by all threads.
