@@ -107,6 +107,10 @@ class Tier(Protocol):
 class ReadsInPieces(Protocol):
     """A tier that reads a range piece by piece into memory that it uses again and again. Optional."""
 
+    @property
+    def range_nbytes(self) -> int:
+        """The most that one read should ask for, where many run side by side."""
+
     def read_pieces(
         self,
         name: str,
@@ -116,8 +120,9 @@ class ReadsInPieces(Protocol):
         piece_nbytes: int,
         deadline: Deadline,
     ) -> None:
-        """Gives the bytes [begin, end) to `take`, in order: where a piece begins, and its bytes; the last may be short.
+        """Gives the bytes [begin, end) to `take`: where a piece begins, and its bytes; the last may be short.
 
+        Pieces begin at multiples of `piece_nbytes` from `begin`, come in any order, one at a time, and perhaps twice.
         `take` is called on a thread of the tier, and never once this call has returned or raised. It must wait for
         nothing, and the memory is its own only while it runs. Errors are those of `Tier.read_range`, and what `take`
         raises.

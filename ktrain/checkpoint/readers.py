@@ -26,13 +26,11 @@ from ktrain.native import Runs
 from ktrain.snapshot.arena import SlotReader
 from ktrain.snapshot.scratch import Scratch
 
-FILE_READ_NBYTES = 16 << 20
-"""Of one call where the tier shows what it reads piece by piece: large beside the cost of a call."""
 PIECE_NBYTES = 8 << 20
-"""Of such a piece: our copy goes past the caches from 4 MiB on, and smaller pieces took up to a third longer."""
+"""Of a piece, where a tier reads piece by piece: our copy goes past the caches from 4 MiB on, and smaller pieces took
+up to a third longer."""
 BUCKET_READ_NBYTES = 32 << 20
-"""Of one request. With 16 MiB the S3 server of the tests took twice as long as with 32 and more (2026-11-25)."""
-
+"""Of one read where it does not, and what sets how many are in flight."""
 
 PEER_READ_NBYTES = 16 << 20
 """Of one read from a peer: large beside the cost of a call, small beside what a volume has free."""
@@ -160,7 +158,7 @@ class TierReader:
         self._stored = stored
         self._manifest = manifest
         self._pieces = stored.tier if isinstance(stored.tier, ReadsInPieces) else None
-        self._read_nbytes = BUCKET_READ_NBYTES if self._pieces is None else FILE_READ_NBYTES
+        self._read_nbytes = BUCKET_READ_NBYTES if self._pieces is None else self._pieces.range_nbytes
         self._proof = _Proof(manifest, 1)  # reads run side by side already
         self._views = _Views()
         self._is_stopped = False

@@ -84,6 +84,7 @@ _BROKEN = {  # names of what clients raise when a connection cannot be made, bre
     "ClientConnectionError",
     "ClientPayloadError",
     "IncompleteRead",
+    "IncompleteReadError",
     "FSTimeoutError",
 }
 

@@ -35,13 +35,17 @@ from ktrain.errors import (
 from ktrain.tier.answers import showable, translate, translate_write
 from ktrain.tier.connection import Connection
 from ktrain.tier.deadline import BoundedCalls, Call
-from ktrain.tier.parts import PartBuffers, copy_proven, part_nbytes, sample_chunks
-from ktrain.tier.s3 import PART_NBYTES, S3Requests, Upload, probe_checksums
+from ktrain.tier.parts import copy_proven, part_nbytes, sample_chunks
+from ktrain.tier.s3 import PART_NBYTES, Upload
+from ktrain.tier.s3_reads import RangeRead
+from ktrain.tier.s3_store import S3Store
 
 _T = TypeVar("_T")
 _S3 = ("s3", "s3a")
-_BUDGET_NBYTES = 256 << 20  # of private copies of parts in flight, for all writes of one tier
 _PAYLOADS_PER_READ_BACK = 8
+_RANGE_NBYTES = 32 << 20
+S3_RANGE_NBYTES = 96 << 20
+"""Of one read, which may become several requests: a server near by may digest a whole object for each (rclone)."""
 _CALL_TRIES = 4  # of one small call; what lasts longer is for its caller to judge
 _PART_TRIES = 8  # of one request of a large write: some 10 s in all
 _MEMORY = threading.Lock()  # memory:// hands one seekable object to all its readers
@@ -80,10 +84,9 @@ class BucketTier:
         self._idle: list[Connection] = []  # guarded by _lock
         self._closed = False  # guarded by _lock
         self._creates: bool | None = None  # None: not probed yet
-        self._checks: bool | None = None  # the store compares our digests; None: not probed yet
         self._num_proven = 0  # payloads written with their proof; guarded by _lock
         self._patience_s = timeouts.storage_s
-        self._buffers = PartBuffers(_BUDGET_NBYTES)
+        self.s3 = S3Store(self._root.partition("/")[2])  # what is known of it, where it is one
         self._retries = Retries(RetryBudget(), max_tries=_CALL_TRIES)
 
     @property
@@ -124,16 +127,13 @@ class BucketTier:
         self, fs: Any, call: Call, *, path: str, view: memoryview, terms: Terms | None, deadline: Deadline
     ) -> None:
         bucket, _, key = path.partition("/")
-        requests = S3Requests(fs, call, patience_s=self._patience_s, deadline=deadline)
-        requests.connect(bucket)
-        if terms is not None and self._checks is None:
-            folder = self._root.partition("/")[2]
-            self._checks = self._retries.run(lambda: probe_checksums(requests, bucket, folder), deadline=deadline)
         retries = self._retries if terms is None else Retries(terms.retries, max_tries=_PART_TRIES)
-        upload = Upload(bucket, key, call.what, terms, retries, self._buffers, deadline, bool(self._checks))
+        checked = terms is not None and self.s3.compares_digests(fs, call, bucket, self._retries, deadline)
+        requests = self.s3.requests(fs, call) if terms is None else self.s3.payload_requests(fs, call)
+        upload = Upload(bucket, key, call, terms, retries, self.s3.shapes, deadline, checked, self._patience_s)
         try:
             upload.put(requests, view)
-            if terms is not None and not self._checks and self._is_read_back():
+            if terms is not None and not checked and self._is_read_back():
                 upload.read_back(requests, view.nbytes)
         except NotFoundError as error:  # of an upload or a bucket: nothing is "not found" by a write
             raise translate_write(error, call.what) from error
@@ -185,6 +185,38 @@ class BucketTier:
             )
         return data
 
+    @property
+    def range_nbytes(self) -> int:
+        """See `ktrain.abc.tier.ReadsInPieces`."""
+        return S3_RANGE_NBYTES if self._protocol in _S3 else _RANGE_NBYTES
+
+    def read_pieces(
+        self,
+        name: str,
+        bounds: tuple[int, int],
+        take: Callable[[int, memoryview], None],
+        *,
+        piece_nbytes: int,
+        deadline: Deadline,
+    ) -> None:
+        """See `ktrain.abc.tier.ReadsInPieces`. From S3 a piece is taken as soon as it has arrived."""
+        begin, end = bounds
+        if begin == end:
+            return
+        if self._protocol not in _S3:
+            data = memoryview(self.read_range(name, begin, end, deadline=deadline))
+            for at in range(0, data.nbytes, piece_nbytes):
+                take(begin + at, data[at : at + piece_nbytes])
+            return
+        bucket, _, key = self._path(check_name(name)).partition("/")
+
+        def read(fs: Any, call: Call) -> None:
+            requests = self.s3.requests(fs, call)
+            reading = RangeRead(requests, {"Bucket": bucket, "Key": key}, call, take, piece_nbytes)
+            reading.run(bounds, self.s3.streams, self._retries, deadline)
+
+        self._ask_once(f"read [{begin}, {end}) of", name, read, deadline)
+
     def list(self, prefix: str, *, deadline: Deadline) -> list[Stored]:
         prefix = check_prefix(prefix)
         path = self._path(prefix)
@@ -210,6 +242,7 @@ class BucketTier:
             idle, self._idle = self._idle, []
         for connection in idle:
             connection.close()
+        self.s3.close()
         self._calls.close()
 
     def _path(self, name: str) -> str:
@@ -329,7 +362,7 @@ def _stream(fs: Any, call: Call, path: str, view: memoryview, terms: Terms | Non
             call.check()
             source = view[begin : begin + size]
             piece = bytearray(source.nbytes)  # a new one for each: the client may keep it
-            copy_proven(memoryview(piece), source, chunks, (begin, view.nbytes, call.what))
+            copy_proven(memoryview(piece), source, begin, chunks=chunks, of=(view.nbytes, call.what))
             if terms is not None:
                 terms.pace.take(source.nbytes, deadline=deadline)
             file.write(piece)

@@ -28,6 +28,7 @@ from ktrain.tier.blocks import LEAST_NBYTES, BlockWriter
 from ktrain.tier.deadline import BoundedCalls, Call
 
 _MAX_READS_AT_ONCE = 8  # in pieces: one more than there are processors; many more took a sixth longer (2026-11-27)
+_RANGE_NBYTES = 16 << 20  # large beside the cost of a call
 _PIECE_NBYTES = 32 << 20  # between two looks at whether anybody still waits
 _TEMPORARY = ".ktrain-tmp"
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -86,6 +87,11 @@ class FileTier:
         if begin == end:
             return b""
         return self._run(f"read [{begin}, {end}) of", name, lambda call: _read(call, path, begin, end), deadline)
+
+    @property
+    def range_nbytes(self) -> int:
+        """See `ktrain.abc.tier.ReadsInPieces`."""
+        return _RANGE_NBYTES
 
     def read_pieces(
         self,

@@ -1,11 +1,10 @@
-"""Parts of a large write: who works on them, and the private memory that they are copied into.
+"""Parts of a large write: who works on them, and how they are copied and proven.
 
 Invariant: a part is digested and compared in the memory that it is sent from, after the last copy.
 """
 
 from __future__ import annotations
 
-import io
 import random
 import threading
 from collections.abc import Callable, Iterable
@@ -13,75 +12,13 @@ from typing import TypeVar
 
 from ktrain import native
 from ktrain.abc.proven import Chunks
-from ktrain.base.clock import Deadline
-from ktrain.errors import DeadlineError
 
-Part = io.BytesIO
-"""A part in private memory: S3 clients send files, and this one is filled in place through `getbuffer()`."""
+Copy = Callable[[memoryview, memoryview, int], None]
+"""Copies, of an object, the bytes from a place on into private memory, and proves them there."""
 
 _T = TypeVar("_T")
-_WAIT_S = 0.5
 _MAX_SAMPLES = 8
 _NBYTES_PER_SAMPLE = 64 << 20
-_KEPT_NBYTES = 64 << 20  # warm buffers that an idle tier keeps
-
-
-class PartBuffers:
-    """Private memory for parts in flight, `budget_nbytes` in all. Safe from any thread.
-
-    Buffers are used again: memory whose pages exist is filled several times faster than new memory.
-    """
-
-    def __init__(self, budget_nbytes: int) -> None:
-        self._budget_nbytes = budget_nbytes
-        self._changed = threading.Condition()
-        self._taken_nbytes = 0  # guarded by _changed
-        self._peak_nbytes = 0  # guarded by _changed
-        self._free: list[Part] = []  # guarded by _changed
-
-    @property
-    def peak_nbytes(self) -> int:
-        """The most that was ever taken at once."""
-        with self._changed:
-            return self._peak_nbytes
-
-    def take(self, nbytes: int, what: str, deadline: Deadline) -> Part:
-        """A buffer of exactly `nbytes`, once the budget allows; one larger than the whole budget goes alone.
-
-        Raises:
-            DeadlineError: others hold the budget until then.
-        """
-        with self._changed:
-            while self._taken_nbytes and self._taken_nbytes + nbytes > self._budget_nbytes:
-                if deadline.expired():
-                    raise DeadlineError(
-                        f"{what}: parts of other writes held the {self._budget_nbytes} bytes of this node's budget for "
-                        f"{deadline.total_s:g} s"
-                    )
-                self._changed.wait(min(_WAIT_S, deadline.remaining_s()))
-            self._taken_nbytes += nbytes
-            self._peak_nbytes = max(self._peak_nbytes, self._taken_nbytes)
-            fitting = [buffer for buffer in self._free if nbytes_of(buffer) == nbytes]
-            if fitting:
-                self._free.remove(fitting[0])
-                return fitting[0]
-        return Part(bytes(nbytes))
-
-    def give_back(self, buffer: Part, *, unused: bool) -> None:
-        """Ends the use of a buffer; one that a request left behind may still read (`unused` false) is dropped."""
-        with self._changed:
-            self._taken_nbytes -= nbytes_of(buffer)
-            if unused:
-                self._free.append(buffer)
-            while sum(nbytes_of(other) for other in self._free) > _KEPT_NBYTES:
-                self._free.pop(0)
-            self._changed.notify_all()
-
-
-def nbytes_of(part: Part) -> int:
-    """The size of a part."""
-    with part.getbuffer() as view:
-        return view.nbytes
 
 
 def part_nbytes(nbytes: int, least: int, max_num: int, chunk_nbytes: int) -> int:
@@ -90,8 +27,10 @@ def part_nbytes(nbytes: int, least: int, max_num: int, chunk_nbytes: int) -> int
     return -(-size // chunk_nbytes) * chunk_nbytes
 
 
-def copy_proven(target: memoryview, source: memoryview, chunks: Chunks | None, where: tuple[int, int, str]) -> None:
-    """Copies a part and compares its chunks in one pass over memory; `where`: first byte, whole size, what it is of.
+def copy_proven(
+    target: memoryview, source: memoryview, begin: int, *, chunks: Chunks | None, of: tuple[int, str]
+) -> None:
+    """Copies bytes of an object from `begin` on, and compares their chunks in one pass; `of`: its size, what it is.
 
     Raises:
         BadBytes: a chunk differs.
@@ -99,8 +38,7 @@ def copy_proven(target: memoryview, source: memoryview, chunks: Chunks | None, w
     if chunks is None:
         target[:] = source
         return
-    begin, nbytes, what = where
-    chunks.check(native.copy_digest(target, source, chunk_nbytes=chunks.chunk_nbytes), begin, nbytes, what)
+    chunks.check(native.copy_digest(target, source, chunk_nbytes=chunks.chunk_nbytes), begin, *of)
 
 
 def sample_chunks(nbytes: int, chunk_nbytes: int) -> list[int]:

@@ -1,125 +1,68 @@
-"""Large writes to S3: parts side by side, straight from the caller's memory, each proven on its way.
+"""Large writes to S3: one request, or parts side by side, straight from the caller's memory, proven on their way.
 
-Requests go to the client that s3fs made, one by one: s3fs's own upload sends parts in rounds that each wait for their
-slowest, and tries again below us without a common budget.
+s3fs's own upload sends parts in rounds that each wait for their slowest, and tries again below us without a common
+budget.
 """
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import fsspec.asyn
-
-from ktrain import native
-from ktrain.abc.proven import Chunks, Terms
-from ktrain.base import ids
-from ktrain.base.clock import Deadline
+from ktrain.abc.proven import BadBytes, Chunks, Terms
+from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.base.retry import BusyError, Retries
 from ktrain.errors import (
-    ConfigError,
     CorruptionError,
-    DeadlineError,
     ForbiddenError,
     KtrainError,
     NotFoundError,
     UnavailableError,
 )
-from ktrain.tier.answers import translate, translate_write
+from ktrain.tier.answers import translate_write
+from ktrain.tier.body import ProvenBody
 from ktrain.tier.deadline import Call
 from ktrain.tier.leftovers import Leftovers, PartPlan, find_leftovers
-from ktrain.tier.parts import Part, PartBuffers, copy_proven, part_nbytes, sample_chunks, side_by_side
+from ktrain.tier.parts import copy_proven, part_nbytes, sample_chunks, side_by_side
+from ktrain.tier.s3_client import S3Requests
+from ktrain.tier.shapes import Shape, Shapes
 
 PART_NBYTES = 16 << 20
+ONE_REQUEST_NBYTES = 256 << 20
+"""A payload of no more may go as one request; what an upload that died has sent of a larger one is never sent again."""
 _LOG = logging.getLogger(__name__)
-_NUM_PARTS_IN_FLIGHT = 8  # of one object; several objects share the node's budget
+_NUM_PARTS_IN_FLIGHT = 8  # of one object
 _MAX_NUM_PARTS = 9_000  # S3 takes 10,000
 _SLOWEST_BYTES_PER_S = 1e6  # a request that is slower is sent again
 
 
-class S3Requests:
-    """Single requests to S3. Each is sent once; safe from any thread."""
-
-    def __init__(self, filesystem: Any, call: Call, *, patience_s: float, deadline: Deadline) -> None:
-        self._filesystem = filesystem
-        self._patience_s = patience_s
-        self._call = call
-        self._deadline = deadline
-        self._loop: asyncio.AbstractEventLoop = filesystem.loop
-
-    def connect(self, bucket: str) -> None:
-        """Makes the client, where it is not there yet."""
-        fsspec.asyn.sync(self._loop, self._filesystem.set_session)
-        self._client = fsspec.asyn.sync(self._loop, self._filesystem.get_s3, bucket)
-
-    def ask(self, method: str, *, nbytes: int = 0, **fields: Any) -> dict[str, Any]:
-        """The answer to one request with a body of `nbytes`.
-
-        Raises:
-            BusyError: none came within the patience that a request of this size gets.
-            DeadlineError: none came before the deadline, or nobody waits any more.
-            KtrainError: what else went wrong, as a tier says it.
-        """
-        request = getattr(self._client, method)
-        fields = self._filesystem._get_s3_method_kwargs(request, **fields)
-        answer: dict[str, Any] = self._wait(method, request(**fields), nbytes)
-        return answer
-
-    def read(self, begin: int, end: int, **place: str) -> bytes:
-        """The bytes [begin, end) of an object, fewer where it ends before; errors as of `ask`."""
-
-        async def fetch() -> bytes:
-            fields = self._filesystem._get_s3_method_kwargs(self._client.get_object, **place)
-            answer = await self._client.get_object(**fields, Range=f"bytes={begin}-{end - 1}")
-            async with answer["Body"] as body:
-                return bytes(await body.read())
-
-        data: bytes = self._wait("get_object", fetch(), end - begin)
-        return data
-
-    def _wait(self, method: str, coroutine: Any, nbytes: int) -> Any:
-        bound = self._deadline.sooner(self._patience_s + nbytes / _SLOWEST_BYTES_PER_S)
-        try:
-            self._call.check()
-            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        except (RuntimeError, DeadlineError) as error:
-            coroutine.close()
-            raise translate(error, self._call.what) from error
-        try:
-            return future.result(bound.remaining_s())
-        except TimeoutError as error:
-            if future.done():  # the client's own
-                raise translate(error, self._call.what) from error
-            future.cancel()
-            late = f"{self._call.what}: {method}: no answer within {bound.total_s:g} s"
-            raise (BusyError(late) if bound is not self._deadline else DeadlineError(late)) from error
-        except Exception as error:  # noqa: BLE001 -- whatever a client library raises gets its meaning here
-            raise translate(error, self._call.what) from error
-        finally:
-            del future  # it knows the error, which knows this frame
-
-
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """One large write: where to, on which terms, and with whose memory.
+    """One large write: where to, on which terms, and what is known of the store.
 
     Attributes:
         checked: the store is known to compare CRC-64/NVME digests that come with a request.
+        patience_s: what a request may take, on top of what its bytes need at the slowest rate.
     """
 
     bucket: str
     key: str
-    what: str
+    call: Call
     terms: Terms | None
     retries: Retries
-    buffers: PartBuffers
+    shapes: Shapes
     deadline: Deadline
     checked: bool
+    patience_s: float
+
+    @property
+    def what(self) -> str:
+        return self.call.what
 
     @property
     def _chunks(self) -> Chunks | None:
@@ -130,13 +73,36 @@ class Upload:
         place: dict[str, Any] = {"Bucket": self.bucket, "Key": self.key}
         size = part_nbytes(view.nbytes, PART_NBYTES, _MAX_NUM_PARTS, self._chunks.chunk_nbytes if self._chunks else 1)
         if view.nbytes < 2 * size and self.terms is None:
-            body = bytes(view)  # small: a record or a manifest, outside of the budget so that it waits for no payload
-            self._try(lambda: s3.ask("put_object", nbytes=len(body), Body=body, **place))
+            body = bytes(view)  # small: a record or a manifest
+            self._try(lambda: s3.ask("put_object", Body=body, **place))
             return
         if view.nbytes < 2 * size:
             self._put_piece(s3, view, (0, view.nbytes), "put_object", {})
-            return
-        parts = self._plan_parts(view.nbytes, size)
+        elif view.nbytes > ONE_REQUEST_NBYTES or self._takes_over or self._has_rate:
+            self._put_side_by_side(s3, view, self._plan_parts(view.nbytes, size))
+        else:
+            self._put_as_is_faster(s3, view, self._plan_parts(view.nbytes, size))
+
+    def _put_as_is_faster(self, s3: S3Requests, view: memoryview, parts: list[PartPlan]) -> None:
+        """In parts or as one request, as the store takes it faster. One that refuses one request gets parts."""
+        started_s, shape = SYSTEM_CLOCK.monotonic(), self.shapes.choose()
+        if shape is Shape.ONE:
+            try:
+                self._put_piece(s3, view, (0, view.nbytes), "put_object", {})
+            except BadBytes:
+                raise
+            except KtrainError as error:
+                self.shapes.failed(Shape.ONE)
+                if not isinstance(error, UnavailableError) or isinstance(error, BusyError | ForbiddenError):
+                    raise
+                _LOG.debug("%s: not taken as one request: %s", self.what, error)
+                shape = Shape.PARTS
+        if shape is Shape.PARTS:
+            self._put_side_by_side(s3, view, parts)
+        self.shapes.took(shape, view.nbytes, SYSTEM_CLOCK.monotonic() - started_s)
+
+    def _put_side_by_side(self, s3: S3Requests, view: memoryview, parts: list[PartPlan]) -> None:
+        place: dict[str, Any] = {"Bucket": self.bucket, "Key": self.key}
         left = self._find_leftovers(s3, parts)
         if left.best is None or not self._goes_on(s3, view, parts, left):
             self._put_anew(s3, view, parts, place)
@@ -157,7 +123,7 @@ class Upload:
             raise
 
     def _find_leftovers(self, s3: S3Requests, parts: list[PartPlan]) -> Leftovers:
-        if not self._sends_checksums or self.terms is None or not self.terms.is_taken_over:
+        if not self._takes_over:
             return Leftovers()
 
         def ask(method: str, **fields: Any) -> dict[str, Any]:
@@ -185,6 +151,16 @@ class Upload:
     @property
     def _sends_checksums(self) -> bool:
         return self.checked and self._chunks is not None
+
+    @property
+    def _has_rate(self) -> bool:
+        """Whether requests wait for their bytes: a rate is kept by small ones."""
+        return self.terms is not None and self.terms.pace.bytes_per_s is not None
+
+    @property
+    def _takes_over(self) -> bool:
+        """Whether what another process left of this object may be proven, so that it need not be sent again."""
+        return self._sends_checksums and self.terms is not None and self.terms.is_taken_over
 
     def _plan_parts(self, nbytes: int, size: int) -> list[PartPlan]:
         bounds = [(begin, min(begin + size, nbytes)) for begin in range(0, nbytes, size)]
@@ -215,33 +191,35 @@ class Upload:
     def _put_piece(
         self, s3: S3Requests, view: memoryview, bounds: tuple[int, int], method: str, fields: dict[str, Any]
     ) -> dict[str, Any]:
-        """Copies [begin, end) once, proves the copy, and sends that. A lost reply is sent again: it replaces itself."""
+        """Sends [begin, end), copied and proven piece by piece. A lost reply is sent again: it replaces itself."""
         begin, end = bounds
-        part = self.buffers.take(end - begin, self.what, self.deadline)
-        num_sent, answered = 0, False
         fields = {"Bucket": self.bucket, "Key": self.key, **fields, **self._checksum(begin, end)}
 
         def send() -> dict[str, Any]:
-            nonlocal num_sent
-            # A request that was given up may still be on its way out: from then on nobody writes to this memory, and
-            # the next request has a place of its own in it.
-            body = Part(part.getvalue()) if num_sent else part
-            num_sent += 1
             if self.terms is not None:
                 self.terms.pace.take(end - begin, deadline=self.deadline)  # what is sent again counts again
-            return s3.ask(method, nbytes=end - begin, Body=body, **fields)
+            bound = self.deadline.sooner(self.patience_s + (end - begin) / _SLOWEST_BYTES_PER_S)
+            body = self._body(view, bounds, bound)
+            try:
+                return s3.ask(method, body=body, **fields)
+            finally:
+                body.close()
 
-        try:
-            with part.getbuffer() as target:
-                copy_proven(target, view[begin:end], self._chunks, (begin, view.nbytes, self.what))
-            part.seek(0)
-            answer: dict[str, Any] = self._try(send)
-            answered = True
-        finally:
-            self.buffers.give_back(part, unused=answered and num_sent == 1)
+        answer: dict[str, Any] = self._try(send)
         if self.terms is not None:
             self.terms.sent(end - begin)
         return answer
+
+    def _body(self, view: memoryview, bounds: tuple[int, int], bound: Deadline) -> ProvenBody:
+        def check() -> None:
+            self.call.check()
+            self.deadline.check(self.what)
+            if bound.expired():
+                raise BusyError(f"{self.what}: not sent within {bound.total_s:g} s")
+
+        copy = partial(copy_proven, chunks=self._chunks, of=(view.nbytes, self.what))
+        unit_nbytes = self._chunks.chunk_nbytes if self._chunks else 1
+        return ProvenBody(view, bounds, copy=copy, unit_nbytes=unit_nbytes, check=check)
 
     def _checksum(self, begin: int, end: int) -> dict[str, str]:
         chunks = self._chunks
@@ -287,7 +265,8 @@ class Upload:
         def check(index: int) -> None:
             begin, end = index * size, min((index + 1) * size, nbytes)
             terms.pace.take(end - begin, deadline=self.deadline)
-            data = self._try(lambda: s3.read(begin, end, Bucket=self.bucket, Key=self.key))
+            place = {"Bucket": self.bucket, "Key": self.key}
+            data = self._try(lambda: s3.read(begin, end, **place))
             terms.chunks.check_stored(data, begin, nbytes, self.what)
 
         chosen = sample_chunks(nbytes, size)
@@ -305,30 +284,3 @@ def _abort(s3: S3Requests, upload: dict[str, Any]) -> None:
 def checksum_text(digest: int) -> str:
     """A CRC-64/NVME digest as S3 writes it: base 64 of 8 bytes, highest first."""
     return base64.b64encode(digest.to_bytes(8, "big")).decode("ascii")
-
-
-def probe_checksums(s3: S3Requests, bucket: str, folder: str) -> bool:
-    """Whether the store takes a right CRC-64/NVME digest and refuses a wrong one; many look at neither.
-
-    Raises:
-        UnavailableError, DeadlineError: it cannot be told now.
-    """
-    place: dict[str, Any] = {"Bucket": bucket, "Key": f"{folder}/.ktrain-probe-{ids.random_id()}"}
-    body = b"ktrain"
-    right = native.crc64(body)
-    try:
-        s3.ask("put_object", **place, Body=body, ChecksumCRC64NVME=checksum_text(right))
-    except (ConfigError, UnavailableError) as error:
-        if isinstance(error, BusyError | ForbiddenError):
-            raise
-        return False  # it does not take the header
-    try:
-        s3.ask("put_object", **place, Body=body, ChecksumCRC64NVME=checksum_text(right ^ 1))
-    except UnavailableError as error:
-        if isinstance(error, ForbiddenError) or (isinstance(error, BusyError) and "BadDigest" not in str(error)):
-            raise
-        return True
-    finally:
-        with contextlib.suppress(KtrainError):  # a bucket that forbids deletion keeps the probe
-            s3.ask("delete_object", **place)
-    return False

@@ -88,6 +88,11 @@ class CountingTier:
 class PiecesTier(CountingTier):
     """A counting tier over one that reads in pieces."""
 
+    @property
+    def range_nbytes(self) -> int:
+        assert isinstance(self.inner, ReadsInPieces)
+        return self.inner.range_nbytes
+
     def read_pieces(
         self,
         name: str,

@@ -1,4 +1,4 @@
-"""Parts of large writes: threads, buffers, and who lets go of what."""
+"""Parts of large writes: threads, sizes, and who lets go of what."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ktrain.base.clock import Deadline
-from ktrain.errors import DeadlineError
-from ktrain.testing.fake_clock import FakeClock
-from ktrain.testing.tier_conformance import soon
-from ktrain.tier.parts import PartBuffers, nbytes_of, part_nbytes, side_by_side
+from ktrain.tier.parts import part_nbytes, side_by_side
 
 
 @pytest.fixture
@@ -59,30 +55,6 @@ def test_side_by_side_error_lets_go_of_the_callers_buffer(without_collector: Non
         except ValueError:
             pass
         buffer.append(0)  # refused while a view of it is alive
-
-
-def test_buffers_are_bounded_and_used_again() -> None:
-    buffers = PartBuffers(100)
-    first, second = buffers.take(50, "write x", soon()), buffers.take(50, "write x", soon())
-    clock = FakeClock()
-    late = Deadline.after(0.0, clock)
-    with pytest.raises(DeadlineError, match="100 bytes of this node's budget"):
-        buffers.take(1, "write y", late)
-    buffers.give_back(first, unused=True)
-    assert buffers.take(50, "write y", soon()) is first
-    buffers.give_back(second, unused=False)
-    third = buffers.take(50, "write z", soon())
-    assert third is not second and nbytes_of(third) == 50, "a request that was given up may still read the other one"
-    assert buffers.peak_nbytes == 100
-
-
-def test_buffers_one_larger_than_the_budget_goes_alone() -> None:
-    buffers = PartBuffers(100)
-    large = buffers.take(1000, "write x", soon())
-    with pytest.raises(DeadlineError):
-        buffers.take(1, "write y", Deadline.after(0.0))
-    buffers.give_back(large, unused=True)
-    assert nbytes_of(buffers.take(1, "write y", soon())) == 1
 
 
 @pytest.mark.parametrize(

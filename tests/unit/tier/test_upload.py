@@ -171,7 +171,7 @@ def test_upload_to_a_store_that_compares_digests_sends_them_and_reads_nothing_ba
     tier, proxy = start(S3Fault("upload_part", S3Trouble.FLIP_BIT, nth=2), checks=True)
     # The flip happens behind the proxy's own comparison, as on a disk of the store: this one passes.
     write(tier, data, chunks)
-    assert tier._checks is True
+    assert tier.s3.checks is True
     assert proxy.count("put_object", 400) == 1, "the probe with a wrong digest"
     assert proxy.count("get_object") == 0
 
@@ -207,7 +207,7 @@ def test_upload_spoilt_by_a_store_that_compares_nothing_is_found_by_reading_samp
     start: Start, data: bytes, chunks: Chunks, stored: Callable[[], bytes | None]
 ) -> None:
     tier, proxy = start()
-    tier._checks = False
+    tier.s3.checks = False
     small = data[:_MIB]  # one chunk, which is the first and the last
     proxy.add(S3Fault("put_object", S3Trouble.FLIP_BIT))
     with pytest.raises(CorruptionError, match="as read back") as caught:
@@ -224,18 +224,8 @@ def test_upload_probe_of_a_busy_store_is_made_again_and_not_taken_for_a_no(
 ) -> None:
     tier, proxy = start(S3Fault("put_object", S3Trouble.UNAVAILABLE, count=2), checks=True)
     write(tier, data[: 2 * _MIB], Chunks(_MIB, chunks.digests[:2]))
-    assert tier._checks is True
+    assert tier.s3.checks is True
     assert stored() == data[: 2 * _MIB]
-
-
-def test_upload_copies_no_more_than_the_budget(
-    start: Start, data: bytes, chunks: Chunks, stored: Callable[[], bytes | None]
-) -> None:
-    tier, _ = start()
-    tier._buffers._budget_nbytes = 32 * _MIB
-    write(tier, data, chunks)
-    assert stored() == data
-    assert tier._buffers.peak_nbytes <= 32 * _MIB
 
 
 def test_upload_under_a_rate_limit_takes_its_bytes_from_it(
@@ -339,7 +329,7 @@ def test_upload_taken_over_from_a_store_that_compares_nothing_is_sent_whole(
     start: Start, moto: MotoServer, leave: Leave, data: bytes, chunks: Chunks, stored: Callable[[], bytes | None]
 ) -> None:
     tier, proxy = start()
-    tier._checks = False
+    tier.s3.checks = False
     left = leave({1: part(data, 1)})
     write(tier, data, chunks, is_taken_over=True)
     assert stored() == data
