@@ -24,6 +24,7 @@ from ktrain.base import atomic, contract, events, ids
 from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
 from ktrain.base.control import Handler, Server
 from ktrain.base.events import Event
+from ktrain.base.exits import exit_code
 from ktrain.base.job import JobSpec, WorkDir, local_path
 from ktrain.base.process import ProcessId
 from ktrain.base.settings import Timeouts
@@ -444,9 +445,9 @@ def main(argv: list[str]) -> int:
     try:
         head = open_head(spec, work)
     except KtrainError as error:
-        verdict = {"outcome": "failed", "exit_code": worker.exit_code(error), "reason": str(error), "step": None}
+        verdict = {"outcome": "failed", "exit_code": exit_code(error), "reason": str(error), "step": None}
         atomic.write_json(work.verdict, {"launch_id": spec.launch_id, **verdict})
-        return worker.exit_code(error)
+        return exit_code(error)
     return head.run()
 
 
