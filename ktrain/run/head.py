@@ -394,11 +394,11 @@ class Head:
         }
         self._emit_now(events.make("run_ended", clock=self._clock, **fields))
         if self._wire is not None:
-            self._wire.close()
-        self._coordinator.close()
-        self._held.close()  # the log's last words first, the store last
+            _close("the wire", self._wire.close)
+        _close("the coordinator", self._coordinator.close)
+        _close("the run", self._held.close)  # the log's last words first, the store last
         atomic.write_json(self._work.verdict, {"launch_id": self._spec.launch_id, **fields})
-        self._server.close()
+        _close("the control channel", self._server.close)
         return verdict.exit_code
 
     def _free_volumes(self) -> None:
@@ -413,6 +413,14 @@ class Head:
                 self._emit_now(events.make("notice", clock=self._clock, message=said))
                 return
             self._clock.sleep(_TICK_S / 2)
+
+
+def _close(what: str, close: Callable[[], None]) -> None:
+    """Closes what the head has open. The verdict stands by then: what fails here may not take it from the job."""
+    try:
+        close()
+    except Exception:  # noqa: BLE001 -- recorded; the process ends, and with it all that is left open
+        _LOG.exception("%s could not be closed", what)
 
 
 def open_head(
