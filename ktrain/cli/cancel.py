@@ -7,7 +7,7 @@ import click
 from ktrain.base import contract, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.base.job import HeadCaller, WorkDir, canonical_url
-from ktrain.cli.status import live_status, read_events
+from ktrain.cli.status import is_live, read_events
 from ktrain.errors import NotFoundError, UnavailableError
 
 
@@ -22,7 +22,7 @@ def cancel(run: str) -> int:
     except UnavailableError as error:
         raise NotFoundError(f"run {run}: it is not live on this machine ({error})") from error
     deadline = Deadline.after(timeouts.stop_s + timeouts.drain_s)
-    while live_status(run) is not None:
+    while is_live(run):
         deadline.check(f"stop of {run}")
         SYSTEM_CLOCK.sleep(0.2)
     committed: dict[str, int] = {}

@@ -9,16 +9,9 @@ import click
 
 import ktrain
 from ktrain.base import contract
+from ktrain.base.exits import exit_code
 from ktrain.cli import cancel, ckpt, exchange, launch, logs, quarantine, status, upgrade
-from ktrain.errors import ConfigError, ConflictError, CorruptionError, KtrainError, NotFoundError, UnavailableError
-
-_EXIT_CODES: tuple[tuple[type[KtrainError], int], ...] = (
-    (ConfigError, contract.EXIT_USAGE),
-    (NotFoundError, contract.EXIT_USAGE),
-    (CorruptionError, contract.EXIT_CORRUPT),
-    (ConflictError, contract.EXIT_CONFLICT),
-    (UnavailableError, contract.EXIT_UNAVAILABLE),
-)
+from ktrain.errors import KtrainError, NotFoundError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -51,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = contract.EXIT_STOPPED
     except KtrainError as error:
         click.echo(f"ktrain: {error}", err=True)
-        code = next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), contract.EXIT_FAILED)
+        # What a command names and is not there is bad input; to a worker it is a failure like others.
+        code = contract.EXIT_USAGE if isinstance(error, NotFoundError) else exit_code(error)
     except BrokenPipeError:
         code = contract.EXIT_OK  # the reader of our output has seen enough
     sys.exit(code if isinstance(code, int) else contract.EXIT_OK)

@@ -12,16 +12,30 @@ from ktrain.base.events import Event
 from ktrain.base.job import HeadCaller, WorkDir, canonical_url
 from ktrain.checkpoint.log import LogReader
 from ktrain.cli import quarantine
-from ktrain.errors import KtrainError, NotFoundError
+from ktrain.errors import DeadlineError, KtrainError, NotFoundError
 
 
 def live_status(run: str) -> dict[str, Any] | None:
-    """What the run's head on this machine says; None when there is none."""
-    work = WorkDir.of_run(run)
+    """What the run's head on this machine says; None when there is none, or it does not say."""
     try:
-        return HeadCaller(work).call("status", {}, timeout_s=settings.timeouts().call_s)
+        return _ask(run)
     except KtrainError:
         return None
+
+
+def is_live(run: str) -> bool:
+    """Whether the run has a head on this machine, also one that is too busy to answer."""
+    try:
+        _ask(run)
+    except DeadlineError:
+        return True
+    except KtrainError:
+        return False
+    return True
+
+
+def _ask(run: str) -> dict[str, Any]:
+    return HeadCaller(WorkDir.of_run(run)).call("status", {}, timeout_s=settings.timeouts().call_s)
 
 
 def read_events(run: str) -> list[Event]:

@@ -24,6 +24,7 @@ from ktrain.base import atomic, contract, events, ids
 from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
 from ktrain.base.control import Handler, Server
 from ktrain.base.events import Event
+from ktrain.base.exits import exit_code
 from ktrain.base.job import JobSpec, WorkDir, local_path
 from ktrain.base.process import ProcessId
 from ktrain.base.settings import Timeouts
@@ -393,11 +394,11 @@ class Head:
         }
         self._emit_now(events.make("run_ended", clock=self._clock, **fields))
         if self._wire is not None:
-            self._wire.close()
-        self._coordinator.close()
-        self._held.close()  # the log's last words first, the store last
+            _close("the wire", self._wire.close)
+        _close("the coordinator", self._coordinator.close)
+        _close("the run", self._held.close)  # the log's last words first, the store last
         atomic.write_json(self._work.verdict, {"launch_id": self._spec.launch_id, **fields})
-        self._server.close()
+        _close("the control channel", self._server.close)
         return verdict.exit_code
 
     def _free_volumes(self) -> None:
@@ -412,6 +413,14 @@ class Head:
                 self._emit_now(events.make("notice", clock=self._clock, message=said))
                 return
             self._clock.sleep(_TICK_S / 2)
+
+
+def _close(what: str, close: Callable[[], None]) -> None:
+    """Closes what the head has open. The verdict stands by then: what fails here may not take it from the job."""
+    try:
+        close()
+    except Exception:  # noqa: BLE001 -- recorded; the process ends, and with it all that is left open
+        _LOG.exception("%s could not be closed", what)
 
 
 def open_head(
@@ -444,9 +453,9 @@ def main(argv: list[str]) -> int:
     try:
         head = open_head(spec, work)
     except KtrainError as error:
-        verdict = {"outcome": "failed", "exit_code": worker.exit_code(error), "reason": str(error), "step": None}
+        verdict = {"outcome": "failed", "exit_code": exit_code(error), "reason": str(error), "step": None}
         atomic.write_json(work.verdict, {"launch_id": spec.launch_id, **verdict})
-        return worker.exit_code(error)
+        return exit_code(error)
     return head.run()
 
 

@@ -27,6 +27,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, PCont
 
 from ktrain.base import contract, ids, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
+from ktrain.base.exits import exit_code
 from ktrain.base.job import HeadCaller, JobSpec, WorkDir, local_path, node_address
 from ktrain.base.settings import Timeouts
 from ktrain.errors import ConflictError, KtrainError, UnavailableError
@@ -359,7 +360,7 @@ def main(argv: list[str]) -> int:
         return Supervisor(work.read_spec(), work, int(argv[1])).run()
     except (ConflictError, UnavailableError) as error:
         _LOG.error("%s", error)
-        return worker.exit_code(error)
+        return exit_code(error)
 
 
 if __name__ == "__main__":

@@ -19,25 +19,8 @@ from types import TracebackType
 from ktrain import native
 from ktrain.base import contract, settings
 from ktrain.base.clock import SYSTEM_CLOCK
-from ktrain.errors import (
-    ConfigError,
-    ConflictError,
-    CorruptionError,
-    KtrainError,
-    UnavailableError,
-)
-
-_EXIT_CODES: tuple[tuple[type[KtrainError], int], ...] = (
-    (ConfigError, contract.EXIT_USAGE),
-    (CorruptionError, contract.EXIT_CORRUPT),
-    (ConflictError, contract.EXIT_CONFLICT),
-    (UnavailableError, contract.EXIT_UNAVAILABLE),
-)
-
-
-def exit_code(error: BaseException) -> int:
-    """The contract's exit code for an error that ends a process."""
-    return next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), contract.EXIT_FAILED)
+from ktrain.base.exits import exit_code
+from ktrain.errors import KtrainError
 
 
 def die_with_parent(expected_pid: int) -> None:

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 import ktrain
 from ktrain.base import settings
+from ktrain.base.exits import exit_code
 from ktrain.errors import ConfigError, KtrainError
-from ktrain.run.worker import exit_code
 
 
 class Training:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 
-from ktrain.base import contract
+from ktrain.base import atomic, contract
+from ktrain.base.control import Server
 from ktrain.base.events import FileSink, make
+from ktrain.base.job import WorkDir
 from ktrain.cli.main import cli, main
-from ktrain.errors import ConflictError, CorruptionError, UnavailableError
+from ktrain.errors import ConflictError, CorruptionError, DeadlineError, UnavailableError
 
 OPTIONS = {
     "launch": {
@@ -79,6 +83,31 @@ def test_main_error_is_one_line_and_its_exit_code(
     assert capsys.readouterr().err == f"ktrain: {error}\n"
 
 
+def required(command: click.Command) -> list[str]:
+    """What the command does not run without."""
+    words = []
+    for param in command.params:
+        if param.required:
+            value = param.type.choices[0] if isinstance(param.type, click.Choice) else "1"
+            words += [param.opts[0], value] if isinstance(param, click.Option) else [value]
+    return words
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_main_of_every_command_a_wait_that_ended_is_unavailable(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = leaves(cli)[name]
+
+    def late(*args: Any, **kwargs: Any) -> None:
+        raise DeadlineError("the store: not done within 10 s")
+
+    monkeypatch.setattr(command, "callback", late)
+
+    assert run(*name.split(), *required(command)) == contract.EXIT_UNAVAILABLE
+    assert capsys.readouterr().err == "ktrain: the store: not done within 10 s\n"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -135,3 +164,29 @@ def test_ckpt_ls_volume_of_nothing_is_empty(
 
     assert run("ckpt", "ls", "--volume", "--output", "json") == contract.EXIT_OK
     assert json.loads(capsys.readouterr().out) == []
+
+
+def test_cancel_waits_for_a_head_that_is_too_busy_to_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    sink = FileSink(tmp_path / contract.EVENTS_FILE)
+    sink.emit(make("committed", 1, tier="memory", step=10))
+    sink.close()
+    work = WorkDir.of_run(str(tmp_path))
+    work.make()
+    asked = []
+
+    def busy(said: dict[str, Any]) -> dict[str, Any]:
+        asked.append(said)
+        if len(asked) == 3:
+            work.head.unlink()
+        raise DeadlineError("no answer")
+
+    work.write_token()
+    handlers = {"stop": lambda said: {}, "status": busy}
+    with closing(Server(handlers, address="tcp:127.0.0.1:0", token=work.read_token())) as head:
+        atomic.write_json(work.head, {"address": head.address})
+        assert run("cancel", str(tmp_path)) == contract.EXIT_OK
+    assert len(asked) == 3
+    assert "(step 10)" in capsys.readouterr().out

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from ktrain.base import contract
-from ktrain.errors import ConfigError, ConflictError, CorruptionError, DeadlineError, UnavailableError
 from ktrain.run import worker
 
 
@@ -24,21 +23,6 @@ def script(tmp_path: Path, text: str) -> str:
     path = tmp_path / "train.py"
     path.write_text(text)
     return str(path)
-
-
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (ConfigError("x"), contract.EXIT_USAGE),
-        (CorruptionError("x"), contract.EXIT_CORRUPT),
-        (ConflictError("x"), contract.EXIT_CONFLICT),
-        (UnavailableError("x"), contract.EXIT_UNAVAILABLE),
-        (DeadlineError("x"), contract.EXIT_FAILED),
-        (ValueError("x"), contract.EXIT_FAILED),
-    ],
-)
-def test_exit_code_error_maps_to_the_contract(error: Exception, code: int) -> None:
-    assert worker.exit_code(error) == code
 
 
 def test_run_script_sees_its_arguments_its_folder_and_main(tmp_path: Path) -> None:
