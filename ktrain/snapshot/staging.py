@@ -187,7 +187,7 @@ class _DeviceCopies:
             if waits[row]:
                 self.beside.append(OnDevice(tensor, view))
             else:
-                view.copy_(tensor, non_blocking=True)
+                view.copy_(_plain(tensor), non_blocking=True)
 
     def start(self) -> None:
         """Lets the side streams begin when the current streams have come to this point."""
@@ -200,7 +200,7 @@ class _DeviceCopies:
             with stream.running():
                 for one in self.beside:
                     if one.tensor.device == used:
-                        one.copy.copy_(one.tensor, non_blocking=True)
+                        one.copy.copy_(_plain(one.tensor), non_blocking=True)
 
     def release(self) -> None:
         self.beside = []
@@ -260,5 +260,8 @@ def _kind_of(tensor: torch.Tensor) -> int:
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with its items in memory as they are counted; itself where they are so already."""
+    """The tensor with its items in memory as they are counted; itself where they are so already.
+
+    On devices too: torch conjugates and negates what a copy to the host brings there before it has arrived.
+    """
     return tensor.detach().resolve_conj().resolve_neg().contiguous()
