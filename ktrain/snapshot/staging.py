@@ -190,7 +190,7 @@ class _DeviceCopies:
             if waits[row]:
                 self.beside.append(one)
             else:
-                one.copy().copy_(one.tensor, non_blocking=True)
+                one.copy().copy_(_plain(one.tensor), non_blocking=True)
 
     def start(self) -> None:
         """Lets the side streams begin when the current streams have come to this point."""
@@ -241,7 +241,7 @@ def _await(mark: tuple[torch.Event, int], arrived: Callable[[int], None]) -> Non
 
 def _copy(batch: list[OnDevice]) -> None:
     if batch:  # one call for all: it takes the interpreter's lock once
-        torch._foreach_copy_([one.copy() for one in batch], [one.tensor for one in batch], non_blocking=True)
+        torch._foreach_copy_([one.copy() for one in batch], [_plain(one.tensor) for one in batch], non_blocking=True)
 
 
 class _Table:
@@ -298,5 +298,8 @@ def _kind_of(tensor: torch.Tensor) -> int:
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with its items in memory as they are counted; itself where they are so already."""
+    """The tensor with its items in memory as they are counted; itself where they are so already.
+
+    On devices too: torch conjugates and negates what a copy to the host brings there before it has arrived.
+    """
     return tensor.detach().resolve_conj().resolve_neg().contiguous()

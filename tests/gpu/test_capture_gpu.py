@@ -9,50 +9,16 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from torch import nn
 
 from ktrain import device
 from ktrain.checkpoint.policy import Capture
-from tests.unit.checkpoint.saving import COPYING, Rig, same
+from tests.gpu.loops import A_WHILE, WIDTH, Loop, rig_of
+from tests.unit.checkpoint.saving import COPYING, same
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not device.is_available(), reason="this process sees no accelerator"),
 ]
-
-WIDTH = 1024
-
-
-class Loop:
-    def __init__(self, **options: bool) -> None:
-        torch.manual_seed(3)
-        self.device = device.for_rank(0)
-        self.model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH))
-        self.model.to(self.device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), 0.01, **options)
-
-    def backward(self) -> None:
-        self.model(torch.randn(64, WIDTH, device=self.device)).square().mean().backward()
-
-    def step(self) -> None:
-        self.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def values(self) -> dict[str, torch.Tensor]:
-        found = {f"model/{name}": value.cpu().clone() for name, value in self.model.state_dict().items()}
-        names = {id(value): name for name, value in self.model.named_parameters()}
-        for param, entry in self.optimizer.state.items():
-            # A step count on the host is its own `cpu()`, and the next step would change it here too.
-            found |= {f"optimizer/model.{names[id(param)]}/{key}": value.cpu().clone() for key, value in entry.items()}
-        return found
-
-
-def rig_of(loop: Loop, folder: Path) -> Rig:
-    rig = Rig(folder, {"model": loop.model, "optimizer": loop.optimizer})
-    loop.step()
-    rig.saver.prepare()
-    return rig
 
 
 @pytest.fixture
@@ -79,7 +45,7 @@ def test_capture_beside_training_holds_the_values_of_its_step(options: dict[str,
 def test_save_behind_a_step_that_the_device_has_not_begun_holds_that_step(loop: Loop, tmp_path: Path) -> None:
     buffers = {f"model/{name}" for name, _ in loop.model.named_buffers()}
     with rig_of(loop, tmp_path) as rig:
-        torch.cuda._sleep(200_000_000)  # cycles, some 0.1 s: all that follows waits on the compute stream
+        torch.cuda._sleep(A_WHILE)  # all that follows waits on the compute stream
         loop.step()
         assert rig.saver.save(1)
         loop.backward()  # changes the buffers alone
