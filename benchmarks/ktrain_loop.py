@@ -61,6 +61,7 @@ def ktrain_way(  # noqa: PLR0913 -- a Checkpointer's options
                     saves.due.append(step)
 
             yield Way(NAME, Kind.KTRAIN, commit, finish=lambda: _await_end(run, checkpointer, saves.due[-1])), saves
+            commit(loop.step + 1, False)  # the loop commits before it trains: this is the state that it ends with
             checkpointer.close()
         except BaseException:
             checkpointer.close(success=False)
