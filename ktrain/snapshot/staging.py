@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from ktrain import device, native
 from ktrain.errors import ConfigError
 from ktrain.format.payload import CHUNK_NBYTES
-from ktrain.snapshot.witness import HostBytes, OnDevice, Witness, Words
+from ktrain.snapshot.witness import FIRST_NBYTES, SAMPLED_NBYTES, HostBytes, OnDevice, Samples, Watch, Witness, Words
+from ktrain.state.look import picker
 from ktrain.state.plan import Places, SavePlan
 
 LATER_NBYTES = 4096
@@ -81,31 +82,24 @@ class Stager:
             self._table = _Table(plan)
         table = self._table
         table.find_moving(plan)
-        waits = table.all_rows() if later is None else table.rows_for(later.optimizers)
-        now = ~waits
-        uneven = numpy.flatnonzero(now & (table.kinds == _UNEVEN)).tolist()
-        addresses = table.addresses.copy() if uneven else table.addresses
-        temporaries = [_plain(plan.tensors[row]) for row in uneven]
-        for row, tensor in zip(uneven, temporaries, strict=True):
-            addresses[row] = tensor.data_ptr()
-        columns = table.columns(
-            addresses, now & ((table.kinds == _HOST) | (table.kinds == _UNEVEN)), plan.layout.header
-        )
-        num_threads = self._num_threads if int(columns[1].sum()) > _ALONE_NBYTES else 1
-        native.gather(memory, columns, num_threads=num_threads)
-        copies = _DeviceCopies(plan, memory, numpy.flatnonzero(table.kinds == _DEVICE).tolist(), waits)
-        rows = numpy.flatnonzero(waits & (table.kinds == _HOST))
-        rest = table.addresses[rows], table.sizes[rows], table.offsets[rows]
-        tensors = [plan.tensors[row] for row in numpy.flatnonzero(waits).tolist()]
+        split = table.split_for(None if later is None else later.optimizers, plan.layout.header)
+        addresses = table.addresses
+        temporaries = [_plain(plan.tensors[row]) for row in split.uneven]
+        if temporaries:
+            addresses = addresses.copy()
+            addresses[split.uneven] = [tensor.data_ptr() for tensor in temporaries]
+        num_threads = self._num_threads if split.num_now_nbytes > _ALONE_NBYTES else 1
+        native.gather(memory, split.columns_now(addresses), num_threads=num_threads)
+        copies = _DeviceCopies(plan, memory, split)
+        rest = table.addresses[split.rest], split.rest_sizes, split.rest_offsets
+        tensors = list(split.waiting_of(plan.tensors))
         witness = None
         if later is not None and tensors:
-            begin = numpy.frombuffer(memory, numpy.uint8).ctypes.data
             witness = Witness(
                 tensors,
-                HostBytes(rest[0], rest[1], rest[2] + numpy.uint64(begin)),
+                HostBytes(rest[0], rest[1], rest[2] + numpy.uint64(_address_of(memory))),
                 copies.beside,
-                turn=later.turn,
-                all_bytes=later.all_bytes,
+                watch=split.watch(later),
                 num_threads=self._num_threads,
             )
             copies.beside += witness.samples
@@ -139,6 +133,8 @@ class Staging:
 
     def copy(self) -> None:
         """Brings the rest into the slot. Afterwards no tensor is read any more, except by `problem_of_tensors`."""
+        if self._witness is not None:
+            self._witness.look_closer()
         if self._copies.is_empty and self.waits:
             self._chunks = self._gather_digest()
             return
@@ -175,16 +171,16 @@ class Staging:
 class _DeviceCopies:
     """Copies from devices: those that may not wait in the order of the current stream, the rest beside it."""
 
-    def __init__(self, plan: SavePlan, memory: memoryview, rows: Sequence[int], waits: NDArray[numpy.bool_]) -> None:
+    def __init__(self, plan: SavePlan, memory: memoryview, split: _Split) -> None:
         self.beside: list[OnDevice] = []
         self._streams: dict[torch.device, device.SideStream] = {}
-        self.is_empty = not rows
-        for row in rows:
+        self.is_empty = not split.on_devices
+        for row in split.on_devices:
             tensor, entry = plan.tensors[row].detach(), plan.layout.entries[row]
             view = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=entry.begin)
             view = view.reshape(entry.shard.box.lengths)
             self._streams.setdefault(tensor.device, device.side_stream(tensor.device))
-            if waits[row]:
+            if split.waits[row]:
                 self.beside.append(OnDevice(tensor, view))
             else:
                 view.copy_(tensor, non_blocking=True)
@@ -216,7 +212,7 @@ class _Table:
         self.sizes: Words = numpy.array([entry.end - entry.begin for entry in entries], numpy.uint64)
         self.addresses: Words = numpy.array([tensor.data_ptr() for tensor in plan.tensors], numpy.uint64)
         self.kinds: NDArray[Any] = numpy.array(list(map(_kind_of, plan.tensors)), numpy.uint8)
-        self._split: tuple[frozenset[str], NDArray[numpy.bool_]] | None = None
+        self._split: tuple[frozenset[str] | None, _Split] | None = None
 
     def is_of(self, plan: SavePlan) -> bool:
         return self._places is plan.places
@@ -224,29 +220,59 @@ class _Table:
     def find_moving(self, plan: SavePlan) -> None:
         """Reads anew where the tensors lie that may lie elsewhere in each plan."""
         for row in self._places.moving:
-            self.addresses[row] = plan.tensors[row].data_ptr()
-            self.kinds[row] = _kind_of(plan.tensors[row])
+            tensor = plan.tensors[row]
+            self.addresses[row] = tensor.data_ptr()
+            kind = _kind_of(tensor)
+            if kind != self.kinds[row]:
+                self.kinds[row] = kind
+                self._split = None
 
-    def all_rows(self) -> NDArray[numpy.bool_]:
-        found: NDArray[numpy.bool_] = (self.kinds == _HOST) | (self.kinds == _DEVICE)
-        return found
-
-    def rows_for(self, optimizers: frozenset[str]) -> NDArray[numpy.bool_]:
-        """Those that may wait for a copy in the background: all that changes them is a step of these."""
+    def split_for(self, optimizers: frozenset[str] | None, header: bytes) -> _Split:
+        """What may wait for a copy in the background, since all that changes it is a step of these; all where None."""
         if self._split is None or self._split[0] != optimizers:
-            sure = [bool(guard) and optimizers.issuperset(guard) for guard in self._places.guards]
-            is_worth = (self.sizes >= LATER_NBYTES) | (self.kinds == _DEVICE)
-            self._split = optimizers, numpy.array(sure, numpy.bool_) & is_worth
-        return self._split[1] & self.all_rows()
+            waits = (self.kinds == _HOST) | (self.kinds == _DEVICE)
+            if optimizers is not None:
+                sure = [bool(guard) and optimizers.issuperset(guard) for guard in self._places.guards]
+                waits &= numpy.array(sure, numpy.bool_) & ((self.sizes >= LATER_NBYTES) | (self.kinds == _DEVICE))
+            self._split = optimizers, _Split(self, waits, header)
+        return self._split[1]
 
-    def columns(self, addresses: Words, rows: NDArray[numpy.bool_], header: bytes) -> tuple[Words, Words, Words]:
-        """Those rows as segments, behind the header."""
-        head = numpy.frombuffer(header, numpy.uint8).ctypes.data
-        return (
-            numpy.concatenate([numpy.array([head], numpy.uint64), addresses[rows]]),
-            numpy.concatenate([numpy.array([len(header)], numpy.uint64), self.sizes[rows]]),
-            numpy.concatenate([numpy.array([0], numpy.uint64), self.offsets[rows]]),
-        )
+
+class _Split:
+    """The rows of a table, by when they are copied; the same as long as nothing but addresses changes."""
+
+    def __init__(self, table: _Table, waits: NDArray[numpy.bool_], header: bytes) -> None:
+        self.waits = waits
+        self.waiting_of = picker(numpy.flatnonzero(waits).tolist())
+        self.uneven: list[int] = numpy.flatnonzero(~waits & (table.kinds == _UNEVEN)).tolist()
+        self.on_devices: list[int] = numpy.flatnonzero(table.kinds == _DEVICE).tolist()
+        self.rest = numpy.flatnonzero(waits & (table.kinds == _HOST))
+        self.rest_sizes: Words = table.sizes[self.rest]
+        self.rest_offsets: Words = table.offsets[self.rest]
+        self._now = numpy.flatnonzero(~waits & ((table.kinds == _HOST) | (table.kinds == _UNEVEN)))
+        self._header = header  # kept alive: its address is used
+        self._header_address = numpy.array([_address_of(header)], numpy.uint64)
+        self._now_sizes: Words = numpy.concatenate([[numpy.uint64(len(header))], table.sizes[self._now]])
+        self._now_offsets: Words = numpy.concatenate([[numpy.uint64(0)], table.offsets[self._now]])
+        self.num_now_nbytes = int(self._now_sizes.sum())
+        self._all_bytes = Samples(self.rest_sizes, None)
+        self._first = Samples(self.rest_sizes, FIRST_NBYTES)
+        self._closer = Samples(self.rest_sizes, SAMPLED_NBYTES)
+
+    def columns_now(self, addresses: Words) -> tuple[Words, Words, Words]:
+        """What is copied at once as segments, behind the header."""
+        return numpy.concatenate([self._header_address, addresses[self._now]]), self._now_sizes, self._now_offsets
+
+    def watch(self, later: Later) -> Watch:
+        """How the rest is looked at."""
+        if later.all_bytes:
+            return Watch(self._all_bytes, None, later.turn)
+        return Watch(self._first, self._closer, later.turn)
+
+
+def _address_of(data: bytes | memoryview) -> int:
+    address: int = numpy.frombuffer(data, numpy.uint8).__array_interface__["data"][0]
+    return address
 
 
 def _kind_of(tensor: torch.Tensor) -> int:

@@ -1,7 +1,8 @@
 """What tensors were like when a copy of them began, and whether they are still: the proof that a copy is not torn.
 
 A version counter that moved proves a change, one that stands proves nothing: edits through `.data` and by kernels
-outside of torch do not move it. So bytes are digested too, all of a small state and samples of a large one (ADR 0010).
+outside of torch do not move it. So bytes are digested too, all of a small state and samples of a large one (ADR 0010):
+some while training waits, more by the thread that copies before it begins (ADR 0026).
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ import torch
 
 from ktrain import native
 
+FIRST_NBYTES = 512 << 10
+"""So many bytes are digested while training waits: a tenth of a millisecond, and all of a very small state."""
+
 SAMPLED_NBYTES = 4 << 20
-"""So many bytes are digested: about a millisecond, and all of a small state."""
+"""So many before the copy begins: about a millisecond, and all of a small state."""
 
 # Each run costs a miss or two of the caches, about as much as a KiB more of it.
 _LEAST_RUN_NBYTES, _MOST_RUN_NBYTES = 256, 4096
@@ -48,8 +52,67 @@ class OnDevice:
     copy: torch.Tensor
 
 
+class Samples:
+    """Places in tensors of certain sizes, none of them below 4 KiB: about `budget` bytes together, some of each tensor.
+
+    All bytes where the budget is None or enough.
+    """
+
+    def __init__(self, sizes: Words, budget: int | None) -> None:
+        of_each = sizes.astype(numpy.int64)
+        total = int(of_each.sum())
+        self._stride: Any = None  # where all bytes are taken
+        self.owners = numpy.arange(len(sizes))
+        """For each piece, whose it is."""
+        self.sizes: Words = sizes
+        """For each piece, its bytes."""
+        if budget is None or total <= budget:
+            return
+        nbytes = min(max(budget // len(sizes), _LEAST_RUN_NBYTES), _MOST_RUN_NBYTES)
+        runs = numpy.clip((of_each * (budget / total) / nbytes).astype(numpy.int64), 1, of_each // nbytes)
+        self._nbytes, self._stride = nbytes, of_each // runs  # each run lies somewhere in a stretch of its own
+        self.owners = numpy.repeat(self.owners, runs)
+        number = numpy.arange(len(self.owners)) - numpy.repeat(numpy.cumsum(runs) - runs, runs)
+        self._stretches = number * self._stride[self.owners]
+        self.sizes = numpy.full(len(self.owners), nbytes, numpy.uint64)
+
+    def begins(self, turn: int) -> Words:
+        """For each piece where in its tensor it begins; elsewhere each turn."""
+        if self._stride is None:
+            return numpy.zeros(len(self.owners), numpy.uint64)
+        # Both ends of a stretch are met as often as its middle.
+        shift = (_phase(turn) * (self._stride + self._nbytes)).astype(numpy.int64) - self._nbytes
+        shift = numpy.clip(shift, 0, self._stride - self._nbytes)
+        return (self._stretches + shift[self.owners]).astype(numpy.uint64)
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """How closely tensors on the host are looked at.
+
+    Attributes:
+        first: while training waits.
+        closer: before they are copied; None where `first` has all bytes.
+        turn: number of the save.
+    """
+
+    first: Samples
+    closer: Samples | None
+    turn: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Pieces of tensors, where they are and where they will be, and what was in them."""
+
+    live: Words
+    copied: Words
+    sizes: Words
+    digests: bytes
+
+
 class Witness:
-    """Looks at tensors when it is made; says later whether their copies are what they were then.
+    """Looks at tensors when it is made, and closer before they are copied; says later whether the copies are the same.
 
     The copies are looked at, not the tensors: one that was changed and changed back while it was copied is found.
 
@@ -57,33 +120,34 @@ class Witness:
         tensors: all of them.
         host: the places of those on the host, which are contiguous.
         devices: those on devices.
-        turn: chooses where samples are taken; another number, other places.
-        all_bytes: digests every byte on the host, whatever its size.
     """
 
-    def __init__(  # noqa: PLR0913 -- made by Stager alone
+    def __init__(
         self,
         tensors: Sequence[torch.Tensor],
         host: HostBytes,
         devices: Sequence[OnDevice],
         *,
-        turn: int,
-        all_bytes: bool,
+        watch: Watch,
         num_threads: int,
     ) -> None:
         self._tensors = tensors
-        self._num_threads = num_threads if all_bytes else 1  # samples are done before a second thread has begun
-        owners, begins, self._sizes = choose_samples(host.sizes, None if all_bytes else SAMPLED_NBYTES, turn)
-        self._live = host.addresses[owners] + begins
-        self._copied = host.copies[owners] + begins
+        self._host = host
+        self._watch = watch
+        self._num_threads = num_threads if watch.closer is None else 1  # samples are done before another has begun
         self._versions = list(map(_version_of, tensors))
-        self._digests = self._digest(self._live)
-        chosen = _choose_on_devices(devices, turn)
+        self._seen = [self._look(watch.first)]
+        chosen = _choose_on_devices(devices, watch.turn)
         self._copied_samples = [one.copy for one in chosen]
         self.samples = [
             OnDevice(part, torch.empty_like(part, device="cpu")) for part in _join([o.tensor for o in chosen])
         ]
         """Values on devices, taken in the order of the current stream; the copier brings them to the host."""
+
+    def look_closer(self) -> None:
+        """Takes more samples than there was time for, before the copy begins. From the thread that copies."""
+        if self._watch.closer is not None:
+            self._seen.append(self._look(self._watch.closer))
 
     def problem_of_copies(self) -> str | None:
         """Why the copies, and `samples`, must not be used; None where nothing speaks against them."""
@@ -91,40 +155,24 @@ class Witness:
         if versions != self._versions:
             at = next(at for at, pair in enumerate(zip(versions, self._versions, strict=True)) if pair[0] != pair[1])
             return f"a tensor of shape {list(self._tensors[at].shape)} was written to"
-        if self._digest(self._copied) != self._digests:
+        if any(self._digest(seen.copied, seen.sizes) != seen.digests for seen in self._seen):
             return _AROUND
         copied = [part.view(torch.uint8) for part in self._copied_samples]
-        seen = [sample.copy for sample in self.samples]
-        return _AROUND if copied and not torch.equal(torch.cat(copied), torch.cat(seen)) else None
+        samples = [sample.copy for sample in self.samples]
+        return _AROUND if copied and not torch.equal(torch.cat(copied), torch.cat(samples)) else None
 
     def problem_of_tensors(self) -> str | None:
         """How it is known that a tensor on the host has changed since; None where nothing shows it."""
-        return _AROUND if self._digest(self._live) != self._digests else None
+        return _AROUND if any(self._digest(seen.live, seen.sizes) != seen.digests for seen in self._seen) else None
 
-    def _digest(self, addresses: Words) -> bytes:
-        return native.digest_pieces(addresses, self._sizes, num_threads=self._num_threads)
+    def _look(self, samples: Samples) -> _Seen:
+        begins = samples.begins(self._watch.turn)
+        live = self._host.addresses[samples.owners] + begins
+        copied = self._host.copies[samples.owners] + begins
+        return _Seen(live, copied, samples.sizes, self._digest(live, samples.sizes))
 
-
-def choose_samples(sizes: Words, budget: int | None, turn: int) -> tuple[Words, Words, Words]:
-    """Pieces of about `budget` bytes together, some of each tensor; all of it where None or enough.
-    No tensor is smaller than 4 KiB.
-
-    Returns for each piece whose it is, where in its tensor it begins, and its size.
-    """
-    total = int(sizes.sum())
-    if budget is None or total <= budget:
-        return numpy.arange(len(sizes)), numpy.zeros(len(sizes), numpy.uint64), sizes
-    of_each = sizes.astype(numpy.int64)
-    nbytes = min(max(budget // len(sizes), _LEAST_RUN_NBYTES), _MOST_RUN_NBYTES)
-    runs = numpy.clip((of_each * (budget / total) / nbytes).astype(numpy.int64), 1, of_each // nbytes)
-    stride = of_each // runs  # each run lies somewhere in a stretch of its own
-    owners = numpy.repeat(numpy.arange(len(of_each)), runs)
-    number = numpy.arange(len(owners)) - numpy.repeat(numpy.cumsum(runs) - runs, runs)
-    # Both ends of a stretch are met as often as its middle.
-    shift = (_phase(turn) * (stride + nbytes)).astype(numpy.int64) - nbytes
-    shift = numpy.clip(shift, 0, stride - nbytes)
-    begins = (number * stride[owners] + shift[owners]).astype(numpy.uint64)
-    return owners, begins, numpy.full(len(owners), nbytes, numpy.uint64)
+    def _digest(self, addresses: Words, sizes: Words) -> bytes:
+        return native.digest_pieces(addresses, sizes, num_threads=self._num_threads)
 
 
 def _choose_on_devices(found: Sequence[OnDevice], turn: int) -> list[OnDevice]:
