@@ -16,6 +16,7 @@ from ktrain.base.clock import SYSTEM_CLOCK, Clock
 from ktrain.base.control import Handler
 from ktrain.base.events import Event, make
 from ktrain.base.faults import FaultPoints
+from ktrain.base.process import let_training_first
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.agreement import StopAgreement
 from ktrain.checkpoint.catalog import RunCatalog
@@ -254,6 +255,7 @@ class Coordinator:
     # The thread that talks to storage
 
     def _work(self) -> None:
+        let_training_first()
         while not self._closed.is_set():
             self._clock.wait(self._wake, self._timeouts.beat_s)
             self._wake.clear()

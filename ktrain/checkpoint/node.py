@@ -20,6 +20,7 @@ from ktrain.base import contract, ids, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
 from ktrain.base.control import Caller, Handler
 from ktrain.base.events import Event, ListSink, make
+from ktrain.base.process import let_training_first
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.carry import Carrier, Ends, Wanted
 from ktrain.checkpoint.fill import WantedFills
@@ -290,6 +291,7 @@ class NodeKeeper:
     # Beats
 
     def _beat_loop(self) -> None:
+        let_training_first()
         while not self._closed.is_set():
             self._clock.wait(self._wake, self._timeouts.beat_s)
             self._wake.clear()

@@ -18,6 +18,7 @@ from ktrain.base import ids
 from ktrain.base.clock import Clock, Deadline
 from ktrain.base.control import Caller
 from ktrain.base.events import KINDS
+from ktrain.base.process import let_training_first
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.cadence import Schedule
 from ktrain.checkpoint.policy import Policies
@@ -208,6 +209,7 @@ class Pulse:
     # The thread
 
     def _run(self) -> None:
+        let_training_first()
         last = False
         due = Deadline.after(0.0, self._clock)
         while not last:

@@ -20,6 +20,7 @@ from ktrain import device
 from ktrain.base import contract, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.base.faults import FaultPoints
+from ktrain.base.process import let_training_first
 from ktrain.checkpoint.line import Line
 from ktrain.checkpoint.policy import Capture, Keep
 from ktrain.checkpoint.pulse import Pulse
@@ -30,6 +31,7 @@ from ktrain.format.manifest import Identity, Manifest
 from ktrain.format.payload import CHUNK_NBYTES, Layout
 from ktrain.snapshot import numa
 from ktrain.snapshot.arena import KEPT_SLOTS, NodeVolume, Slots, SlotWriter, required_nbytes
+from ktrain.snapshot.next_slot import NextSlot
 from ktrain.snapshot.payloads import SlotStager, SlotStaging, slot_nbytes
 from ktrain.snapshot.pinned import PinnedSlots
 from ktrain.snapshot.slots import SlotCalls
@@ -92,6 +94,7 @@ class Saver:
         self._log_stands_at: int | None = None  # events in the log when it was last waited for in vain
         self._is_proven = False  # one window was watched as a whole, and nothing changed in it
         self._newest: _Snapshot | None = None  # from `save` until it has ended
+        self._next = NextSlot(topology.rank, self._num_slots)  # the thread's until a snapshot has ended
         self._window_of: _Snapshot | None = None  # whose window training has not seen closed
         self._work: queue.SimpleQueue[_Snapshot | None] = queue.SimpleQueue()  # at most one, and the word to end
         # One for all snapshots: to start a thread is to wait until it runs.
@@ -124,6 +127,7 @@ class Saver:
             if self._thread.is_alive():
                 self._work.put(None)
                 self._thread.join()  # it has nothing left to do
+            self._next.give_back()
         if self.volume is not None:
             self.volume.close()
 
@@ -221,9 +225,10 @@ class Saver:
         if made is None:
             return True
         self.wait_copied()
-        made.is_awaited.set()
-        if not self._clock.wait(made.ended, self.wait_s):
-            return False
+        if not made.ended.is_set():
+            made.is_awaited.set()
+            if not self._clock.wait(made.ended, self.wait_s):
+                return False
         self._newest = None
         return True
 
@@ -234,8 +239,7 @@ class Saver:
 
     def _begin(self, volume: NodeVolume, step: int, plan: SavePlan) -> _Snapshot | None:
         """Takes a slot and copies what may not wait; None where no slot is free."""
-        protect = [(int(at), int(epoch)) for at, epoch in self._pulse.answer.get("protect", [])]
-        writer = volume.acquire(self._topology.rank, slot_nbytes(plan), protect=protect, limit=self._num_slots)
+        writer = self._next.take(volume, slot_nbytes(plan), protect=self._protected())
         if writer is None:
             return None
         self._turn += 1
@@ -255,9 +259,13 @@ class Saver:
             made.window.close(None)
         return made
 
+    def _protected(self) -> list[tuple[int, int]]:
+        return [(int(step), int(epoch)) for step, epoch in self._pulse.answer.get("protect", [])]
+
     # The thread
 
     def _run(self) -> None:
+        let_training_first()
         while (made := self._work.get()) is not None:
             self._make(made)
             del made  # else what it holds would be held until the next
@@ -266,6 +274,7 @@ class Saver:
         try:
             with made.writer:
                 self._copy_and_seal(made)
+            self._lease_ahead(slot_nbytes(made.plan))
         except (*_TIER_FAILURES, KtrainError) as error:
             self._fail(error)
         except Exception as error:  # noqa: BLE001 -- top of the thread: recorded, training goes on
@@ -300,6 +309,13 @@ class Saver:
         self._pulse.note_sealed()
         fields = {"rank": rank, "step": step, "tier": contract.TIER_MEMORY, "nbytes": slot_nbytes(made.plan)}
         self._pulse.emit("snapshot", stall_s=made.stall_s + made.window.waited_s, **fields)
+
+    def _lease_ahead(self, nbytes: int) -> None:
+        assert self.volume is not None
+        try:
+            self._next.lease_ahead(self.volume, nbytes, protect=self._protected())
+        except _TIER_FAILURES as error:
+            _LOG.debug("no slot is leased ahead: %s", error)  # the save itself says what is wrong
 
     def _await_log(self, made: _Snapshot) -> None:
         """Bounded: what was said up to this step is in the run's log before the snapshot can be restored.

@@ -9,8 +9,8 @@ What is held is found by looking, never by asking. The rules of a single slot ar
 
 from __future__ import annotations
 
+import json
 import os
-import threading
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
@@ -19,11 +19,12 @@ from ktrain.errors import CorruptionError, InternalError, NotFoundError
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.snapshot.copies import VolumeCopies
 from ktrain.snapshot.inventory import Inventory, ProblemKind, SlotProblem, age
+from ktrain.snapshot.leased import LeasedSlot
+from ktrain.snapshot.own_slots import OwnSlots
 from ktrain.snapshot.slots import (
     Held,
     Slot,
     SlotCalls,
-    SlotFiles,
     SlotReader,
     SlotWriter,
     is_full,
@@ -59,6 +60,9 @@ __all__ = [
 ]
 
 
+_SMALL_NBYTES = 1 << 16
+
+
 class NodeVolume:
     """The slots of one node. Safe from any thread; a forked child opens the volume again.
 
@@ -80,11 +84,10 @@ class NodeVolume:
         self.run = run
         self._inventory = Inventory(self.path, run)
         self.copies = VolumeCopies(self._inventory)
-        self._calls = calls or SlotCalls()
+        self._own = OwnSlots(self._inventory, calls or SlotCalls())
         self._pid = os.getpid()
-        self._lock = threading.Lock()  # guards _slots and _busy
-        self._slots: dict[Path, Slot] = {}  # by payload file: those that this process may write
-        self._busy: set[Path] = set()  # those of them that one thread has for itself
+        self._committed_path = self.path / contract.COMMITTED_FILE
+        self._committed: tuple[bytes, Mapping[str, tuple[int, int]]] = b"", {}  # the file, and what it says
         with translated(f"open volume {self.path}"):
             self._volume_fd: int | None = open_folder(root, self.path)
             try:
@@ -102,8 +105,7 @@ class NodeVolume:
 
     def problems(self) -> list[SlotProblem]:
         """Every slot that `scan` leaves out and why; empty ones that this process keeps ready are none."""
-        with self._lock:
-            ready = self._slots.keys() - self._busy
+        ready = self._own.ready()
         with translated(f"scan volume {self.path}"):
             return self._inventory.problems(ready=ready)
 
@@ -143,22 +145,17 @@ class NodeVolume:
             finally:
                 os.close(lease_fd)
 
-    def committed(self) -> dict[str, tuple[int, int]]:
-        """What was announced as committed, by tier: (step, epoch). Read fresh.
+    def committed(self) -> Mapping[str, tuple[int, int]]:
+        """What was announced as committed, by tier: (step, epoch). Read fresh; understood anew where it changed.
 
         Raises:
             CorruptionError: the file is damaged; what is protected cannot be told until it is written again.
         """
-        path = self.path / contract.COMMITTED_FILE
-        value = atomic.try_read_json(path)
-        if value is None:
-            return {}
-        try:
-            return {str(tier): (int(step), int(epoch)) for tier, (step, epoch) in value.items()}
-        except (AttributeError, TypeError, ValueError) as error:
-            raise CorruptionError(
-                f"{path}: expected an object of [step, epoch] by tier, found {value!r}; announce it again"
-            ) from error
+        data = _try_read_small(self._committed_path)
+        known = self._committed  # replaced whole
+        if known[0] != data:
+            known = self._committed = data, _parse_committed(self._committed_path, data)
+        return known[1]
 
     def write_committed(self, committed: Mapping[str, tuple[int, int]]) -> None:
         """Replaces what `committed` says; survives every process."""
@@ -202,15 +199,52 @@ class NodeVolume:
         Raises:
             CapacityError: the volume is full. What was sealed still is.
         """
+        leased = self.lease(rank, nbytes, protect=protect, limit=limit, over=over)
+        return None if leased is None else self._begin(leased)
+
+    def lease(
+        self,
+        rank: int,
+        nbytes: int,
+        *,
+        protect: Collection[tuple[int, int]],
+        limit: int,
+        over: tuple[int, int] = (0, 0),
+    ) -> LeasedSlot | None:
+        """The slot that `acquire` would give, before anything of it is lost: for `begin`, or to be given back."""
         self._require_usable()
         if nbytes < 1:
             raise InternalError(f"acquire a slot for rank {rank}: expected at least 1 byte, found {nbytes}")
         kept = {*protect, *self.committed().values()}
         with translated(f"acquire a slot of {nbytes} bytes for rank {rank} in {self.path}"):
-            slot = self._try_take(rank, nbytes, (kept, over), limit)
-        if slot is None:
+            return self._try_lease(rank, nbytes, (kept, over), limit)
+
+    def begin(self, leased: LeasedSlot, nbytes: int, *, protect: Collection[tuple[int, int]]) -> SlotWriter | None:
+        """Turns a leased slot into a writer of `nbytes`; None, and it is given back, where that may not be any more.
+
+        Raises:
+            CorruptionError: as in `committed`. The slot is given back.
+        """
+        try:
+            self._require_usable()
+            is_free = leased.may_be_written(nbytes, {*protect, *self.committed().values()})
+        except BaseException:
+            leased.give_back()
+            raise
+        if not is_free:
+            leased.give_back()
             return None
-        return SlotWriter(slot, rank, self.run, ended=lambda held: self._ended(slot, held))
+        return self._begin(leased)
+
+    def _begin(self, leased: LeasedSlot) -> SlotWriter:
+        slot = leased.slot
+        try:
+            with translated(f"begin to write {slot.files.name}"):
+                slot.unseal()
+        except BaseException:
+            leased.give_back()
+            raise
+        return SlotWriter(slot, leased.rank, self.run, ended=lambda held: self._ended(slot, held))
 
     def prepare(
         self, rank: int, nbytes: int, count: int, mapped: Callable[[str, memoryview], None] = lambda slot, memory: None
@@ -225,9 +259,9 @@ class NodeVolume:
         """
         self._require_usable()
         with translated(f"prepare {count} slots of {nbytes} bytes for rank {rank} in {self.path}"):
-            mine, num_busy = self._lock_slots(rank)
+            mine, num_busy = self._own.lock(rank)
             try:
-                mine += self._new_slots(rank, count - len(mine) - num_busy)
+                mine += self._own.make(rank, count - len(mine) - num_busy)
                 sealed = self._inventory.held(rank)
                 for slot in mine[:count]:
                     held = sealed.get(slot.files.index)
@@ -236,16 +270,15 @@ class NodeVolume:
                         slot.prefault()
                         mapped(slot.files.name, slot.view())
             finally:
-                self._give_back(mine)
+                self._own.give_back(mine)
 
     def release(self, rank: int) -> None:
         """Gives up this process's slots of a rank, so that another may write them. Sealed ones stay."""
-        folder = self._inventory.folder(rank)
-        self._close_slots([path for path in list(self._slots) if path.parent == folder])
+        self._own.close(self._inventory.folder(rank))
 
     def close(self) -> None:
         """Gives up all slots that are not being written; what is sealed stays. Closing twice is fine."""
-        self._close_slots(list(self._slots))
+        self._own.close()
         if self._volume_fd is not None:
             os.close(self._volume_fd)
             self._volume_fd = None
@@ -267,15 +300,15 @@ class NodeVolume:
 
     # ------------------------------------------------------------------------------------- choosing a slot
 
-    def _try_take(
+    def _try_lease(
         self, rank: int, nbytes: int, keep: tuple[Collection[tuple[int, int]], tuple[int, int]], limit: int
-    ) -> Slot | None:
-        """The chosen slot: leased, mapped, unsealed, and for this thread alone.
+    ) -> LeasedSlot | None:
+        """The chosen slot: leased, mapped, and for this thread alone.
 
         `keep`: what may not be taken, and the age below which the newest is not kept for being the newest.
         """
         kept, over = keep
-        mine, num_busy = self._lock_slots(rank)
+        mine, num_busy = self._own.lock(rank)
         taken: Slot | None = None
         try:
             sealed = self._inventory.held(rank)
@@ -285,79 +318,52 @@ class NodeVolume:
             free.sort(key=lambda slot: _preference(slot, sealed.get(slot.files.index), nbytes))
             taken = _try_open_first(free, nbytes)
             if taken is None and len(mine) + num_busy < limit:
-                fresh = self._new_slots(rank, 1)
+                fresh = self._own.make(rank, 1)
                 mine += fresh
                 taken = _try_open_first(fresh, nbytes)
         finally:
-            self._give_back([slot for slot in mine if slot is not taken])
-        return taken
-
-    def _lock_slots(self, rank: int) -> tuple[list[Slot], int]:
-        """The rank's slots that this thread now has for itself, and how many other threads of ours have."""
-        mine: list[Slot] = []
-        num_busy = 0
-        for files in self._inventory.slots(rank):
-            slot = self._try_busy(files)
-            if slot is None:
-                num_busy += 1
-            elif slot.try_lock():
-                mine.append(slot)
-            else:
-                self._give_back([slot])
-        return mine, num_busy
-
-    def _new_slots(self, rank: int, count: int) -> list[Slot]:
-        made: list[Slot] = []
-        folder = self._inventory.folder(rank)
-        if count > 0:
-            folder.mkdir(mode=0o700, exist_ok=True)
-        there = {files.index for files in self._inventory.slots(rank)}
-        index = 0
-        while len(made) < count:
-            slot = None if index in there else self._try_busy(SlotFiles(folder, index))
-            if slot is not None and slot.try_lock():
-                made.append(slot)
-            elif slot is not None:
-                self._give_back([slot])  # another process made it in this moment
-            index += 1
-        return made
-
-    def _try_busy(self, files: SlotFiles) -> Slot | None:
-        """The slot for this thread alone; None while another thread of this process has it."""
-        with self._lock:
-            if files.payload in self._busy:
-                return None
-            self._busy.add(files.payload)
-            return self._slots.setdefault(files.payload, Slot(files, self._calls))
-
-    def _give_back(self, slots: list[Slot]) -> None:
-        """Ends this thread's use. What is not mapped is closed: the lock says that somebody maps the slot."""
-        for slot in slots:
-            slot.unlease()
-            unused = slot.mapped_nbytes == 0
-            if unused:
-                slot.close()
-            with self._lock:
-                if unused:
-                    del self._slots[slot.files.payload]
-                self._busy.discard(slot.files.payload)
-
-    def _close_slots(self, paths: list[Path]) -> None:
-        with self._lock:
-            slots = [self._slots.pop(path) for path in paths if path in self._slots and path not in self._busy]
-        for slot in slots:
-            slot.close()
+            self._own.give_back([slot for slot in mine if slot is not taken])
+        if taken is None:
+            return None
+        return LeasedSlot(
+            taken,
+            rank,
+            sealed.get(taken.files.index),
+            newest_is_there=lambda: newest is None or self._inventory.has(newest),
+            give_back=lambda: self._own.give_back([taken]),
+        )
 
     def _ended(self, slot: Slot, held: Held | None) -> None:
         if held is not None:
             self._inventory.learn(slot.files, held)
-        self._give_back([slot])
+        self._own.give_back([slot])
 
     def _require_usable(self) -> None:
         if self._volume_fd is None:
             raise InternalError(f"volume {self.path}: used after it was closed")
         if os.getpid() != self._pid:
             raise InternalError(f"volume {self.path}: used in a forked child; open it there again")
+
+
+def _try_read_small(path: Path) -> bytes:
+    """A file of some hundred bytes; nothing where there is none. Python's own files take four times as long to open."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return b""
+    try:
+        return os.read(fd, _SMALL_NBYTES)
+    finally:
+        os.close(fd)
+
+
+def _parse_committed(path: Path, data: bytes) -> Mapping[str, tuple[int, int]]:
+    try:
+        return {str(tier): (int(step), int(epoch)) for tier, (step, epoch) in json.loads(data).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CorruptionError(
+            f"{path}: expected an object of [step, epoch] by tier, found {data[:40]!r}; announce it again"
+        ) from error
 
 
 def _is_kept(held: Held | None, newest: Held | None, kept: Collection[tuple[int, int]]) -> bool:
@@ -371,7 +377,7 @@ def _preference(slot: Slot, held: Held | None, nbytes: int) -> tuple[int, int, b
 
 
 def _try_open_first(slots: list[Slot], nbytes: int) -> Slot | None:
-    """The first slot that nobody reads and that the volume has room for, ready to be written.
+    """The first slot that nobody reads and that the volume has room for, mapped and under lease.
 
     All are tried: an empty slot may find no room to grow, while an old snapshot's has its bytes already.
     """
@@ -387,7 +393,6 @@ def _try_open_first(slots: list[Slot], nbytes: int) -> Slot | None:
             full = full or error
             slot.unlease()
             continue
-        slot.unseal()
         return slot
     if full is not None:
         raise full

@@ -96,6 +96,11 @@ class Inventory:
         seen = {files.index: self.look(files, rank, known) for files in self.slots(rank)}
         return {index: held for index, held in seen.items() if isinstance(held, Held)}
 
+    def has(self, held: Held) -> bool:
+        """Whether the snapshot is still sealed in its slot."""
+        index = int(held.slot.rpartition("-")[2])
+        return self.look(SlotFiles(self.folder(held.rank), index), held.rank) == held
+
     def problems(self, *, ready: Collection[Path]) -> list[SlotProblem]:
         """Every slot that holds nothing and why, leaving out empty ones whose payload path is in `ready`."""
         found = []

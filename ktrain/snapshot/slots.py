@@ -219,6 +219,7 @@ class Slot:
         self._payload_fd: int | None = None
         self._mapping: native.MappedFile | None = None
         self._leased = False
+        self._beside: list[Path] = []
 
     @property
     def mapped_nbytes(self) -> int:
@@ -243,6 +244,8 @@ class Slot:
         self._leased = self._lease_fd is not None
         if self._leased:
             self._calls.reached("leased")
+            beside = self.files.copies, self.files.bad, self.files.reason
+            self._beside = [path for path in beside if path.exists()]  # under the lease nobody adds one
         return self._leased
 
     def unlease(self) -> None:
@@ -258,11 +261,11 @@ class Slot:
         What can fail comes while a snapshot that lies here is still sealed; growing the file keeps its bytes.
         """
         assert self._lock_fd is not None
+        if self.is_mapped(nbytes):
+            return
         if self._payload_fd is not None and os.fstat(self._payload_fd).st_nlink == 0:
             os.close(self._payload_fd)  # removed behind our back: what is written there nobody would find
             self._payload_fd, self._mapping = None, None
-        if self.mapped_nbytes == nbytes and not self._is_cut(nbytes):
-            return
         if self._payload_fd is None:
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
             self._payload_fd = os.open(self.files.payload, flags, 0o600)
@@ -275,9 +278,15 @@ class Slot:
         self._mapping = mapping
         self._calls.reached("mapped")
 
-    def _is_cut(self, nbytes: int) -> bool:
-        """Whether somebody has cut the file below our mapping: to write there would end this process by SIGBUS."""
-        return self._payload_fd is not None and os.fstat(self._payload_fd).st_size < nbytes
+    def is_mapped(self, nbytes: int) -> bool:
+        """Whether that much is mapped, of a file that is still there and that nobody has cut.
+
+        To write behind the end of a file would end this process by SIGBUS.
+        """
+        if self._payload_fd is None or self.mapped_nbytes != nbytes:
+            return False
+        stat = os.fstat(self._payload_fd)
+        return stat.st_nlink > 0 and stat.st_size >= nbytes
 
     def _reserve(self, fd: int, nbytes: int) -> None:
         before = os.fstat(fd)
@@ -303,9 +312,8 @@ class Slot:
         assert self._leased and self._payload_fd is not None
         self.files.manifest.unlink(missing_ok=True)
         self._calls.reached("unsealed")
-        self.files.copies.unlink(missing_ok=True)
-        self.files.bad.unlink(missing_ok=True)
-        self.files.reason.unlink(missing_ok=True)
+        for path in self._beside:
+            path.unlink(missing_ok=True)
         if os.fstat(self._payload_fd).st_size > self.mapped_nbytes:
             os.ftruncate(self._payload_fd, self.mapped_nbytes)
             self._calls.reached("cut")

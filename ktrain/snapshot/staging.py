@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from ktrain import device, native
 from ktrain.errors import ConfigError
 from ktrain.format.payload import CHUNK_NBYTES
-from ktrain.snapshot.witness import HostBytes, OnDevice, Witness, Words
+from ktrain.snapshot.witness import FIRST_NBYTES, SAMPLED_NBYTES, HostBytes, OnDevice, Samples, Watch, Witness, Words
+from ktrain.state.look import picker
 from ktrain.state.plan import Places, SavePlan
 
 LATER_NBYTES = 4096
@@ -26,6 +27,7 @@ LATER_NBYTES = 4096
 _ALONE_NBYTES = 8 << 20  # up to here one thread is done before others were given a processor, on a busy machine
 
 _BATCH_NBYTES = 64 << 20  # of a device's copies: a millisecond of them, large beside the cost of a wait
+_NUM_WATCHED = 64  # tensors on devices in each save: a sample of each costs some microseconds
 _BATCHES_AHEAD = 2  # so that the device never waits for the next one to be told
 
 _EMPTY, _HOST, _UNEVEN, _DEVICE = range(4)
@@ -85,36 +87,31 @@ class Stager:
             self._table = _Table(plan)
         table = self._table
         table.find_moving(plan)
-        waits = table.all_rows() if later is None else table.rows_for(later.optimizers)
-        now = ~waits
-        uneven = numpy.flatnonzero(now & (table.kinds == _UNEVEN)).tolist()
-        addresses = table.addresses.copy() if uneven else table.addresses
-        temporaries = [_plain(plan.tensors[row]) for row in uneven]
-        for row, tensor in zip(uneven, temporaries, strict=True):
-            addresses[row] = tensor.data_ptr()
-        columns = table.columns(
-            addresses, now & ((table.kinds == _HOST) | (table.kinds == _UNEVEN)), plan.layout.header
-        )
-        num_threads = self._num_threads if int(columns[1].sum()) > _ALONE_NBYTES else 1
-        native.gather(memory, columns, num_threads=num_threads)
-        copies = _DeviceCopies(plan, memory, numpy.flatnonzero(table.kinds == _DEVICE).tolist(), waits)
-        rows = numpy.flatnonzero(waits & (table.kinds == _HOST))
-        rest = table.addresses[rows], table.sizes[rows], table.offsets[rows]
-        tensors = [plan.tensors[row] for row in numpy.flatnonzero(waits).tolist()]
+        split = table.split_for(None if later is None else later.optimizers, plan.layout.header)
+        addresses = table.addresses
+        temporaries = [_plain(plan.tensors[row]) for row in split.uneven]
+        if temporaries:
+            addresses = addresses.copy()
+            addresses[split.uneven] = [tensor.data_ptr() for tensor in temporaries]
+        num_threads = self._num_threads if split.num_now_nbytes > _ALONE_NBYTES else 1
+        native.gather(memory, split.columns_now(addresses), num_threads=num_threads)
+        copies = _DeviceCopies(plan, memory, split)
+        rest = table.addresses[split.rest], split.rest_sizes, split.rest_offsets
+        tensors = split.waiting_of(plan.tensors)
+        # Where a tensor on the host gets other memory meanwhile, what is copied stays alive.
+        held = [tensor.untyped_storage() for tensor in split.rest_of(plan.tensors)]
         witness = None
         if later is not None and tensors:
-            begin = numpy.frombuffer(memory, numpy.uint8).ctypes.data
             witness = Witness(
                 tensors,
-                HostBytes(rest[0], rest[1], rest[2] + numpy.uint64(begin)),
-                copies.beside,
-                turn=later.turn,
-                all_bytes=later.all_bytes,
+                HostBytes(rest[0], rest[1], rest[2] + numpy.uint64(_address_of(memory))),
+                split.samples_of(plan.tensors, memory, later.turn),
+                watch=split.watch(later),
                 num_threads=self._num_threads,
             )
             copies.samples = witness.samples
         copies.start()
-        return Staging(memory, rest, tensors, copies, witness, num_threads=self._num_threads)
+        return Staging(memory, rest, held, copies, witness, num_threads=self._num_threads)
 
 
 class Staging:
@@ -124,7 +121,7 @@ class Staging:
         self,
         memory: memoryview,
         columns: tuple[Words, Words, Words],
-        tensors: Sequence[torch.Tensor],
+        held: Sequence[torch.UntypedStorage],
         copies: _DeviceCopies,
         witness: Witness | None,
         *,
@@ -132,17 +129,18 @@ class Staging:
     ) -> None:
         self._memory = memory
         self._columns = columns
-        # Where a tensor gets other memory meanwhile, what is copied stays alive.
-        self._storages = [tensor.untyped_storage() for tensor in tensors]
+        self._held = held
         self._copies = copies
         self._witness = witness
         self._num_threads = num_threads
         self._chunks: list[int] = []  # of the payload's beginning, as far as it was digested
-        self.waits = bool(tensors)
+        self.waits = bool(held) or copies.waits
         """Whether training must leave tensors alone until `copy` has returned."""
 
     def copy(self) -> None:
         """Brings the rest into the slot. Afterwards no tensor is read any more, except by `problem_of_tensors`."""
+        if self._witness is not None:
+            self._witness.look_closer()
         if self._copies.is_empty and self.waits:
             self._chunks = native.gather_digest(
                 self._memory, self._columns, chunk_nbytes=CHUNK_NBYTES, num_threads=self._num_threads
@@ -166,7 +164,7 @@ class Staging:
 
     def release(self) -> None:
         """Lets go of all tensors; nothing is known of changes any more."""
-        self._storages = []
+        self._held = ()
         self._witness = None
         self._copies.release()
 
@@ -179,18 +177,18 @@ class Staging:
 class _DeviceCopies:
     """Copies from devices: those that may not wait in the order of the current stream, the rest beside it."""
 
-    def __init__(self, plan: SavePlan, memory: memoryview, rows: Sequence[int], waits: NDArray[numpy.bool_]) -> None:
-        self.beside: list[OnDevice] = []
+    def __init__(self, plan: SavePlan, memory: memoryview, split: _Split) -> None:
         self.samples: Sequence[OnDevice] = ()
-        self._streams: dict[torch.device, device.SideStream] = {}
-        self.is_empty = not rows
-        for row in rows:
+        self._memory = memory
+        # Detached, what is copied stays where it is when a tensor gets other memory meanwhile.
+        self._tensors = list(map(torch.Tensor.detach, split.beside_of(plan.tensors)))
+        self._begins = split.beside_begins
+        self.waits = bool(self._tensors)
+        self._streams = {used: device.side_stream(used) for used in split.devices}
+        self.is_empty = not self._streams
+        for row in split.devices_now:
             one = OnDevice(plan.tensors[row].detach(), memory, plan.layout.entries[row].begin)
-            self._streams.setdefault(one.tensor.device, device.side_stream(one.tensor.device))
-            if waits[row]:
-                self.beside.append(one)
-            else:
-                one.copy().copy_(_plain(one.tensor), non_blocking=True)
+            one.copy().copy_(_plain(one.tensor), non_blocking=True)
 
     def start(self) -> None:
         """Lets the side streams begin when the current streams have come to this point."""
@@ -203,10 +201,12 @@ class _DeviceCopies:
         Args:
             arrived: told of offsets before which all bytes of devices are in the slot, while others are still copied.
         """
+        pairs = zip(self._tensors, self._begins, strict=True)
+        beside = [OnDevice(tensor, self._memory, begin) for tensor, begin in pairs]
         for used, stream in self._streams.items():
             with stream.running():
                 on_way: deque[tuple[torch.Event, int]] = deque()
-                for batch in _batches([one for one in self.beside if one.tensor.device == used]):
+                for batch in _batches([one for one in beside if one.tensor.device == used]):
                     _copy(batch)
                     on_way.append((stream.mark(), batch[-1].end))
                     if len(on_way) > _BATCHES_AHEAD:
@@ -216,7 +216,7 @@ class _DeviceCopies:
                     _await(on_way.popleft(), arrived)
 
     def release(self) -> None:
-        self.beside, self.samples = [], ()
+        self._tensors, self._begins, self.samples = [], [], ()
 
 
 def _batches(found: list[OnDevice]) -> Iterator[list[OnDevice]]:
@@ -254,7 +254,10 @@ class _Table:
         self.sizes: Words = numpy.array([entry.end - entry.begin for entry in entries], numpy.uint64)
         self.addresses: Words = numpy.array([tensor.data_ptr() for tensor in plan.tensors], numpy.uint64)
         self.kinds: NDArray[Any] = numpy.array(list(map(_kind_of, plan.tensors)), numpy.uint8)
-        self._split: tuple[frozenset[str], NDArray[numpy.bool_]] | None = None
+        self.devices = {tensor.device for tensor in plan.tensors if _kind_of(tensor) == _DEVICE}
+        self.watched = self._find_watched(plan.tensors)
+        """Rows on devices of which samples can be taken, by device and dtype, and their places in the payload."""
+        self._split: tuple[frozenset[str] | None, _Split] | None = None
 
     def is_of(self, plan: SavePlan) -> bool:
         return self._places is plan.places
@@ -262,29 +265,80 @@ class _Table:
     def find_moving(self, plan: SavePlan) -> None:
         """Reads anew where the tensors lie that may lie elsewhere in each plan."""
         for row in self._places.moving:
-            self.addresses[row] = plan.tensors[row].data_ptr()
-            self.kinds[row] = _kind_of(plan.tensors[row])
+            tensor = plan.tensors[row]
+            self.addresses[row] = tensor.data_ptr()
+            kind = _kind_of(tensor)
+            if kind == _DEVICE:
+                self.devices.add(tensor.device)
+            if kind != self.kinds[row]:
+                self.kinds[row] = kind
+                self._split = None
 
-    def all_rows(self) -> NDArray[numpy.bool_]:
-        found: NDArray[numpy.bool_] = (self.kinds == _HOST) | (self.kinds == _DEVICE)
-        return found
-
-    def rows_for(self, optimizers: frozenset[str]) -> NDArray[numpy.bool_]:
-        """Those that may wait for a copy in the background: all that changes them is a step of these."""
+    def split_for(self, optimizers: frozenset[str] | None, header: bytes) -> _Split:
+        """What may wait for a copy in the background, since all that changes it is a step of these; all where None."""
         if self._split is None or self._split[0] != optimizers:
-            sure = [bool(guard) and optimizers.issuperset(guard) for guard in self._places.guards]
-            is_worth = (self.sizes >= LATER_NBYTES) | (self.kinds == _DEVICE)
-            self._split = optimizers, numpy.array(sure, numpy.bool_) & is_worth
-        return self._split[1] & self.all_rows()
+            waits = (self.kinds == _HOST) | (self.kinds == _DEVICE)
+            if optimizers is not None:
+                sure = [bool(guard) and optimizers.issuperset(guard) for guard in self._places.guards]
+                waits &= numpy.array(sure, numpy.bool_) & ((self.sizes >= LATER_NBYTES) | (self.kinds == _DEVICE))
+            self._split = optimizers, _Split(self, waits, header)
+        return self._split[1]
 
-    def columns(self, addresses: Words, rows: NDArray[numpy.bool_], header: bytes) -> tuple[Words, Words, Words]:
-        """Those rows as segments, behind the header."""
-        head = numpy.frombuffer(header, numpy.uint8).ctypes.data
-        return (
-            numpy.concatenate([numpy.array([head], numpy.uint64), addresses[rows]]),
-            numpy.concatenate([numpy.array([len(header)], numpy.uint64), self.sizes[rows]]),
-            numpy.concatenate([numpy.array([0], numpy.uint64), self.offsets[rows]]),
-        )
+    def _find_watched(self, tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+        moving = frozenset(self._places.moving)
+        found = [row for row in numpy.flatnonzero(self.kinds == _DEVICE).tolist() if row not in moving]
+        found = [row for row in found if _is_even(tensors[row])]
+        found.sort(key=lambda row: f"{tensors[row].device} {tensors[row].dtype}")
+        return [(row, int(self.offsets[row])) for row in found]
+
+
+class _Split:
+    """The rows of a table, by when they are copied; the same as long as nothing but addresses changes."""
+
+    def __init__(self, table: _Table, waits: NDArray[numpy.bool_], header: bytes) -> None:
+        self.waits = waits
+        self.waiting_of = picker(numpy.flatnonzero(waits).tolist())
+        self.uneven: list[int] = numpy.flatnonzero(~waits & (table.kinds == _UNEVEN)).tolist()
+        on_devices = table.kinds == _DEVICE
+        self.devices = table.devices
+        self.devices_now: list[int] = numpy.flatnonzero(~waits & on_devices).tolist()
+        beside = numpy.flatnonzero(waits & on_devices)
+        self.beside_of = picker(beside.tolist())
+        self.beside_begins: list[int] = table.offsets[beside].tolist()
+        self._watched = [(row, begin) for row, begin in table.watched if waits[row]]
+        self.rest = numpy.flatnonzero(waits & (table.kinds == _HOST))
+        self.rest_of = picker(self.rest.tolist())
+        self.rest_sizes: Words = table.sizes[self.rest]
+        self.rest_offsets: Words = table.offsets[self.rest]
+        self._now = numpy.flatnonzero(~waits & ((table.kinds == _HOST) | (table.kinds == _UNEVEN)))
+        self._header = header  # kept alive: its address is used
+        self._header_address = numpy.array([_address_of(header)], numpy.uint64)
+        self._now_sizes: Words = numpy.concatenate([[numpy.uint64(len(header))], table.sizes[self._now]])
+        self._now_offsets: Words = numpy.concatenate([[numpy.uint64(0)], table.offsets[self._now]])
+        self.num_now_nbytes = int(self._now_sizes.sum())
+        self._all_bytes = Samples(self.rest_sizes, None)
+        self._first = Samples(self.rest_sizes, FIRST_NBYTES)
+        self._closer = Samples(self.rest_sizes, SAMPLED_NBYTES)
+
+    def columns_now(self, addresses: Words) -> tuple[Words, Words, Words]:
+        """What is copied at once as segments, behind the header."""
+        return numpy.concatenate([self._header_address, addresses[self._now]]), self._now_sizes, self._now_offsets
+
+    def samples_of(self, tensors: Sequence[torch.Tensor], memory: memoryview, turn: int) -> list[OnDevice]:
+        """Tensors on devices that the witness looks at: others each turn, evenly spread over all."""
+        stride = -(-len(self._watched) // _NUM_WATCHED) or 1
+        return [OnDevice(tensors[row], memory, begin) for row, begin in self._watched[turn % stride :: stride]]
+
+    def watch(self, later: Later) -> Watch:
+        """How the rest is looked at."""
+        if later.all_bytes:
+            return Watch(self._all_bytes, None, later.turn)
+        return Watch(self._first, self._closer, later.turn)
+
+
+def _address_of(data: bytes | memoryview) -> int:
+    address: int = numpy.frombuffer(data, numpy.uint8).__array_interface__["data"][0]
+    return address
 
 
 def _kind_of(tensor: torch.Tensor) -> int:
@@ -292,9 +346,13 @@ def _kind_of(tensor: torch.Tensor) -> int:
         return _EMPTY
     if tensor.device.type != "cpu":
         return _DEVICE
+    return _HOST if _is_even(tensor) else _UNEVEN
+
+
+def _is_even(tensor: torch.Tensor) -> bool:
+    """Whether its memory holds its items as they are counted, and will for as long as it lies there."""
     # A conjugate is told from its original by a bit of the tensor, which may change with nothing else.
-    is_even = tensor.is_contiguous() and not tensor.is_complex() and not tensor.is_neg() and not tensor.is_inference()
-    return _HOST if is_even else _UNEVEN
+    return tensor.is_contiguous() and not tensor.is_complex() and not tensor.is_neg() and not tensor.is_inference()
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

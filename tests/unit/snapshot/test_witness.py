@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ktrain.snapshot.witness import HostBytes, OnDevice, Witness, choose_samples
+from ktrain.snapshot.witness import FIRST_NBYTES, SAMPLED_NBYTES, HostBytes, OnDevice, Samples, Watch, Witness
+
+
+def watch(sizes: Any, *, turn: int = 3, all_bytes: bool = False) -> Watch:
+    if all_bytes:
+        return Watch(Samples(sizes, None), None, turn)
+    return Watch(Samples(sizes, FIRST_NBYTES), Samples(sizes, SAMPLED_NBYTES), turn)
 
 
 class Copying:
@@ -22,7 +30,7 @@ class Copying:
         ]
         sizes = numpy.array([tensor.nbytes for tensor in tensors], numpy.uint64)
         host = HostBytes(places[0], sizes, places[1])
-        self.witness = Witness(tensors, host, [], turn=turn, all_bytes=all_bytes, num_threads=2)
+        self.witness = Witness(tensors, host, [], watch=watch(sizes, turn=turn, all_bytes=all_bytes), num_threads=2)
 
     def copy(self) -> str | None:
         for copy, tensor in zip(self.copies, self.tensors, strict=True):
@@ -37,7 +45,8 @@ class Copying:
 )
 def test_samples_of_any_sizes_lie_in_every_tensor_and_keep_the_budget(sizes: list[int], budget: int, turn: int) -> None:
     of_each = numpy.array(sizes, numpy.uint64)
-    owners, begins, lengths = choose_samples(of_each, budget, turn)
+    samples = Samples(of_each, budget)
+    owners, begins, lengths = samples.owners, samples.begins(turn), samples.sizes
     assert sorted(set(owners.tolist())) == list(range(len(sizes)))
     if sum(sizes) <= budget:
         assert begins.tolist() == [0] * len(sizes) and lengths.tolist() == sizes
@@ -51,9 +60,9 @@ def test_samples_of_any_sizes_lie_in_every_tensor_and_keep_the_budget(sizes: lis
 
 def test_samples_of_many_saves_come_to_every_place() -> None:
     seen = numpy.zeros(1 << 16, bool)
+    samples = Samples(numpy.array([1 << 16], numpy.uint64), 9000)
     for turn in range(1, 400):
-        _, begins, lengths = choose_samples(numpy.array([1 << 16], numpy.uint64), 9000, turn)
-        for begin, nbytes in zip(begins.tolist(), lengths.tolist(), strict=True):
+        for begin, nbytes in zip(samples.begins(turn).tolist(), samples.sizes.tolist(), strict=True):
             seen[begin : begin + nbytes] = True
     assert seen.all()
 
@@ -101,6 +110,23 @@ def test_witness_of_a_large_state_finds_what_changes_all_of_a_tensor() -> None:
         assert copying.copy() is not None
 
 
+def test_witness_that_looked_closer_finds_what_the_first_look_passed_over() -> None:
+    copying = Copying([torch.zeros(1 << 19)])  # 2 MiB
+    looked_at = Samples(numpy.array([2 << 20], numpy.uint64), FIRST_NBYTES)
+    first = int(looked_at.begins(1)[0])
+    at = (first + 8192) // 4 if first < 4096 else first // 4 - 1  # beside the first piece, which has 4 KiB at most
+    copying.witness.look_closer()
+    copying.tensors[0].data[at] = 1.0
+    assert copying.copy() is not None
+
+
+def test_witness_that_did_not_look_closer_finds_a_change_of_a_whole_tensor() -> None:
+    copying = Copying([torch.zeros(1 << 19), torch.zeros(1 << 18)])
+    copying.tensors[1].data += 1.0
+    copying.witness.look_closer()  # too late: what it sees is what will be copied
+    assert copying.copy() is not None
+
+
 def test_witness_of_all_bytes_finds_one_element_of_a_large_state() -> None:
     copying = Copying([torch.zeros(5 << 20)], all_bytes=True)
     copying.tensors[0].data[3_333_333] = 1.0
@@ -119,7 +145,7 @@ NO_HOST = HostBytes(NOTHING, NOTHING, NOTHING)
 @pytest.mark.parametrize("is_changed", [False, True])
 def test_witness_compares_samples_of_devices_with_their_copies(is_changed: bool) -> None:
     pair = on_device(torch.randn(50, 40))
-    witness = Witness([pair.tensor], NO_HOST, [pair], turn=3, all_bytes=False, num_threads=1)
+    witness = Witness([pair.tensor], NO_HOST, [pair], watch=watch(NOTHING), num_threads=1)
     if is_changed:
         pair.tensor.data.add_(1.0)
     for one in (pair, *witness.samples):
@@ -130,7 +156,7 @@ def test_witness_compares_samples_of_devices_with_their_copies(is_changed: bool)
 def test_witness_of_tensors_on_two_devices_finds_good_copies_good() -> None:
     tensors = [torch.arange(400.0), torch.arange(900.0), torch.arange(600.0)]
     pairs = [on_device(tensor) for tensor in tensors]
-    witness = Witness(tensors, NO_HOST, pairs, turn=3, all_bytes=False, num_threads=1)
+    witness = Witness(tensors, NO_HOST, pairs, watch=watch(NOTHING), num_threads=1)
     for one in (*pairs, *witness.samples):
         one.copy().copy_(one.tensor)
     # As from two devices: the samples of each are joined by themselves.
