@@ -123,13 +123,13 @@ def test_look_at_no_tensors_is_possible() -> None:
 
 def test_dlpack_of_this_torch_describes_every_dtype_that_can_be_stored() -> None:
     names = "bool uint16 int64 float16 bfloat16 float8_e4m3fn float8_e8m0fnu float4_e2m1fn_x2 complex64".split()
-    records = [look.forms_by_dlpack([torch.empty(2, dtype=dtype_of(name))]) for name in names]
-    assert all(isinstance(record, bytes) for record in records)
+    found = [look.read_by_dlpack([torch.empty(2, dtype=dtype_of(name))], False) for name in names]
+    assert all(one is not None and isinstance(one[0], bytes) for one in found)
 
 
 def test_dlpack_without_words_for_a_tensor_leaves_it_to_the_getters() -> None:
     tensors = [torch.zeros(3), torch.zeros(3, device="meta")]
-    assert look.forms_by_dlpack(tensors) is None
+    assert look.read_by_dlpack(tensors, False) is None
     before = Look(tensors)
     assert before.try_again(tensors) is not None
     assert before.try_again([tensors[0], torch.zeros(4, device="meta")]) is None
