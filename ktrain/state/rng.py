@@ -37,7 +37,7 @@ class Generators:
             import numpy
 
             name, key, position, has_gauss, cached = numpy.random.get_state(legacy=True)
-            words = torch.from_numpy(key.astype(numpy.int64))
+            words = torch.from_numpy(numpy.asarray(key, dtype=numpy.int64))
             state["numpy"] = (str(name), words, int(position), int(has_gauss), float(cached))
         return state
 
