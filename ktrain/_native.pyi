@@ -1,4 +1,4 @@
-from typing import final
+from typing import Any, final
 
 from typing_extensions import Buffer
 
@@ -18,6 +18,14 @@ def prove_scatter(
 def gather(target: Buffer, columns: tuple[Buffer, Buffer, Buffer], num_threads: int) -> None: ...
 def digest_pieces(addresses: Buffer, sizes: Buffer, num_threads: int) -> bytes: ...
 def describe_tensors(exchange: object, tensors: tuple[object, ...]) -> bytes | None: ...
+def describe_parts(
+    exchange: object,
+    tensors: tuple[object, ...],
+    around: type,
+    specification: str,
+    inside: str,
+    plain: tuple[type, ...],
+) -> tuple[bytes, list[Any]] | None: ...
 def prefault(target: Buffer, num_threads: int) -> int: ...
 
 @final

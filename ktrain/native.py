@@ -209,6 +209,35 @@ def describe_tensors(exchange: object, tensors: Sequence[object]) -> bytes | Non
     return _native.describe_tensors(exchange, tuple(tensors))
 
 
+@dataclass(frozen=True, slots=True)
+class Around:
+    """How tensors of one class have others inside.
+
+    Attributes:
+        kind: the class; its subclasses count too.
+        specification: name of the attribute whose identity counts. Whoever compares records keeps these objects alive.
+        inside: name of the attribute with the tensor whose bytes count.
+        plain: the very classes that this one may be of, and tensors that are not `kind`.
+    """
+
+    kind: type
+    specification: str
+    inside: str
+    plain: tuple[type, ...]
+
+
+def describe_parts(exchange: object, tensors: Sequence[object], around: Around) -> tuple[bytes, list[Any]] | None:
+    """As `describe_tensors`, where tensors with others inside are described by these.
+
+    Returns:
+        The record, and the tensors with inner ones in the place of those around them. None as `describe_tensors`, and
+        where one is of another class than may be.
+    """
+    return _native.describe_parts(
+        exchange, tuple(tensors), around.kind, around.specification, around.inside, around.plain
+    )
+
+
 def isa() -> str:
     """Returns the name of the digest variant in use: "portable", "pclmul" or "vpclmul"."""
     return _native.isa()

@@ -216,7 +216,7 @@ class Pulse:
             self._clock.wait(self._wake, min(_NEWS_S, due.remaining_s()))
             last = self._ended.is_set()
             news = self._wake.is_set() or self._has_news
-            if not news and not due.expired():
+            if not (news or last or due.expired()):
                 continue
             self._wake.clear()
             due = Deadline.after(self._timeouts.beat_s, self._clock)

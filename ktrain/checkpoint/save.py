@@ -314,7 +314,7 @@ class Saver:
         assert self.volume is not None
         try:
             self._next.lease_ahead(self.volume, nbytes, protect=self._protected())
-        except _TIER_FAILURES as error:
+        except (*_TIER_FAILURES, KtrainError) as error:
             _LOG.debug("no slot is leased ahead: %s", error)  # the save itself says what is wrong
 
     def _await_log(self, made: _Snapshot) -> None:

@@ -87,7 +87,7 @@ class NodeVolume:
         self._own = OwnSlots(self._inventory, calls or SlotCalls())
         self._pid = os.getpid()
         self._committed_path = self.path / contract.COMMITTED_FILE
-        self._committed: tuple[bytes, Mapping[str, tuple[int, int]]] = b"", {}  # the file, and what it says
+        self._committed: tuple[bytes | None, Mapping[str, tuple[int, int]]] = None, {}  # the file, and what it says
         with translated(f"open volume {self.path}"):
             self._volume_fd: int | None = open_folder(root, self.path)
             try:
@@ -152,6 +152,8 @@ class NodeVolume:
             CorruptionError: the file is damaged; what is protected cannot be told until it is written again.
         """
         data = _try_read_small(self._committed_path)
+        if data is None:
+            return {}
         known = self._committed  # replaced whole
         if known[0] != data:
             known = self._committed = data, _parse_committed(self._committed_path, data)
@@ -345,12 +347,12 @@ class NodeVolume:
             raise InternalError(f"volume {self.path}: used in a forked child; open it there again")
 
 
-def _try_read_small(path: Path) -> bytes:
-    """A file of some hundred bytes; nothing where there is none. Python's own files take four times as long to open."""
+def _try_read_small(path: Path) -> bytes | None:
+    """A file of some hundred bytes; None where there is none. Python's own files take four times as long to open."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        return b""
+        return None
     try:
         return os.read(fd, _SMALL_NBYTES)
     finally:

@@ -6,15 +6,17 @@ Twenty thousand tensors take a few milliseconds: their properties are read by a 
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from ktrain import native
 from ktrain.state.tensors import PLAIN_TYPES, is_dtensor
 
-_INSIDE = operator.attrgetter("_spec", "_local_tensor")
+_SPECIFICATION, _INSIDE = "_spec", "_local_tensor"  # of a DTensor
+_inside_of = operator.attrgetter(_SPECIFICATION, _INSIDE)
 
 
 class Look:
@@ -26,18 +28,19 @@ class Look:
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._num = len(tensors)
-        self._dtensors = [at for at, tensor in enumerate(tensors) if is_dtensor(tensor)]
-        self._spread_of = picker(self._dtensors)
-        self._owners = list(map(id, tensors)) if self._dtensors else []
-        specs, parts = self._inside(tensors)
-        self._specs = specs
+        dtensors = [tensor for tensor in tensors if is_dtensor(tensor)]
+        # The specification of a DTensor is never changed; one of another placement is another object. They are kept, so
+        # that no other object gets the number of one.
+        self._specs = [_inside_of(tensor)[0] for tensor in dtensors]
+        parts = list(map(inside_of, tensors))
         self.is_possible = all(type(part) in PLAIN_TYPES and not part.is_neg() for part in parts)
         """False where a tensor is of a class, or of a kind of view, whose bytes are not its values."""
-        self._read = forms_by_dlpack
-        self._forms = self._read(parts) if self.is_possible else None
-        if self.is_possible and self._forms is None:
-            self._read = forms_by_getters
-            self._forms = self._read(parts)
+        self._read = read_by_dlpack
+        found = self._read(tensors, bool(dtensors)) if self.is_possible else None
+        if self.is_possible and found is None:
+            self._read = read_by_getters
+            found = self._read(tensors, bool(dtensors))
+        self._forms = None if found is None else found[0]
 
     def try_again(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor] | None:
         """The rank's own parts of the tensors that were looked at, without views made for it.
@@ -46,23 +49,14 @@ class Look:
         """
         if not self.is_possible or len(tensors) != self._num:
             return None
-        if self._dtensors and list(map(id, tensors)) != self._owners:
-            return None
-        specs, parts = self._inside(tensors)
-        # The specification of a DTensor is never changed; one of another placement is another object.
-        if not all(map(operator.is_, specs, self._specs)) or not PLAIN_TYPES.issuperset(map(type, parts)):
-            return None
-        return parts if self._read(parts) == self._forms else None
+        found = self._read(tensors, bool(self._specs))
+        return None if found is None or found[0] != self._forms else found[1]
 
-    def _inside(self, tensors: Sequence[torch.Tensor]) -> tuple[Sequence[Any], Sequence[torch.Tensor]]:
-        """The specifications of the DTensors, and all tensors with the local parts in the place of these."""
-        if not self._dtensors:
-            return (), tensors
-        specs, locals_ = zip(*map(_INSIDE, self._spread_of(tensors)), strict=True)
-        parts = list(tensors)
-        for at, part in zip(self._dtensors, locals_, strict=True):
-            parts[at] = part
-        return specs, parts
+
+def inside_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The local part of a DTensor, as it is; any other tensor itself."""
+    part: torch.Tensor = _inside_of(tensor)[1] if is_dtensor(tensor) else tensor
+    return part
 
 
 def picker(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
@@ -72,16 +66,35 @@ def picker(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
     return lambda values: [values[place] for place in places]
 
 
-def forms_by_dlpack(parts: Sequence[torch.Tensor]) -> object | None:
-    """What plain tensors are besides their values; None where torch or DLPack cannot tell."""
-    return native.describe_tensors(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None), parts)
+Found: TypeAlias = "tuple[object, Sequence[torch.Tensor]]"
+"""What tensors are besides their values, to be compared, and the tensors that have their bytes."""
 
 
-def forms_by_getters(parts: Sequence[torch.Tensor]) -> object | None:
+def read_by_dlpack(tensors: Sequence[torch.Tensor], has_dtensors: bool) -> Found | None:
+    """None where torch or DLPack cannot tell."""
+    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if has_dtensors:
+        kind = sys.modules["torch.distributed.tensor"].DTensor
+        around = native.Around(kind, _SPECIFICATION, _INSIDE, tuple(PLAIN_TYPES))
+        return native.describe_parts(exchange, tensors, around)
+    if not PLAIN_TYPES.issuperset(map(type, tensors)):
+        return None
+    forms = native.describe_tensors(exchange, tensors)
+    return None if forms is None else (forms, tensors)
+
+
+def read_by_getters(tensors: Sequence[torch.Tensor], has_dtensors: bool) -> Found | None:
     """The same by torch's getters: about five times as slow."""
+    owners: list[Any] = []
+    parts = tensors
+    if has_dtensors:
+        parts = list(map(inside_of, tensors))
+        owners = [(id(tensor), id(_inside_of(tensor)[0])) for tensor in tensors if is_dtensor(tensor)]
+    if not PLAIN_TYPES.issuperset(map(type, parts)):
+        return None
     # Few at a time: then each tensor is fetched into the cache once, not once for each property.
     blocks = [parts[begin : begin + _BLOCK] for begin in range(0, len(parts), _BLOCK)]
-    return [[list(map(get, block)) for get in _GETTERS] for block in blocks]
+    return (owners, [[list(map(get, block)) for get in _GETTERS] for block in blocks]), parts
 
 
 _BLOCK = 256

@@ -36,9 +36,8 @@ class Generators:
         if "numpy.random" in sys.modules:
             import numpy
 
-            found: Any = numpy.random.get_state(legacy=True)
-            name, key, position, has_gauss, cached = found
-            words = torch.from_numpy(key.astype(numpy.int64))
+            name, key, position, has_gauss, cached = numpy.random.get_state(legacy=True)
+            words = torch.from_numpy(numpy.asarray(key, dtype=numpy.int64))
             state["numpy"] = (str(name), words, int(position), int(has_gauss), float(cached))
         return state
 

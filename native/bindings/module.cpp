@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdint>
 #include <limits>
@@ -245,34 +246,78 @@ auto describer(nb::handle capsule) -> decltype(ktrain::dlpack::Exchange::tensor_
   return reinterpret_cast<const ktrain::dlpack::Exchange*>(header)->tensor_from_py_object;
 }
 
-// Identity, class, address, device, dtype, shape and strides of all tensors, as the words of a record; equal records
-// say that nothing but values changed. None where the capsule has no such function or a tensor cannot be described.
+using Describer = decltype(ktrain::dlpack::Exchange::tensor_from_py_object);
+using Record = std::vector<std::int64_t>;
+
+std::int64_t word_of(nb::handle object) { return reinterpret_cast<std::int64_t>(object.ptr()); }
+
+// Appends identity, class, address, device, dtype, shape and strides of a tensor; false where it cannot be described.
+bool describe_into(Record& record, Describer describe, nb::handle tensor) {
+  ktrain::dlpack::Tensor form{};
+  if (describe(tensor.ptr(), &form) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  const std::int64_t dtype = form.dtype_code | form.dtype_bits << 8 | form.dtype_lanes << 16;
+  record.insert(record.end(),
+                {word_of(tensor), word_of(tensor.type()),
+                 reinterpret_cast<std::int64_t>(form.data) + static_cast<std::int64_t>(form.byte_offset),
+                 static_cast<std::int64_t>(form.device_type) << 32 | form.device_id, dtype << 32 | form.ndim});
+  record.insert(record.end(), form.shape, form.shape + form.ndim);
+  if (form.ndim > 0) {
+    record.insert(record.end(), form.strides, form.strides + form.ndim);
+  }
+  return true;
+}
+
+nb::bytes to_bytes(const Record& record) {
+  return nb::bytes(reinterpret_cast<const char*>(record.data()), record.size() * sizeof(std::int64_t));
+}
+
+// A record of all tensors; equal records say that nothing but values changed. None where the capsule has no such
+// function or a tensor cannot be described.
 nb::object describe_tensors(nb::handle capsule, nb::tuple tensors) {
-  const auto describe = describer(capsule);
+  const Describer describe = describer(capsule);
   if (describe == nullptr) {
     return nb::none();
   }
-  std::vector<std::int64_t> record;
+  Record record;
   record.reserve(tensors.size() * 10);  // of tensors of two dimensions
   for (const nb::handle tensor : tensors) {
-    ktrain::dlpack::Tensor form{};
-    if (describe(tensor.ptr(), &form) != 0) {
-      PyErr_Clear();
+    if (!describe_into(record, describe, tensor)) {
       return nb::none();
     }
-    const std::int64_t dtype = form.dtype_code | form.dtype_bits << 8 | form.dtype_lanes << 16;
-    record.insert(record.end(), {reinterpret_cast<std::int64_t>(tensor.ptr()),
-                                 reinterpret_cast<std::int64_t>(tensor.type().ptr()),
-                                 reinterpret_cast<std::int64_t>(form.data) +
-                                     static_cast<std::int64_t>(form.byte_offset),
-                                 static_cast<std::int64_t>(form.device_type) << 32 | form.device_id,
-                                 dtype << 32 | form.ndim});
-    record.insert(record.end(), form.shape, form.shape + form.ndim);
-    if (form.ndim > 0) {
-      record.insert(record.end(), form.strides, form.strides + form.ndim);
-    }
   }
-  return nb::bytes(reinterpret_cast<const char*>(record.data()), record.size() * sizeof(std::int64_t));
+  return to_bytes(record);
+}
+
+// The same of tensors some of which are of a class around others: of these, identity, class and specification, and
+// then what is inside. With the record, all tensors with the inner ones in the place of those around them. None too where
+// one of these is of no class in `plain`.
+nb::object describe_parts(nb::handle capsule, nb::tuple tensors, nb::handle around, nb::str specification,
+                          nb::str inside, nb::tuple plain) {
+  const Describer describe = describer(capsule);
+  if (describe == nullptr || PyType_Check(around.ptr()) == 0) {
+    return nb::none();
+  }
+  auto* const kind = reinterpret_cast<PyTypeObject*>(around.ptr());
+  Record record;
+  record.reserve(tensors.size() * 13);
+  nb::list parts;
+  for (const nb::handle tensor : tensors) {
+    nb::object part = nb::borrow(tensor);
+    if (PyObject_TypeCheck(tensor.ptr(), kind) != 0) {
+      const nb::object spec = tensor.attr(specification);
+      record.insert(record.end(), {word_of(tensor), word_of(tensor.type()), word_of(spec)});
+      part = tensor.attr(inside);
+    }
+    const auto is_class_of_part = [&part](nb::handle one) { return one.ptr() == part.type().ptr(); };
+    if (std::none_of(plain.begin(), plain.end(), is_class_of_part) || !describe_into(record, describe, part)) {
+      return nb::none();
+    }
+    parts.append(part);
+  }
+  return nb::make_tuple(to_bytes(record), parts);
 }
 
 int prefault(nb::handle target, unsigned num_threads) {
@@ -326,6 +371,8 @@ NB_MODULE(_native, module) {
   module.def("gather", &gather, nb::arg("target"), nb::arg("columns"), nb::arg("num_threads"));
   module.def("digest_pieces", &digest_pieces, nb::arg("addresses"), nb::arg("sizes"), nb::arg("num_threads"));
   module.def("describe_tensors", &describe_tensors, nb::arg("exchange").none(), nb::arg("tensors"));
+  module.def("describe_parts", &describe_parts, nb::arg("exchange").none(), nb::arg("tensors"), nb::arg("around"),
+             nb::arg("specification"), nb::arg("inside"), nb::arg("plain"));
   module.def("prefault", &prefault, nb::arg("target"), nb::arg("num_threads"));
   nb::class_<MappedFile>(module, "MappedFile", nb::type_slots(mapped_file_slots), nb::is_weak_referenceable())
       .def("__len__", [](const MappedFile& mapping) { return mapping.bytes().size(); });

@@ -25,6 +25,7 @@ class Keeper:
         self.said: list[dict[str, Any]] = []
         self.events: dict[int, Any] = {}  # index -> event, as a real keeper tells them apart
         self.lose = 0
+        self.came = threading.Event()  # an event
         self.refusal: KtrainError | None = None
 
     def call(self, name: str, params: dict[str, Any], *, timeout_s: float) -> dict[str, Any]:
@@ -33,6 +34,8 @@ class Keeper:
         self.said.append(params)
         for index, event in enumerate(params["events"], start=params["events_from"]):
             assert self.events.setdefault(index, event) == event, "two events under one number"
+        if self.events:
+            self.came.set()
         if self.lose:
             self.lose -= 1
             raise UnavailableError("the answer was lost")
@@ -72,6 +75,17 @@ def test_events_whose_answers_were_lost_arrive_once_and_in_order(keeper: Keeper,
     keeper.lose = 0
     assert pulse.flush(soon())
     assert [keeper.events[index]["number"] for index in range(30)] == list(range(30)) and len(keeper.events) == 30
+
+
+def test_what_steps_say_is_taken_along_by_few_pulses_and_awaited_by_nobody(keeper: Keeper, pulse: Pulse) -> None:
+    pulse.wait_answer(soon(), "first")
+    before = len(keeper.said)
+    for step in range(1, 1001):
+        pulse.emit("step", step=step, loss=1.0, samples=None)
+        pulse.note_step(step)
+    assert keeper.came.wait(30) and len(keeper.said) - before <= 100
+    assert pulse.flush(soon())
+    assert [keeper.events[index]["step"] for index in range(1000)] == list(range(1, 1001))
 
 
 def test_end_hands_over_the_last_word(keeper: Keeper, pulse: Pulse) -> None:

@@ -419,7 +419,7 @@ def test_committed_without_announcement_is_empty_and_then_what_was_written(tmp_p
         assert again.committed() == {"memory": (20, 2), "peer": (10, 1)}
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"peer": 3}'])
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"peer": 3}'])
 def test_acquire_with_a_damaged_announcement_takes_nothing(tmp_path: Path, text: str) -> None:
     with volume_at(tmp_path) as volume:
         for step in (10, 20):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import operator
 import struct
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor, Shard
 
 from ktrain import native
 from ktrain.state import look
-from ktrain.state.look import Look
+from ktrain.state.look import Look, inside_of
 from ktrain.state.tensors import dtype_of
+from tests.unit.state.meshes import distribute, fake_rank, mesh_of
 
 Change = Callable[[list[torch.Tensor]], None]
 
@@ -121,15 +124,69 @@ def test_look_at_no_tensors_is_possible() -> None:
     assert Look([]).try_again(some()) is None
 
 
+def put_other_local(tensors: list[Any]) -> None:
+    tensors[1]._local_tensor = torch.zeros(2, 4)
+
+
+def put_strided_local(tensors: list[Any]) -> None:
+    tensors[1]._local_tensor.data = tensors[1]._local_tensor.view(-1).as_strided((2, 4), (1, 2))
+
+
+def put_local_of_other_class(tensors: list[Any]) -> None:
+    class Own(torch.Tensor):
+        pass
+
+    tensors[1]._local_tensor = tensors[1]._local_tensor.as_subclass(Own)
+
+
+def put_other_specification(tensors: list[Any]) -> None:
+    tensors[1]._spec = copy.copy(tensors[1]._spec)
+
+
+def put_other_around(tensors: list[Any]) -> None:
+    tensors[1] = DTensor(tensors[1]._local_tensor, tensors[1]._spec, requires_grad=False)
+
+
+def put_local_bare(tensors: list[Any]) -> None:
+    tensors[1] = tensors[1]._local_tensor
+
+
+LOCAL_CHANGES = [
+    put_other_local,
+    put_strided_local,
+    put_local_of_other_class,
+    put_other_specification,
+    put_other_around,
+    put_local_bare,
+]
+
+
+@pytest.mark.usefixtures("looked")
+@pytest.mark.parametrize("change", LOCAL_CHANGES)
+def test_look_at_a_change_inside_of_a_dtensor_finds_it(change: Callable[[list[Any]], None]) -> None:
+    with fake_rank(1, 2):
+        mesh = mesh_of((2,))
+        tensors: list[Any] = [torch.zeros(3), *(distribute(torch.zeros(4, 4), mesh, [Shard(0)]) for _ in range(2))]
+        before = Look(tensors)
+        for tensor in tensors:
+            inside_of(tensor).fill_(7.0)
+        found = before.try_again(tuple(tensors))
+        assert found is not None and all(map(operator.is_, found, map(inside_of, tensors)))
+        kept = [*tensors, tensors[1]._local_tensor, tensors[1]._spec]  # so that nothing new lies where something was
+        change(tensors)
+        assert before.try_again(tensors) is None
+        assert kept
+
+
 def test_dlpack_of_this_torch_describes_every_dtype_that_can_be_stored() -> None:
     names = "bool uint16 int64 float16 bfloat16 float8_e4m3fn float8_e8m0fnu float4_e2m1fn_x2 complex64".split()
-    records = [look.forms_by_dlpack([torch.empty(2, dtype=dtype_of(name))]) for name in names]
-    assert all(isinstance(record, bytes) for record in records)
+    found = [look.read_by_dlpack([torch.empty(2, dtype=dtype_of(name))], False) for name in names]
+    assert all(one is not None and isinstance(one[0], bytes) for one in found)
 
 
 def test_dlpack_without_words_for_a_tensor_leaves_it_to_the_getters() -> None:
     tensors = [torch.zeros(3), torch.zeros(3, device="meta")]
-    assert look.forms_by_dlpack(tensors) is None
+    assert look.read_by_dlpack(tensors, False) is None
     before = Look(tensors)
     assert before.try_again(tensors) is not None
     assert before.try_again([tensors[0], torch.zeros(4, device="meta")]) is None
