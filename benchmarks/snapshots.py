@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 import ktrain
 from benchmarks.bench import Bench
-from benchmarks.harness import Proofs
+from benchmarks.harness import Bytes, Proofs, as_bytes
 from ktrain.base.clock import Deadline
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.lineage import Copy
@@ -168,6 +170,8 @@ class Restored:
         shapes = [value.numel() for value in saved.module.parameters()]
         self.module = Tensors(len(shapes), shapes[0] * 4, seed=99, first=saved.module.first)
         self._state = TrainState({"model": self.module})
+        live, of = self.module.parameters(), saved.module.parameters()
+        self._pairs = [(as_bytes(into), as_bytes(value)) for into, value in zip(live, of, strict=True)]
         self._volume = volume or saved.volume
         self._tier = open_tier(run_url, timeouts=Timeouts())
         self.phases: dict[str, list[float]] = {"parse": [], "plan": [], "read and prove": [], "apply": []}
@@ -200,6 +204,16 @@ class Restored:
         for phase, taken in zip(self.phases.values(), seconds, strict=True):
             phase.append(taken)
 
+    def copy_plainly(self, num_threads: int) -> None:
+        """Copies the saved tensors into the live ones, one after the other, each thread its share of them."""
+        shares = [self._pairs[at::num_threads] for at in range(num_threads)]
+        others = [threading.Thread(target=_copy_all, args=(share,)) for share in shares[1:]]
+        for thread in others:
+            thread.start()
+        _copy_all(shares[0])
+        for thread in others:
+            thread.join()
+
     def prove(self, copy: Copy, proofs: Proofs) -> None:
         """Proves that a restore gives the saved values, starting from others."""
         with torch.no_grad():
@@ -209,6 +223,11 @@ class Restored:
         pairs = zip(self.module.parameters(), self._saved.module.parameters(), strict=True)
         same = all(torch.equal(found, expected) for found, expected in pairs)
         proofs.true(f"a restore from {copy.tier} gives every saved value", same)
+
+
+def _copy_all(pairs: Sequence[tuple[Bytes, Bytes]]) -> None:
+    for target, source in pairs:
+        np.copyto(target, source)
 
 
 def large(bench: Bench) -> Snapshotter:

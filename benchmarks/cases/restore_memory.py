@@ -13,15 +13,19 @@ from benchmarks.snapshots import Restored, Snapshotter, large
 from ktrain.base import contract
 from ktrain.checkpoint.lineage import Copy
 
+_TENSORS = "plain copy into the same live tensors"
+
 
 def _run(bench: Bench) -> Outcome:
     return run_with(bench, large(bench))
 
 
 def run_with(bench: Bench, snapshots: Snapshotter) -> Outcome:
-    """Restores the newest snapshot, beside two plain copies: of warm memory, and of the slot as it is opened.
+    """Restores the newest snapshot, beside plain copies: of warm memory, of the slot as it is opened, and of tensors.
 
-    A process that restores has just begun, so it maps the slot anew; what that costs, no copy can spare.
+    A process that restores has just begun, so it maps the slot anew; what that costs, no copy can spare. The tensors
+    are the very ones that the restore fills, and lie where torch put them: each by itself, in small pages, while the
+    target of the first two is one buffer in huge ones.
     """
     proofs = Proofs()
     snapshots.prove(proofs)
@@ -34,10 +38,12 @@ def run_with(bench: Bench, snapshots: Snapshotter) -> Outcome:
         restored = Restored(snapshots, run_url=str(bench.work_dir / "unused"), num_threads=threads)
         restored.prove(copy, proofs)
         label = f"{threads} thread{'s' if threads > 1 else ''}"
-        plain, opened, name = f"memcpy, {label}", f"open and memcpy, {label}", f"restore from memory, {label}"
+        plain, opened, tensors = f"memcpy, {label}", f"open and memcpy, {label}", f"{_TENSORS}, {label}"
+        name = f"restore from memory, {label}"
         steps += [
             Step(plain, Kind.BASELINE, nbytes, partial(memcpy, target, source, threads)),
             Step(opened, Kind.BASELINE, nbytes, partial(_open_and_copy, snapshots, target, threads), plain),
+            Step(tensors, Kind.BASELINE, nbytes, partial(restored.copy_plainly, threads), plain),
             Step(name, Kind.KTRAIN, nbytes, partial(restored.load, copy), plain),
         ]
         parts[name] = restored
@@ -52,14 +58,15 @@ def _open_and_copy(snapshots: Snapshotter, target: Bytes, num_threads: int) -> N
 
 
 def _with_parts(rows: Sequence[Measured], parts: dict[str, Restored], repeats: int) -> list[Measured]:
-    """Behind each restore its share of the plain copy of an opened slot, and what its phases took."""
+    """Behind each restore its share of the other plain copies, and what its phases took."""
     found: list[Measured] = []
     for row in rows:
         found.append(row)
         if row.name in parts:
             label = row.name.rpartition(", ")[2]
-            again = f"the same, beside open and memcpy, {label}"
-            found.append(Measured(again, row.kind, row.nbytes, row.seconds, f"open and memcpy, {label}"))
+            for beside in ("open and memcpy", _TENSORS):
+                baseline = f"{beside}, {label}"
+                found.append(Measured(f"the same, beside {baseline}", row.kind, row.nbytes, row.seconds, baseline))
             for phase, seconds in parts[row.name].phases.items():
                 found.append(Measured(f"- {phase}, {label}", Kind.KTRAIN, 0, tuple(seconds[-repeats:])))
     return found

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy
 import numpy.typing as npt
@@ -47,15 +47,19 @@ def land(targets: Mapping[str, Target]) -> Landing:
     """Finds or makes the memory for every target that plain copies can fill. Writes to none of it."""
     with without_collections():
         memory = {name: local for name, target in targets.items() if (local := _host_memory(target)) is not None}
-        for name in _sharing(memory, targets):
+        places = {name: (local.data_ptr(), local.nbytes) for name, local in memory.items()}
+        for name in _sharing(places, targets):
             del memory[name]
         tables: dict[int, _Table] = {}
         views: list[Target] = []
+        nbytes = 0
         for name, target in targets.items():
-            if name not in memory or not _add_rows(target, memory[name], tables):
+            if name in memory and _add_rows(target, *places[name], tables):
+                nbytes += places[name][1]
+            else:
                 memory.pop(name, None)
                 views.append(target)
-        nbytes = sum(target.box.numel * item_nbytes(target.dtype) for target in targets.values())
+                nbytes += target.box.numel * item_nbytes(target.dtype)
         return Landing(memory, {rank: table.runs() for rank, table in tables.items()}, ranges_of(views), nbytes)
 
 
@@ -64,33 +68,34 @@ def _host_memory(target: Target) -> torch.Tensor | None:
     local = target.into
     if local is None:
         return torch.empty(target.box.lengths, dtype=dtype_of(target.dtype)) if target.is_host else None
-    plain = local.device.type == "cpu" and local.layout is torch.strided and local.is_contiguous()
+    plain = local.is_cpu and local.layout is torch.strided and local.is_contiguous()
     return local if plain and not local.is_conj() and not local.is_neg() else None
 
 
-def _sharing(memory: Mapping[str, torch.Tensor], targets: Mapping[str, Target]) -> list[str]:
+_Places: TypeAlias = Mapping[str, tuple[int, int]]
+"""Address and size of the memory of targets."""
+
+
+def _sharing(places: _Places, targets: Mapping[str, Target]) -> list[str]:
     """Targets whose memory others of them share: several threads must not write there, and their order matters.
 
     Of targets that are one tensor with one value (tied weights) none is in the way of another.
     """
-    names = [name for name, local in memory.items() if targets[name].into is not None and local.numel()]
-    begin = numpy.array([memory[name].data_ptr() for name in names], dtype=numpy.int64)
-    end = begin + numpy.array([memory[name].nbytes for name in names], dtype=numpy.int64)
+    names = [name for name, (_, nbytes) in places.items() if nbytes and targets[name].into is not None]
+    begin, nbytes = numpy.array([places[name] for name in names], dtype=numpy.int64).reshape(-1, 2).T
+    end = begin + nbytes
     order = numpy.argsort(begin, kind="stable")
     begin, reach = begin[order], numpy.maximum.accumulate(end[order])
     group = numpy.concatenate(([0], numpy.cumsum(begin[1:] >= reach[:-1])))[: len(names)]
     crowded: dict[int, list[str]] = {}
     for at in numpy.flatnonzero(numpy.bincount(group)[group] > 1):
         crowded.setdefault(int(group[at]), []).append(names[order[at]])
-    return [name for sharers in crowded.values() if not _are_one(sharers, memory, targets) for name in sharers]
+    return [name for sharers in crowded.values() if not _are_one(sharers, places, targets) for name in sharers]
 
 
-def _are_one(names: list[str], memory: Mapping[str, torch.Tensor], targets: Mapping[str, Target]) -> bool:
-    address, nbytes, pieces = memory[names[0]].data_ptr(), memory[names[0]].nbytes, targets[names[0]].pieces
-    return all(
-        (memory[name].data_ptr(), memory[name].nbytes, targets[name].pieces) == (address, nbytes, pieces)
-        for name in names[1:]
-    )
+def _are_one(names: list[str], places: _Places, targets: Mapping[str, Target]) -> bool:
+    place, pieces = places[names[0]], targets[names[0]].pieces
+    return all((places[name], targets[name].pieces) == (place, pieces) for name in names[1:])
 
 
 @dataclass(slots=True)
@@ -112,15 +117,14 @@ class _Table:
         return Runs(*(numpy.ascontiguousarray(column).data for column in table))
 
 
-def _add_rows(target: Target, local: torch.Tensor, tables: dict[int, _Table]) -> bool:
-    """Adds the rows that fill a target; false where they would be too many."""
-    address = local.data_ptr()
+def _add_rows(target: Target, address: int, nbytes: int, tables: dict[int, _Table]) -> bool:
+    """Adds the rows that fill a target at an address; false where they would be too many."""
     if len(target.pieces) == 1:
         piece = target.pieces[0]
-        if piece.box == target.box and piece.end - piece.begin == local.nbytes:  # one run, as nearly always
-            table = tables.setdefault(piece.rank, _Table())
+        if piece.end - piece.begin == nbytes and piece.box == target.box:  # one run, as nearly always
+            table = tables.get(piece.rank) or tables.setdefault(piece.rank, _Table())
             table.address.append(address)
-            table.nbytes.append(local.nbytes)
+            table.nbytes.append(nbytes)
             table.offset.append(piece.begin)
             return True
     found = [(piece.rank, rows) for piece in target.pieces if (rows := _rows(piece, target, address)) is not None]

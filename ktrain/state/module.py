@@ -15,9 +15,9 @@ from ktrain.format import objects
 from ktrain.format.shard import Role
 from ktrain.state.known_module import KnownModule, can_look, loads_in_place
 from ktrain.state.parts import Collector, Context, OwnedParameter
-from ktrain.state.saved import Reader, Saved, Wishes
+from ktrain.state.saved import LiveRow, Reader, Saved, Wishes
 from ktrain.state.stages import join_module
-from ktrain.state.tensors import Leaf, dtype_name, is_dtensor, local_of
+from ktrain.state.tensors import PLAIN_TYPES, Leaf, dtype_name, is_dtensor, local_of
 
 _EXTRA_STATE = "_extra_state"  # torch's name for what get_extra_state() returns
 _COMPILED = "_orig_mod."
@@ -91,13 +91,20 @@ class ModulePart:
         about = wishes.objects[self.name] = join_module(self.name, names.values(), wishes)
         frozen = set(about.get("frozen", ()))
         self._pass_over(frozen, names, wishes)
+        aliases = about.get("aliases", {})
+        rows: list[LiveRow] = []
         for raw, value in state.items():
             name = names[raw]
             if _is_extra(raw) or not isinstance(value, torch.Tensor):
                 if name not in about.get("extra", {}):
                     wishes.problems.append(f"{self.name}/{name}: expected extra state, found none stored")
             elif name not in frozen:
-                self._wish(_source_name(self.name, name, about, saved), f"{self.name}/{name}", value, wishes)
+                leaf = f"{self.name}/{name}"
+                rows.append(
+                    (leaf, _source_name(leaf, self.name, aliases[name], saved) if name in aliases else leaf, value)
+                )
+        for leaf, source, value in wishes.add_live(rows):
+            self._wish(source, leaf, value, wishes)
         for value in about.get("extra", {}).values():
             wishes.add_all(value)
 
@@ -113,7 +120,7 @@ class ModulePart:
                 device = value.device if isinstance(value, torch.Tensor) else torch.device("cpu")
                 value = objects.decode(extra[name], tensor=partial(reader.create, device=device))
             elif name not in frozen:
-                reader.fill(f"{self.name}/{name}", local_of(value))
+                reader.fill(f"{self.name}/{name}", value if type(value) in PLAIN_TYPES else local_of(value))
             filled[raw] = value
         # The live tensors have their values already; this is for the module's load hooks and its extra state.
         if extra or not loads_in_place(self._module):
@@ -157,6 +164,8 @@ class ModulePart:
             ConfigError: two keys have one clean name.
         """
         prefixes = [f"{path}." if path else "" for path, child in self._module.named_modules() if _is_ddp(child)]
+        if not prefixes and not any(_COMPILED in raw for raw in state):
+            return dict(zip(state, state, strict=True))
         names: dict[str, str] = {}
         for raw in state:
             name = raw
@@ -215,11 +224,9 @@ class ModulePart:
         return repeats
 
 
-def _source_name(part: str, name: str, about: Mapping[str, Any], saved: Saved) -> str:
-    """The name under which a tensor's value was stored: its own, or that of the tensor it was tied to."""
-    own = f"{part}/{name}"
-    alias = about.get("aliases", {}).get(name)
-    return own if alias is None or saved.shape_and_dtype(own) is not None else f"{part}/{alias}"
+def _source_name(leaf: str, part: str, alias: str, saved: Saved) -> str:
+    """The name under which a tied tensor's value was stored: its own, or that of the tensor it was tied to."""
+    return leaf if saved.shape_and_dtype(leaf) is not None else f"{part}/{alias}"
 
 
 def _state_key(path: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy
 import torch
@@ -20,7 +20,7 @@ from ktrain.format.dtype import item_nbytes
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.format.payload import Entry
 from ktrain.format.shard import Box, Role
-from ktrain.state.tensors import Spreads, dtype_of
+from ktrain.state.tensors import PLAIN_TYPES, Spreads, dtype_name, dtype_of
 from ktrain.state.topology import Topology
 
 
@@ -51,6 +51,9 @@ class Target(NamedTuple):
     is_host: bool
 
 
+LiveRow: TypeAlias = tuple[str, str, torch.Tensor]
+"""A target's name, the name that its value was stored by, and the live tensor that gets it."""
+
 _HOST = torch.device("cpu")
 
 
@@ -71,7 +74,7 @@ class Saved:
         # On another world size what belongs to no rank in particular is rank 0's, as DDP does with buffers.
         self.rank = topology.rank if self.is_same_world else 0
         self._index: dict[str, list[tuple[int, Entry]]] = {}
-        self._readable: dict[str, list[tuple[int, Entry]]] = {}  # of it, the names that were asked for
+        self._readable: dict[str, list[tuple[int, Entry]]] = {}  # of it, what several ranks stored and was asked for
         beside = {copies_beside(rank): manifest for rank, manifest in (copies or {}).items()}
         every = {**manifests, **beside}
         for rank in sorted(every, key=self._distance):
@@ -96,12 +99,12 @@ class Saved:
 
     def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], str] | None:
         """Of the whole saved tensor; None where it was not saved."""
-        entries = self._entries(name)
+        entries = self.entries(name)
         return (entries[0][1].shard.global_shape, entries[0][1].shard.dtype) if entries else None
 
     def pieces(self, name: str, box: Box) -> tuple[Piece, ...] | list[Box]:
         """The pieces that fill a box of a saved tensor, or the boxes that nothing fills."""
-        entries = self._entries(name)
+        entries = self.entries(name)
         if entries and entries[0][1].shard.box == box and box.numel:  # the layout is as it was, nearly always
             rank, entry = entries[0]
             return (Piece(rank, entry, box, entry.begin, entry.end),)
@@ -121,16 +124,18 @@ class Saved:
             missing = rest
         return tuple(pieces) if entries and not missing else missing or [box]
 
-    def _entries(self, name: str) -> list[tuple[int, Entry]]:
+    def entries(self, name: str) -> list[tuple[int, Entry]]:
+        """What makes a tensor for this rank, by saved rank, the nearest first; nothing where it was not stored."""
+        found = self._index.get(name, [])
+        if len(found) < 2:
+            return found
         known = self._readable.get(name)
         if known is None:
-            known = self._readable[name] = self._choose(self._index.get(name, []))
+            known = self._readable[name] = self._choose(found)
         return known
 
     def _choose(self, found: list[tuple[int, Entry]]) -> list[tuple[int, Entry]]:
         """Of the entries of one name, those that make this rank's tensor."""
-        if len(found) < 2:
-            return found
         own = [row for row in found if row[1].shard.role is Role.RANK and row[0] == self.rank]
         joined = [row for row in found if row[1].shard.role is not Role.RANK]
         return own[:1] or joined or found[:1]
@@ -185,6 +190,24 @@ class Wishes:
             where = self.problems if self.saved.shape_and_dtype(name) is None else self.gaps
             where.append(f"{name}: no rank stored {lacking}")
 
+    def add_live(self, rows: Iterable[LiveRow]) -> list[LiveRow]:
+        """Asks for tensors that were stored whole in the form they have, as nearly all are; returns the others."""
+        entries_of, targets = self.saved.entries, self.targets
+        others: list[LiveRow] = []
+        for row in rows:
+            name, source, tensor = row
+            entries = entries_of(source)
+            if entries and type(tensor) in PLAIN_TYPES:
+                rank, (_, shard, begin, end) = entries[0]
+                box, shape = shard.box, shard.global_shape
+                if box.lengths == shape == tensor.shape and shard.dtype == dtype_name(tensor.dtype) and begin < end:
+                    piece = Piece(rank, entries[0][1], box, begin, end)
+                    into = tensor.detach() if tensor.requires_grad else tensor
+                    targets[name] = Target(shard.dtype, shape, box, (piece,), into, True)
+                    continue
+            others.append(row)
+        return others
+
     def add_whole(self, name: str, device: torch.device = _HOST) -> None:
         """Asks for a saved tensor, whole, to be created on the device."""
         found = self.saved.shape_and_dtype(name)
@@ -225,7 +248,7 @@ class Reader:
     def fill(self, name: str, local: torch.Tensor) -> None:
         """Writes a planned target into a rank's local tensor of the same shape and dtype."""
         target = self._target(name)
-        if tuple(local.shape) != target.box.lengths:
+        if local.shape != target.box.lengths:
             raise InternalError(f"tensor {name!r}: planned {target.box.lengths}, now {tuple(local.shape)}")
         filled = self._memory.get(name)
         if filled is not None and filled.data_ptr() == local.data_ptr():

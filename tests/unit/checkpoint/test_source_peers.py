@@ -76,7 +76,7 @@ class Peers:
         return [held.rank for held in self.shelf.volume.scan()]
 
 
-def _peers(folder: Path, snapshots: Snapshots) -> Iterator[Peers]:
+def made_peers(folder: Path, snapshots: Snapshots) -> Iterator[Peers]:
     wire = LocalWire()
     with shelves(folder, snapshots) as shelf:
         run = snapshots[0][0].identity.run
@@ -89,7 +89,7 @@ def _peers(folder: Path, snapshots: Snapshots) -> Iterator[Peers]:
 
 @pytest.fixture
 def peers(tmp_path: Path, seed: int) -> Iterator[Peers]:
-    yield from _peers(tmp_path, {0: snapshot(seed)})
+    yield from made_peers(tmp_path, {0: snapshot(seed)})
 
 
 def test_source_that_wants_a_part_of_a_peers_snapshot_brings_that_and_takes_no_slot(peers: Peers) -> None:
@@ -108,7 +108,7 @@ def test_source_that_wants_a_part_of_a_peers_snapshot_brings_that_and_takes_no_s
 
 def test_source_reading_parts_of_usual_size_stays_below_a_tenth_in_vain(tmp_path: Path, seed: int) -> None:
     chunk = 128 << 10
-    for peers in _peers(tmp_path, {0: snapshot(seed, nbytes=40 << 20, chunk=chunk)}):
+    for peers in made_peers(tmp_path, {0: snapshot(seed, nbytes=40 << 20, chunk=chunk)}):
         place = Place(peers.snapshots[0][1], begin=70_000, stretch=2_700_000)
         source = peers.source()
         source.fetch({}, into={0: place.runs}, deadline=soon())
@@ -118,7 +118,7 @@ def test_source_reading_parts_of_usual_size_stays_below_a_tenth_in_vain(tmp_path
 
 
 def test_source_reads_parts_in_files_of_bounded_size_which_are_used_again(tmp_path: Path, seed: int) -> None:
-    for peers in _peers(tmp_path, {0: snapshot(seed, nbytes=10 * PEER_READ_NBYTES, chunk=1 << 20)}):
+    for peers in made_peers(tmp_path, {0: snapshot(seed, nbytes=10 * PEER_READ_NBYTES, chunk=1 << 20)}):
         place = Place(peers.snapshots[0][1], begin=1 << 20, stretch=1 << 20)
         source = peers.source()
         source.fetch({}, into={0: place.runs}, deadline=soon())
@@ -161,7 +161,7 @@ def test_source_without_a_free_slot_reads_the_whole_snapshot_in_parts(peers: Pee
 
 
 def test_source_whose_peer_dies_in_the_middle_takes_the_next_copy(tmp_path: Path, seed: int) -> None:
-    for peers in _peers(tmp_path, {0: snapshot(seed, nbytes=3 * PEER_READ_NBYTES, chunk=1 << 20)}):
+    for peers in made_peers(tmp_path, {0: snapshot(seed, nbytes=3 * PEER_READ_NBYTES, chunk=1 << 20)}):
         place = Place(peers.snapshots[0][1], begin=1 << 20, stretch=1 << 20)
         bucket = peers.in_bucket()
         begun: list[int] = []
