@@ -21,7 +21,6 @@ from ktrain.testing.faulty_s3 import FaultyS3, S3Fault, S3Trouble
 from ktrain.testing.s3_servers import MotoServer, find_program
 from ktrain.testing.tier_conformance import soon
 from ktrain.tier.bucket import BucketTier
-from ktrain.tier.leftovers import Leftovers, PartPlan, find_leftovers
 from ktrain.tier.location import open_tier
 from ktrain.tier.parts import sample_chunks
 from ktrain.tier.s3 import PART_NBYTES, checksum_text
@@ -496,18 +495,3 @@ def test_upload_taken_over_in_which_its_writer_changes_a_part_meanwhile_is_sent_
     assert stored() == data
     assert unfinished(moto) == {left}
     moto._ask("DELETE", about, b"", expected=(204,))
-
-
-def test_find_leftovers_reads_all_pages_and_ends_where_a_store_turns_in_circles() -> None:
-    parts = [PartPlan(k, (k - 1) * 10, k * 10, {"ChecksumCRC64NVME": str(k)}) for k in range(1, 4)]
-    said = [{"PartNumber": k, "Size": 10, "ChecksumCRC64NVME": str(k), "ETag": f"tag-{k}"} for k in range(1, 4)]
-
-    def ask(method: str, **fields: Any) -> dict[str, Any]:
-        if method == "list_multipart_uploads":
-            return {"Uploads": [{"Key": "a", "UploadId": "1"}, {"Key": "ab", "UploadId": "2"}]}
-        assert fields["UploadId"] == "1"
-        at = fields["PartNumberMarker"]
-        return {"Parts": said[at : at + 1], "IsTruncated": True, "NextPartNumberMarker": min(at + 1, 3)}
-
-    found = find_leftovers(ask, "bucket", "a", parts)
-    assert found == Leftovers(("1",), "1", {1: "tag-1", 2: "tag-2", 3: "tag-3"})
