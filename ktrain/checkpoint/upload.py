@@ -25,7 +25,7 @@ from ktrain.snapshot.arena import NodeVolume, SlotReader
 from ktrain.tier.location import open_tier
 from ktrain.tier.parts import side_by_side
 
-_NUM_RANKS_AT_ONCE = 4  # they share the tier's budget of memory and the node's rate
+_NUM_RANKS_AT_ONCE = 4  # they share the node's rate
 _SLOWEST_BYTES_PER_S = 1e6
 
 
