@@ -7,7 +7,7 @@ from collections.abc import Callable
 from benchmarks.bench import Bench
 from benchmarks.carriers import Drain
 from benchmarks.harness import Case, Kind, Outcome, Proofs, Step, measure
-from benchmarks.s3 import BUCKET, PlainBoto3, plain_s3fs, server
+from benchmarks.s3 import BUCKET, PlainBoto3, fastest, plain_s3fs, server
 from benchmarks.snapshots import Restored, for_s3
 
 
@@ -25,13 +25,14 @@ def _run(bench: Bench) -> Outcome:
         ways: dict[str, Callable[[], bytes | memoryview]] = {
             "plain s3fs cat_file": lambda: filesystem.cat_file(f"{BUCKET}/{key}"),
             "plain boto3 download_fileobj, 32 MiB ranges": lambda: boto3.get_parts(key),
+            "plain boto3 download_fileobj, 2 halves": lambda: boto3.get_halves(key, snapshots.nbytes),
             "plain boto3 get_object": lambda: boto3.get(key),
         }
         with snapshots.volume.open(0, snapshots.identity) as slot:
             nbytes = slot.memory.nbytes
             for plain, get in ways.items():
                 proofs.same(f"{plain} gives the slot's bytes", get(), slot.memory)
-        best = "plain boto3 get_object"
+        best = fastest(ways)
         steps = [
             *(Step(plain, Kind.BASELINE, nbytes, get) for plain, get in ways.items()),
             Step("restore from s3://", Kind.KTRAIN, nbytes, lambda: restored.load(copy), best),

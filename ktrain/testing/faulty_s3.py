@@ -35,6 +35,7 @@ class S3Trouble(StrEnum):
     UNAVAILABLE = "unavailable"  # 503, not handed on
     ERROR = "error"  # 500, not handed on
     NO_SUCH_UPLOAD = "no-such-upload"  # 404, not handed on: somebody ended the upload in parts
+    TOO_LARGE = "too-large"  # 413, not handed on: a gateway that takes no body of this size
     CUT = "cut"  # the connection breaks in mid body, nothing is handed on
     STALL = "stall"  # no answer until `heal` or the end, nothing is handed on
     LOST_REPLY = "lost-reply"  # handed on; the connection breaks before the answer
@@ -46,6 +47,7 @@ _STATUS = {
     S3Trouble.UNAVAILABLE: (503, "SlowDown"),
     S3Trouble.ERROR: (500, "InternalError"),
     S3Trouble.NO_SUCH_UPLOAD: (404, "NoSuchUpload"),
+    S3Trouble.TOO_LARGE: (413, "EntityTooLarge"),
 }
 
 

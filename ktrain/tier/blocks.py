@@ -49,6 +49,19 @@ def block_nbytes(nbytes: int, chunk_nbytes: int) -> int:
     return part_nbytes(1, min(_MOST_BLOCK_NBYTES, max(_LEAST_BLOCK_NBYTES, shared)), 1, chunk_nbytes)
 
 
+def plan_blocks(nbytes: int, size: int, chunk_nbytes: int) -> list[tuple[int, int]]:
+    """[begin, end) of the blocks of a file. The first and the last of each thread are small: the disk has something to
+    do as soon as little is digested, and the threads end together.
+    """
+    small = min(size, part_nbytes(1, _LEAST_BLOCK_NBYTES, 1, chunk_nbytes))
+    rim = _NUM_THREADS * small
+    if nbytes < 2 * rim + size:
+        return [(begin, min(begin + size, nbytes)) for begin in range(0, nbytes, size)]
+    tail = (nbytes - rim) // chunk_nbytes * chunk_nbytes
+    begins = [*range(0, rim, small), *range(rim, tail, size), *range(tail, nbytes, small)]
+    return list(zip(begins, [*begins[1:], nbytes], strict=True))
+
+
 class BlockWriter:
     """Writes large files for one tier. Safe from any thread."""
 
@@ -65,13 +78,15 @@ class BlockWriter:
             BadBytes: a chunk is not what the terms say; nothing after it counts.
             OSError: the disk is full, broken or gone.
         """
-        size = block_nbytes(view.nbytes, _BORDER_NBYTES if terms is None else terms.chunks.chunk_nbytes)
+        chunk_nbytes = _BORDER_NBYTES if terms is None else terms.chunks.chunk_nbytes
+        blocks = plan_blocks(view.nbytes, block_nbytes(view.nbytes, chunk_nbytes), chunk_nbytes)
         path, fd = target
         file = _File(fd, self._try_open(path))
 
-        def put(begin: int) -> None:
+        def put(bounds: tuple[int, int]) -> None:
             call.check()
-            block = view[begin : begin + size]
+            begin, end = bounds
+            block = view[begin:end]
             if terms is not None:
                 found = native.digest_chunks(block, chunk_nbytes=terms.chunks.chunk_nbytes)
                 terms.chunks.check(found, begin, view.nbytes, call.what)
@@ -81,7 +96,6 @@ class BlockWriter:
                 terms.sent(block.nbytes)
 
         try:
-            blocks = range(0, view.nbytes, size)
             side_by_side(put, blocks, num_threads=min(_NUM_THREADS, len(blocks)), name=f"ktrain-tier: {call.what}")
         finally:
             file.close()

@@ -21,6 +21,7 @@ from tests.integration.launching import Place, place
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 
 STEPS = "60"
+NODES = {"node-0", "node-1"}
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and the flag of renameat2, see its manual
 
 
@@ -69,6 +70,39 @@ def test_launch_fault_beside_training_does_not_end_the_attempt(here: Place, spec
     assert harness.of_kind(here, said)
     assert invariants.check_faults_once(harness.read_events(here), [spec]) == []
     harness.check(here, last=int(STEPS))
+
+
+@pytest.mark.parametrize("point", ["disk.doomed", "disk.manifest"])
+def test_launch_agents_killed_while_they_remove_from_disks_train_on_and_finish_it(here: Place, point: str) -> None:
+    """Each new agent of the first attempt dies at its next removal too; those of the second finish all of them."""
+    disk = here.root / "disk"
+    faults = {"KTRAIN_DISK": str(disk), "KTRAIN_FAULTS": f"kill@{point}"}
+    args = (str(harness.MANY_STEPS), "0.1")
+    launch = here.launch("--nodes", "2", "--patience", "60", args=args, **faults)
+
+    here.await_that(
+        "both agents' deaths", lambda: {said.fields["node"] for said in harness.of_kind(here, "agent_lost")} >= NODES
+    )
+    assert _kill(here.processes("ktrain.run.worker ")[0].pid), "which ends the attempt, and with it the plan"
+    here.await_that("a second attempt", lambda: len(harness.of_kind(here, "restored")) == 1)
+    begun_at = harness.newest_step(here)
+    here.await_that("steps that go on", lambda: harness.newest_step(here) > begun_at + 20)
+
+    def halves() -> list[Path]:
+        """Marks of removals, and payloads without a manifest."""
+        payloads = [path for path in disk.rglob("*.safetensors") if not path.with_suffix(".json").exists()]
+        return [*disk.rglob("doomed-*"), *payloads]
+
+    here.await_that("removals that are finished", lambda: not halves() and len(_steps_on(disk)) <= 4)
+    harness.release(here)
+    assert here.end(launch) == contract.EXIT_OK, here.output()
+    assert [event.fields["cause"] for event in harness.of_kind(here, "failure")] == [contract.CAUSE_CRASH]
+    assert _steps_on(disk) == set(), "after its success the run's directory goes"
+    harness.check(here)
+
+
+def _steps_on(disk: Path) -> set[str]:
+    return {path.name for path in disk.rglob("step-*")}
 
 
 def test_launch_ray_killed_on_all_nodes_trains_on_and_replicates_in_a_new_cluster(here: Place) -> None:

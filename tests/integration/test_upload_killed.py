@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,22 +14,23 @@ import pytest
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.format import record as records
 from ktrain.testing.faulty_s3 import FaultyS3, S3Fault, S3Trouble
-from ktrain.testing.s3_servers import MotoServer, find_program
+from ktrain.testing.s3_servers import MotoServer, RcloneServer, S3Server, find_program
 from tests.integration.upload_child import WRITE_ID, open_volume, slot_bytes, upload
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 60.0
 URL = "s3://bucket/run"
 
-pytestmark = pytest.mark.skipif(find_program("moto_server") is None, reason="moto_server is not installed")
 
-
+@pytest.mark.parametrize(("program", "make"), [("moto_server", MotoServer), ("rclone", RcloneServer)])
 def test_drain_agent_killed_in_mid_payload_the_next_one_sends_only_the_parts_that_are_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    program: str, make: Callable[[], S3Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two parts of four have arrived and two are on their way when it dies."""
+    """Two parts of four have arrived and two are on their way when it dies. Neither server names digests of parts."""
+    if find_program(program) is None:
+        pytest.skip(f"{program} is not installed")
     stalls = S3Fault("upload_part", S3Trouble.STALL, nth=2, count=2)
-    with MotoServer() as server, FaultyS3(server, stalls, checks=True) as proxy:
+    with make() as server, FaultyS3(server, stalls, checks=True) as proxy:
         server.make_bucket("bucket")
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             monkeypatch.delenv(name)

@@ -17,7 +17,7 @@ from ktrain.base.pace import Pace
 from ktrain.errors import DeadlineError
 from ktrain.testing.fake_clock import FakeClock
 from ktrain.testing.tier_conformance import soon
-from ktrain.tier.blocks import BlockWriter, block_nbytes, open_direct
+from ktrain.tier.blocks import BlockWriter, block_nbytes, open_direct, plan_blocks
 from ktrain.tier.deadline import Call
 from ktrain.tier.files import FileTier
 
@@ -134,3 +134,15 @@ def test_write_proven_under_a_rate_limit_that_is_too_low_is_late_and_shows_no_fi
 )
 def test_block_size_grows_with_the_file_and_is_whole_chunks(nbytes: int, chunk_nbytes: int, expected: int) -> None:
     assert block_nbytes(nbytes, chunk_nbytes) == expected
+
+
+@pytest.mark.parametrize("nbytes", [1, 8 * _MIB, 95 * _MIB, 96 * _MIB + 1, 500 * _MIB + 12_345, 512 * _MIB])
+def test_blocks_cover_the_file_in_whole_chunks_and_are_small_at_its_ends(nbytes: int) -> None:
+    size = block_nbytes(nbytes, _MIB)
+    blocks = plan_blocks(nbytes, size, _MIB)
+    assert blocks[0][0] == 0 and blocks[-1][1] == nbytes
+    assert all(end == begin for (_, end), (begin, _) in zip(blocks, blocks[1:], strict=False))
+    assert all(begin % _MIB == 0 and 0 < end - begin <= size for begin, end in blocks)
+    if nbytes >= 500 * _MIB:
+        sizes = [end - begin for begin, end in blocks]
+        assert max(sizes) == 32 * _MIB and max(sizes[:4]) == max(sizes[-4:]) == 8 * _MIB

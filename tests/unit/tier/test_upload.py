@@ -21,10 +21,10 @@ from ktrain.testing.faulty_s3 import FaultyS3, S3Fault, S3Trouble
 from ktrain.testing.s3_servers import MotoServer, find_program
 from ktrain.testing.tier_conformance import soon
 from ktrain.tier.bucket import BucketTier
-from ktrain.tier.leftovers import Leftovers, PartPlan, find_leftovers
 from ktrain.tier.location import open_tier
 from ktrain.tier.parts import sample_chunks
 from ktrain.tier.s3 import PART_NBYTES, checksum_text
+from ktrain.tier.shapes import Shape
 
 _MIB = 1 << 20
 _NBYTES = 33 * _MIB + 12_345  # three parts, the last one short and not whole chunks
@@ -250,6 +250,109 @@ def test_sample_is_first_and_last_and_some_between(nbytes: int, num: int) -> Non
         assert chosen[0] == 0 and chosen[-1] == -(-nbytes // _MIB) - 1
 
 
+# As one request, where the store takes that faster
+
+
+@pytest.fixture
+def one(start: Start, data: bytes, chunks: Chunks) -> tuple[BucketTier, FaultyS3]:
+    """A tier that has sent a payload in parts and now tries one request."""
+    tier, proxy = start(checks=True)
+    write(tier, data, chunks)
+    assert proxy.count("upload_part") == 3
+    return tier, proxy
+
+
+def test_upload_as_one_request_is_checked_by_the_store_and_the_faster_way_stays(
+    one: tuple[BucketTier, FaultyS3], data: bytes, chunks: Chunks, stored: Callable[[], bytes | None]
+) -> None:
+    tier, proxy = one
+    before, sent = proxy.count("put_object", 200), list[int]()
+    write(tier, data, chunks, sent=sent.append)
+    assert stored() == data and sent == [len(data)]
+    assert proxy.count("put_object", 200) == before + 1 and proxy.count("upload_part") == 3
+    tier.s3.shapes.took(Shape.ONE, 1 << 60, 1.0)
+    write(tier, data, chunks)
+    assert proxy.count("upload_part") == 3, "one request again"
+
+
+@pytest.mark.parametrize("trouble", [S3Trouble.CUT, S3Trouble.LOST_REPLY, S3Trouble.UNAVAILABLE, S3Trouble.STALL])
+def test_upload_as_one_request_that_fails_is_sent_again(
+    one: tuple[BucketTier, FaultyS3],
+    data: bytes,
+    chunks: Chunks,
+    stored: Callable[[], bytes | None],
+    trouble: S3Trouble,
+) -> None:
+    tier, proxy = one
+    if trouble is S3Trouble.STALL:
+        tier.s3.close()  # its next client waits for answers as its options say
+        tier._new = _with_read_timeout(tier._new, 1.0)
+        tier._idle.clear()
+    proxy.add(S3Fault("put_object", trouble))
+    write(tier, data, chunks)
+    assert stored() == data
+    assert proxy.count("upload_part") == 3
+
+
+def _with_read_timeout(new: Callable[..., Any], read_timeout_s: float) -> Callable[..., Any]:
+    def make(loop: Any) -> Any:
+        filesystem = new(loop)
+        filesystem.config_kwargs["read_timeout"] = read_timeout_s
+        return filesystem
+
+    return make
+
+
+def test_upload_as_one_request_that_a_gateway_refuses_goes_in_parts_from_then_on(
+    one: tuple[BucketTier, FaultyS3], data: bytes, chunks: Chunks, stored: Callable[[], bytes | None]
+) -> None:
+    tier, proxy = one
+    proxy.add(S3Fault("put_object", S3Trouble.TOO_LARGE))
+    for num in (2, 3):
+        write(tier, data, chunks)
+        assert stored() == data and proxy.count("upload_part") == 3 * num
+    assert proxy.count("put_object", 413) == 1
+
+
+def test_upload_as_one_request_of_bytes_that_changed_shows_no_object(
+    one: tuple[BucketTier, FaultyS3], data: bytes, chunks: Chunks, stored: Callable[[], bytes | None]
+) -> None:
+    tier, proxy = one
+    tier.delete(_NAME, deadline=soon())
+    spoilt = bytearray(data)
+    spoilt[20 * _MIB + 5] ^= 1
+    with pytest.raises(BadBytes) as caught:
+        write(tier, bytes(spoilt), chunks)
+    assert (caught.value.begin, caught.value.end) == (20 * _MIB, 21 * _MIB)
+    assert stored() is None
+
+
+def test_upload_damaged_on_its_way_as_one_request_is_refused_and_sent_again(
+    one: tuple[BucketTier, FaultyS3], data: bytes, chunks: Chunks, stored: Callable[[], bytes | None]
+) -> None:
+    _, checking = one
+    with FaultyS3(_Behind(checking), S3Fault("put_object", S3Trouble.FLIP_BIT, nth=3)) as spoiling:  # type: ignore[arg-type]
+        os.environ.update(spoiling.environment())  # the fixture's monkeypatch puts it back
+        tier = open_tier("s3://bucket/run")
+        assert isinstance(tier, BucketTier)
+        tier.s3.shapes.took(Shape.PARTS, 1, 1.0)
+        write(tier, data, chunks)
+        tier.close()
+    assert stored() == data
+    assert checking.count("put_object", 400) == 3, "of the probes of both tiers, and of the payload"
+    assert checking.count("upload_part") == 3
+
+
+def test_upload_taken_over_or_under_a_rate_never_goes_as_one_request(
+    one: tuple[BucketTier, FaultyS3], data: bytes, chunks: Chunks, stored: Callable[[], bytes | None]
+) -> None:
+    tier, proxy = one
+    write(tier, data, chunks, is_taken_over=True)
+    assert proxy.count("upload_part") == 6
+    tier.write_proven(_NAME, memoryview(data), Terms(chunks, Pace(1e9)), deadline=soon())
+    assert proxy.count("upload_part") == 9 and stored() == data
+
+
 # What a process that died left of an upload
 
 
@@ -392,18 +495,3 @@ def test_upload_taken_over_in_which_its_writer_changes_a_part_meanwhile_is_sent_
     assert stored() == data
     assert unfinished(moto) == {left}
     moto._ask("DELETE", about, b"", expected=(204,))
-
-
-def test_find_leftovers_reads_all_pages_and_ends_where_a_store_turns_in_circles() -> None:
-    parts = [PartPlan(k, (k - 1) * 10, k * 10, {"ChecksumCRC64NVME": str(k)}) for k in range(1, 4)]
-    said = [{"PartNumber": k, "Size": 10, "ChecksumCRC64NVME": str(k), "ETag": f"tag-{k}"} for k in range(1, 4)]
-
-    def ask(method: str, **fields: Any) -> dict[str, Any]:
-        if method == "list_multipart_uploads":
-            return {"Uploads": [{"Key": "a", "UploadId": "1"}, {"Key": "ab", "UploadId": "2"}]}
-        assert fields["UploadId"] == "1"
-        at = fields["PartNumberMarker"]
-        return {"Parts": said[at : at + 1], "IsTruncated": True, "NextPartNumberMarker": min(at + 1, 3)}
-
-    found = find_leftovers(ask, "bucket", "a", parts)
-    assert found == Leftovers(("1",), "1", {1: "tag-1", 2: "tag-2", 3: "tag-3"})
