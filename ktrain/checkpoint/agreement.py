@@ -46,7 +46,7 @@ class RestoreAgreement:
     state: RestoreState = RestoreState.GATHERING
     round: int = 0
     candidate: Candidate | None = None
-    manifests: dict[int, str] = field(default_factory=dict)  # by saved rank, the manifest's own text
+    manifests: str = ""  # of all saved ranks, packed
     error: dict[str, str] | None = None
     excluded: set[CopyKey] = field(default_factory=set)  # copies that failed in this attempt
     corrupt: set[CopyKey] = field(default_factory=set)  # those among them that are proven bad
@@ -91,12 +91,12 @@ class RestoreAgreement:
         self.excluded |= self.corrupt | given_up
         self.state = RestoreState.PLANNING if failed else RestoreState.SETTLED
 
-    def weigh(self, candidate: Candidate, manifests: dict[int, str]) -> None:
+    def weigh(self, candidate: Candidate, manifests: str) -> None:
         """Begins a round in which the ranks only say what they want of a chosen checkpoint."""
         self.load(candidate, manifests)
         self.state = RestoreState.WEIGHING
 
-    def load(self, candidate: Candidate, manifests: dict[int, str]) -> None:
+    def load(self, candidate: Candidate, manifests: str) -> None:
         """Begins a new round on a chosen checkpoint."""
         self.round += 1
         self.candidate, self.manifests, self.state = candidate, manifests, RestoreState.LOADING

@@ -19,6 +19,7 @@ from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.gate import Gate, LossGate, Mismatch, OnMismatch, recorded_losses
 from ktrain.checkpoint.log import read_backwards
 from ktrain.checkpoint.pacer import Pacer, read_last
+from ktrain.checkpoint.packed import pack
 from ktrain.checkpoint.recall import Outcome, Recall
 from ktrain.checkpoint.roster import Attempt, Member, Roster
 from ktrain.checkpoint.spreading import Spreading
@@ -189,6 +190,7 @@ class RestoreDirector:
             self._catalog.record(self._epoch, "restored", {"step": 0, "epoch": 0, "identity": None})
         last = read_last(self._catalog) if self._pacer.is_auto else None
         is_weighed = outcome.candidate is not None and self.spreading.opens(outcome.candidate)
+        packed = pack(outcome.manifests)
         with self._lock:
             self._recall = None
             self.review = recall.review
@@ -198,16 +200,16 @@ class RestoreDirector:
                 self._emit("quarantined", **quarantine.describe(mark))
             for fields in outcome.bad_copies:
                 self._emit("bad_copy", **fields)
-            self._settle(outcome, is_weighed)
+            self._settle(outcome, packed, is_weighed)
 
-    def _settle(self, outcome: Outcome, is_weighed: bool) -> None:
+    def _settle(self, outcome: Outcome, packed: str, is_weighed: bool) -> None:
         agreement = self._agreement
         if outcome.error is not None:
             agreement.fail(*outcome.error)
         elif outcome.candidate is not None and is_weighed:
-            agreement.weigh(outcome.candidate, outcome.manifests)
+            agreement.weigh(outcome.candidate, packed)
         elif outcome.candidate is not None:
-            agreement.load(outcome.candidate, outcome.manifests)
+            agreement.load(outcome.candidate, packed)
         else:
             agreement.round += 1
             agreement.state = RestoreState.FRESH

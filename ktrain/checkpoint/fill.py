@@ -17,6 +17,7 @@ from ktrain.base.clock import Clock, Deadline
 from ktrain.base.faults import FaultPoints
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.lineage import Copy
+from ktrain.checkpoint.packed import unpack
 from ktrain.checkpoint.source import Failure, NearestSource, Openers, PeerCalls
 from ktrain.errors import CapacityError, KtrainError, UnavailableError
 from ktrain.format.manifest import Manifest
@@ -30,10 +31,11 @@ _NO_PEERS = PeerCalls(lambda copy: 0, lambda copy, wanted, deadline: 0)  # all t
 
 @dataclass(frozen=True, slots=True)
 class WantedFills:
-    """Copies in the bucket that this node brings into its volume, with the text of each one's manifest."""
+    """Copies in the bucket that this node brings into its volume, and all manifests, packed."""
 
     round: tuple[int, int] = (0, 0)  # epoch of the attempt, round of its restore
-    copies: Sequence[tuple[Copy, str]] = ()
+    copies: Sequence[Copy] = ()
+    manifests: str = ""
     timeout_s: float = 0.0  # for all of them together, from when they are first wanted
 
     @classmethod
@@ -41,10 +43,9 @@ class WantedFills:
         """What the head says, beside its word on the restore, which has the manifests."""
         if fill is None or restore is None:
             return cls()
-        texts = {int(rank): text for rank, text in restore["manifests"].items()}
         copies = [Copy.from_json(value) for value in fill["copies"]]
         epoch, number = fill["round"]
-        return cls((int(epoch), int(number)), [(copy, texts[copy.rank]) for copy in copies], float(fill["timeout_s"]))
+        return cls((int(epoch), int(number)), copies, restore["manifests"], float(fill["timeout_s"]))
 
 
 @dataclass(slots=True)
@@ -70,11 +71,14 @@ class Filler:
             return
         self._round, self.reports = wanted.round, ()
         deadline = Deadline.after(wanted.timeout_s, self.clock)
+        texts = unpack(wanted.manifests)
         tier = open_tier(self.run_url, timeouts=self.timeouts)
         try:
-            for copy, text in wanted.copies:
+            for copy in wanted.copies:
                 faults.reached("restore.fill", step=copy.identity.step, rank=copy.rank)
-                reason, nbytes = self._fill(copy, Manifest.from_bytes(text.encode()), volume, tier, deadline)
+                reason, nbytes = self._fill(
+                    copy, Manifest.from_bytes(texts[copy.rank].encode()), volume, tier, deadline
+                )
                 said = {"rank": copy.rank, "round": list(wanted.round), "reason": reason, "nbytes": nbytes}
                 self.reports = (*self.reports, said)
                 self.changed()

@@ -17,6 +17,7 @@ from ktrain.base.faults import FaultPoints
 from ktrain.checkpoint import lineage
 from ktrain.checkpoint.agreement import RestoreState
 from ktrain.checkpoint.lineage import Copy
+from ktrain.checkpoint.packed import unpack
 from ktrain.checkpoint.pulse import Pulse
 from ktrain.checkpoint.source import Failure, NearestSource, Openers, PeerCalls, Tally
 from ktrain.errors import ConfigError, CorruptionError, KtrainError, UnavailableError, from_kind
@@ -293,7 +294,7 @@ class Restorer:
 
 def _manifests_of(word: Mapping[str, Any]) -> dict[int, Manifest]:
     with without_collections():
-        return {int(rank): Manifest.from_bytes(text.encode()) for rank, text in word["manifests"].items()}
+        return {rank: Manifest.from_bytes(text.encode()) for rank, text in unpack(word["manifests"]).items()}
 
 
 def _read_of(tally: Tally) -> dict[str, int]:

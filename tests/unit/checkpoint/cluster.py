@@ -23,6 +23,7 @@ from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.coordinate import Coordinator
 from ktrain.checkpoint.lineage import Copy
 from ktrain.checkpoint.node import NodeKeeper, NodePlace
+from ktrain.checkpoint.packed import unpack
 from ktrain.checkpoint.policy import Every, Keep, Policies
 from ktrain.checkpoint.source import NearestSource, Openers, PeerCalls
 from ktrain.errors import CorruptionError, KtrainError, UnavailableError
@@ -163,12 +164,12 @@ class Worker:
             self.restore = applied(number, max(self.tiers.values(), key=contract.TIERS.index), self.exact)
 
     def _wants(self, word: dict[str, Any]) -> dict[int, list[int]]:
-        sizes = {int(rank): Manifest.from_bytes(text.encode()).nbytes for rank, text in word["manifests"].items()}
+        sizes = {rank: manifest.nbytes for rank, manifest in _manifests_of(word).items()}
         wanted = self.wanted or {self.rank: (0, sizes[self.rank])}
         return {rank: [end - begin, sizes[rank]] for rank, (begin, end) in wanted.items()}
 
     def _load(self, word: dict[str, Any], cluster: Cluster, number: int) -> None:
-        manifests = {int(rank): Manifest.from_bytes(text.encode()) for rank, text in word["manifests"].items()}
+        manifests = _manifests_of(word)
         copies = {int(rank): [Copy.from_json(value) for value in values] for rank, values in word["sources"].items()}
         openers = Openers(
             volume=self.volume,
@@ -211,6 +212,10 @@ class Worker:
             self.volume.discard(failure.copy.rank, failure.copy.identity, failure.reason)
         elif failure.corrupt and failure.copy.tier == contract.TIER_DISK and self.disk is not None:
             self.disk.discard(failure.copy.rank, failure.copy.identity)
+
+
+def _manifests_of(word: dict[str, Any]) -> dict[int, Manifest]:
+    return {rank: Manifest.from_bytes(text.encode()) for rank, text in unpack(word["manifests"]).items()}
 
 
 def applied(number: int, tier: str, exact: bool) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def loading() -> RestoreAgreement:
     found = agreement()
     for rank in range(WORLD):
         tell(found, rank, "waiting", 0)
-    found.load(Candidate(identity(10, world_size=WORLD)), {})
+    found.load(Candidate(identity(10, world_size=WORLD)), "")
     return found
 
 
@@ -53,7 +53,7 @@ def test_restore_answers_of_an_older_round_do_not_count() -> None:
     found = loading()
     for rank in range(WORLD):
         tell(found, rank, "failed", 1, copies=[BAD])
-    found.load(Candidate(identity(5, world_size=WORLD)), {})
+    found.load(Candidate(identity(5, world_size=WORLD)), "")
     tell(found, 0, "ready", 2)
     tell(found, 1, "ready", 2)
     tell(found, 2, "ready", 1)
@@ -70,7 +70,7 @@ def test_restore_copy_in_the_bucket_that_cannot_be_read_is_tried_twice_and_never
         tell(found, 0, "ready", number)
         tell(found, 1, "failed", number, copies=[BAD, AWAY])
         tell(found, 2, "failed", number, copies=[AWAY])  # two ranks say it of the same round
-        found.load(Candidate(identity(10, world_size=WORLD)), {})
+        found.load(Candidate(identity(10, world_size=WORLD)), "")
     assert found.corrupt == {COPY.key()} and found.excluded == {COPY.key(), AWAY_KEY}
 
 

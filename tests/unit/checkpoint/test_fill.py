@@ -13,6 +13,7 @@ from ktrain.base.faults import FaultPoints
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.fill import Filler, WantedFills
 from ktrain.checkpoint.lineage import Copy
+from ktrain.checkpoint.packed import pack
 from ktrain.checkpoint.source import Failure
 from ktrain.snapshot.arena import NodeVolume
 from ktrain.testing.fake_bucket import FakeBucket
@@ -46,9 +47,9 @@ class Rig:
         self.changes += 1
 
     def wanted(self, number: int = 1, timeout_s: float = 30.0) -> WantedFills:
-        texts = [snapshot(rank, self.at)[1].to_bytes().decode() for rank in (0, 1)]
-        copies = [(Copy("bucket", self.commit.write_id, rank, self.at), texts[rank]) for rank in (0, 1)]
-        return WantedFills((1, number), copies, timeout_s)
+        manifests = pack({rank: snapshot(rank, self.at)[1].to_bytes().decode() for rank in (0, 1)})
+        copies = [Copy("bucket", self.commit.write_id, rank, self.at) for rank in (0, 1)]
+        return WantedFills((1, number), copies, manifests, timeout_s)
 
     def work(self, **fields: Any) -> list[tuple[int, str | None]]:
         """Fills; (rank, why not) of each."""

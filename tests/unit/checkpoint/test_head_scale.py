@@ -10,6 +10,7 @@ from ktrain.base.events import Event
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.coordinate import Coordinator
+from ktrain.checkpoint.packed import unpack
 from ktrain.checkpoint.policy import Every, Policies
 from ktrain.format.manifest import Identity
 from ktrain.testing.fake_clock import FakeClock
@@ -129,7 +130,7 @@ def test_head_of_a_large_job_has_all_ranks_restore_one_step(tmp_path: Path) -> N
     job.turn()
     loading = [keeper.answer["restore"] for keeper in job.keepers]
     assert {(word["state"], word["identity"]["step"]) for word in loading} == {("loading", 30)}
-    assert all(len(word["manifests"]) == len(word["sources"]) == WORLD for word in loading)
+    assert all(len(unpack(word["manifests"])) == len(word["sources"]) == WORLD for word in loading)
     job.report("ready")
     for _ in range(3):
         job.turn()

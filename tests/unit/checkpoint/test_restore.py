@@ -14,6 +14,7 @@ from ktrain.base import contract
 from ktrain.base.clock import Deadline
 from ktrain.base.control import Caller
 from ktrain.base.faults import FaultPoints
+from ktrain.checkpoint.packed import pack
 from ktrain.checkpoint.pulse import Pulse
 from ktrain.checkpoint.restore import Restorer
 from ktrain.errors import ConfigError, CorruptionError
@@ -65,7 +66,7 @@ def loading(number: int, taken: Taken, *tiers: str) -> dict[str, Any]:
         "state": "loading",
         "round": number,
         "identity": manifest.identity.to_json(),
-        "manifests": {"0": manifest.to_bytes().decode()},
+        "manifests": pack({0: manifest.to_bytes().decode()}),
         "sources": {"0": copies},
     }
 

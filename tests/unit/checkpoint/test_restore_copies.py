@@ -13,6 +13,7 @@ from torch.distributed.tensor import Replicate
 from ktrain.base import contract
 from ktrain.base.faults import FaultPoints
 from ktrain.checkpoint.carry import Carrier, Ends
+from ktrain.checkpoint.packed import pack
 from ktrain.checkpoint.restore import Restorer
 from ktrain.format.payload import copies_begin
 from ktrain.state.topology import Topology
@@ -89,7 +90,7 @@ class World:
             for rank, found in told.items()
         }
         word = {"state": "loading", "round": 1, "identity": self.identity.to_json(), "sources": sources}
-        word["manifests"] = {str(rank): manifest.to_bytes().decode() for rank, (manifest, _) in self.shares.items()}
+        word["manifests"] = pack({rank: manifest.to_bytes().decode() for rank, (manifest, _) in self.shares.items()})
         head = Head(word, {"state": "go", "round": 1})
         with fake_rank(0, 2):
             fresh = holder(-1.0)
