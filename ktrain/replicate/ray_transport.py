@@ -123,6 +123,12 @@ class RayTransport:
         params = {"source": source, "wanted": wanted.to_json()}
         return int(self._call("read", params, f"read of {wanted}", deadline)["wire_nbytes"])
 
+    def release(self, rank: int) -> None:
+        try:
+            self._call("release", {"rank": rank}, f"release of rank {rank}", Deadline.after(_STOP_S, self._clock))
+        except KtrainError as error:  # a child that is gone holds nothing
+            _LOG.info("%s", error)
+
     def _call(self, name: str, params: dict[str, Any], what: str, deadline: Deadline) -> dict[str, Any]:
         """What the child answers."""
         with self._lock:
