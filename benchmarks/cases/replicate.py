@@ -8,13 +8,13 @@ from benchmarks.bench import Bench
 from benchmarks.harness import Case, Kind, Measured, Outcome, Proofs, Step, measure, memcpy
 from benchmarks.snapshots import RUN, Snapshotter, large
 from benchmarks.wire import Wire, wire
-from ktrain import native
 from ktrain.abc.transport import Receipt
 from ktrain.base.clock import Deadline
-from ktrain.format.manifest import Identity, Manifest
-from ktrain.format.payload import CHUNK_NBYTES, copies_begin, lay_out
-from ktrain.format.shard import Box, Role, Shard
+from ktrain.format.manifest import Identity
+from ktrain.format.payload import CHUNK_NBYTES
+from ktrain.format.shard import Role
 from ktrain.snapshot.arena import NodeVolume
+from ktrain.testing.transport_conformance import seal_copies
 
 _OWNER, _KEEPER = 10, 11  # ranks of another job in the same volumes: one on each node, which hold the same tensors
 _PULL_S = 300.0
@@ -92,31 +92,13 @@ def _hold_alike(snapshots: Snapshotter, ray: Wire, kept: NodeVolume) -> _HeldAli
     with snapshots.volume.open(0, snapshots.identity) as slot:
         entries = tuple(replace(e, shard=replace(e.shard, role=Role.REPLICATED)) for e in slot.manifest.entries)
         share = replace(slot.manifest, identity=identity, rank=_OWNER, entries=entries, table=None)
-        _seal(snapshots.volume, share, slot.memory)
-        layout = lay_out([Shard("own", "uint8", (1,), Box.whole((1,)), Role.RANK)])
-        beside = layout.header + b"\0"
-        chunks = tuple(native.digest_chunks(beside, chunk_nbytes=CHUNK_NBYTES))
-        own = replace(share, rank=_KEEPER, nbytes=len(beside), chunks=chunks, entries=layout.entries)
-        _seal(kept, own, memoryview(beside), replace(share, rank=_KEEPER), slot.memory)
+        writer = snapshots.volume.acquire(_OWNER, share.nbytes, protect=(), limit=1)
+        assert writer is not None, "the slot is in use"
+        with writer:
+            writer.memory[:] = slot.memory
+            writer.seal(share)
+        seal_copies(kept, _KEEPER, share, slot.memory)
     return _HeldAlike(ray, kept, identity)
-
-
-def _seal(
-    volume: NodeVolume,
-    share: Manifest,
-    payload: memoryview,
-    copies: Manifest | None = None,
-    beside: memoryview | None = None,
-) -> None:
-    begin = copies_begin(share.nbytes)
-    nbytes = share.nbytes if beside is None else begin + beside.nbytes
-    writer = volume.acquire(share.rank, nbytes, protect=(), limit=1)
-    assert writer is not None, "the slot is in use"
-    with writer:
-        writer.memory[: share.nbytes] = payload
-        if beside is not None:
-            writer.memory[begin:] = beside
-        writer.seal(share, copies)
 
 
 CASE = Case(

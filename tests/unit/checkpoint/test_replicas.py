@@ -12,9 +12,9 @@ from ktrain.checkpoint.replicas import Replicas
 from ktrain.errors import CapacityError
 from ktrain.format.manifest import Identity
 from ktrain.format.payload import CHUNK_NBYTES, copies_begin
-from ktrain.snapshot.arena import KEPT_SLOTS
+from ktrain.snapshot.arena import KEPT_SLOTS, Slots, required_nbytes
 from tests.unit.checkpoint.builders import divided
-from tests.unit.checkpoint.cluster import Cluster, flip_at
+from tests.unit.checkpoint.cluster import NUM_SLOTS, Cluster, flip_at
 
 
 @pytest.fixture
@@ -112,6 +112,25 @@ def test_node_in_the_place_of_a_lost_one_reads_each_share_once_and_takes_no_slot
     own, kept, foreign = ([num_slots(three, rank, node=0) for rank in ranks] for ranks in ((0, 1), (4, 5), (2, 3)))
     assert own == [num_slots(three, rank, node=1) for rank in (2, 3)], "as on a node that was never lost"
     assert (kept, foreign) == ([KEPT_SLOTS] * 2, [0, 0])
+
+
+def test_volume_of_a_node_in_the_place_of_a_lost_one_never_holds_more_than_was_counted(three: Cluster) -> None:
+    share, beside = divided(0, identity(three, 10))
+    nbytes = copies_begin(len(share[0])) + len(beside[0])
+    own, kept = Slots(2, NUM_SLOTS, nbytes), Slots(2, KEPT_SLOTS, len(share[0]))
+    counted = required_nbytes(own, kept, free_nbytes=1 << 40, held_nbytes=0)
+    lose_first_node(three)
+    three.begin()
+    most_lent = most = 0
+    for turn in range(100):
+        three.turn()
+        if turn % 8 == 0 and all(worker.restored is not None for worker in three.workers):
+            three.save(20 + turn)
+        files = [path for path in three.nodes[0].volume.path.rglob("*") if path.is_file()]
+        most = max(most, sum(path.stat().st_blocks * 512 for path in files))
+        most_lent = max(most_lent, sum(path.stat().st_size for path in lent(three)))
+    assert most_lent == 2 * len(share[0]), "of both ranks of node 1"
+    assert nbytes < most <= counted
 
 
 def test_what_a_node_lends_its_ranks_is_taken_back_before_anybody_goes_on(three: Cluster) -> None:
