@@ -319,9 +319,10 @@ class NodeKeeper:
         manifests = [text for want in wanted if (text := _manifest_text(want, self._volume, self._disk)) is not None]
         with self._lock:
             ranks = {str(rank): known.to_json(now) for rank, known in self._ranks.items()}
-            if all(_has_read(ranks.get(str(rank)), self._restore.round) for rank in self._view.get("ranks", ())):
-                self._carrier.replicas.end_loans()  # before the head can know, and let anybody train
-            return {
+            have_read = all(
+                _has_read(ranks.get(str(rank)), self._restore.round) for rank in self._view.get("ranks", ())
+            )
+            message = {
                 "member": self._place.member,
                 "node": self._place.node,
                 "host": self._place.host,
@@ -340,6 +341,9 @@ class NodeKeeper:
                 "events_from": self._events_sent,
                 "events": [event.to_json() for event in batch],
             }
+        if have_read:
+            self._carrier.replicas.end_loans()  # before the head can know, and let anybody train
+        return message
 
     def _take(self, answer: dict[str, Any]) -> None:
         if self._volume is None and not self._freed.is_set():

@@ -80,6 +80,7 @@ class Replicas:
         self._not_kept: dict[int, Identity] = {}  # rank -> the replica that was said to be missing
         self._no_room_until: dict[int, float] = {}  # rank -> until when a lack of room is nothing to be said
         self._pull_lock = threading.Lock()  # one pull at a time: bounded chunks in flight
+        self._pulled: set[int] = set()  # ranks of which the transport may have slots
         self._lend_lock = threading.Lock()  # one loan at a time is read
         self._loans: dict[tuple[int, Identity], Loan] = {}  # replaced whole
         self._fault_lock = threading.Lock()  # a plan counts, and is not made for several threads
@@ -167,8 +168,9 @@ class Replicas:
         return self._lend(wanted, owner, deadline)
 
     def release(self, rank: int) -> None:
-        """Gives up the slots of a rank that were pulled into."""
-        if self._transport is not None:
+        """Gives up the slots of a rank that were pulled into; where none was, nothing is asked."""
+        if self._transport is not None and rank in self._pulled:
+            self._pulled.discard(rank)
             self._transport.release(rank)
 
     def end_loans(self) -> None:
@@ -218,6 +220,7 @@ class Replicas:
             raise UnavailableError(f"rank {rank}, {identity}: this node has no wire to its peers")
         source = self._source_of(owner, deadline)
         with self._pull_lock:
+            self._pulled.add(rank)
             receipt = self._transport.pull(source, rank, identity, protect=protect(), deadline=deadline)
         for bad in receipt.bad_own:
             self._refuse_own(bad, identity)
