@@ -16,7 +16,7 @@ from benchmarks.harness import Bytes, Proofs, as_bytes
 from ktrain.base.clock import Deadline
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.lineage import Copy
-from ktrain.checkpoint.source import NearestSource, Openers, PeerCalls
+from ktrain.checkpoint.source import Fetched, NearestSource, Openers, PeerCalls
 from ktrain.format import columns
 from ktrain.format.document import Written
 from ktrain.format.manifest import Identity, Manifest
@@ -189,7 +189,7 @@ class Restored:
             disk=None,
             volume=self._volume,
             tier=self._tier,
-            peers=PeerCalls(lambda copy: 0, lambda copy, wanted, deadline: 0, 0),
+            peers=PeerCalls(lambda copy, wanted: Fetched(0), lambda copy, wanted, deadline: 0, 0),
             deadline_of=lambda nbytes: Deadline.after(_PATIENCE_S),
             num_threads=self._num_threads,
         )

@@ -105,7 +105,7 @@ class PartialRead:
 class Transport(Protocol):
     """Pulls snapshots between the volumes of two nodes, whole or in parts.
 
-    A protocol of four calls, so that a faster wire can stand beside Ray. The receiver pulls and owns all it
+    A protocol of five calls, so that a faster wire can stand beside Ray. The receiver pulls and owns all it
     takes: nothing has to be given back when the source dies. Safe from any thread.
     """
 
@@ -151,6 +151,12 @@ class Transport(Protocol):
             CorruptionError: a chunk was wrong twice; the source's copy or the way to it is bad.
             UnavailableError: the source could not be reached, the wire broke, or the file cannot be written.
             DeadlineError: it took too long.
+        """
+
+    def release(self, rank: int) -> None:
+        """Gives up the slots of a rank, so that another process of the node may write or remove them; never raises.
+
+        What is sealed there stays. A slot that is pulled into in this moment is not given up.
         """
 
     def close(self) -> None:

@@ -231,6 +231,7 @@ class Coordinator:
             "world_size": len(attempt.home),
             "node_sizes": list(attempt.node_sizes),
             "ranks": list(attempt.nodes.get(member.node, ())),
+            "keeps": list(attempt.kept_by(member.node)),
             "committed": self._commits.to_json(),
             "protect": _protected(*needed, None if drain is None else drain.identity),
             "protect_kept": _protected(*needed),  # no replica waits for a drain, which has its own node's slot

@@ -18,7 +18,7 @@ from ktrain.base.faults import FaultPoints
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.lineage import Copy
 from ktrain.checkpoint.packed import unpack
-from ktrain.checkpoint.source import Failure, NearestSource, Openers, PeerCalls
+from ktrain.checkpoint.source import Failure, Fetched, NearestSource, Openers, PeerCalls
 from ktrain.errors import CapacityError, KtrainError, UnavailableError
 from ktrain.format.manifest import Manifest
 from ktrain.native import Runs
@@ -26,7 +26,9 @@ from ktrain.snapshot.arena import NodeVolume
 from ktrain.tier.location import open_tier
 
 _SLOTS = 2  # that a rank may have in this volume, as for replicas
-_NO_PEERS = PeerCalls(lambda copy: 0, lambda copy, wanted, deadline: 0)  # all that is filled comes from the bucket
+_NO_PEERS = PeerCalls(
+    lambda copy, wanted: Fetched(0), lambda copy, wanted, deadline: 0
+)  # all that is filled comes from the bucket
 
 
 @dataclass(frozen=True, slots=True)

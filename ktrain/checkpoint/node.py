@@ -277,10 +277,10 @@ class NodeKeeper:
             mark.waiting.append((mark.taken, self._events_sent + len(self.events)))
 
     def _fetch(self, said: dict[str, Any]) -> dict[str, Any]:
-        """Brings a peer's copy into this node's volume for a rank that restores."""
-        copy = Copy.from_json(said["copy"])
+        """Brings all of a peer's copy to this node for a rank that restores."""
+        copy, wanted = Copy.from_json(said["copy"]), PartialRead.from_json(said["wanted"])
         deadline = Deadline.after(float(said["timeout_s"]), self._clock)
-        return {"wire_nbytes": self._carrier.replicas.pull(copy.rank, copy.identity, copy.place, deadline)}
+        return self._carrier.replicas.fetch(wanted, copy.place, deadline).to_json()
 
     def _read(self, said: dict[str, Any]) -> dict[str, Any]:
         """Brings parts of a peer's copy into a file of a rank that restores."""
@@ -320,7 +320,11 @@ class NodeKeeper:
         wanted, now = self._wanted_manifests, self._clock.monotonic()
         manifests = [text for want in wanted if (text := _manifest_text(want, self._volume, self._disk)) is not None]
         with self._lock:
-            return {
+            ranks = {str(rank): known.to_json(now) for rank, known in self._ranks.items()}
+            have_read = all(
+                _has_read(ranks.get(str(rank)), self._restore.round) for rank in self._view.get("ranks", ())
+            )
+            message = {
                 "member": self._place.member,
                 "node": self._place.node,
                 "host": self._place.host,
@@ -331,7 +335,7 @@ class NodeKeeper:
                 "held": [[entry.rank, entry.identity.to_json()] for entry in held],
                 "on_disk": _on_disk(self._carrier.on_disk),
                 "manifests": manifests,
-                "ranks": {str(rank): known.to_json(now) for rank, known in self._ranks.items()},
+                "ranks": ranks,
                 "restore_round": self._restore.round,
                 "drained": self._drained.newest(),
                 "filled": list(self._carrier.fills),
@@ -339,6 +343,9 @@ class NodeKeeper:
                 "events_from": self._events_sent,
                 "events": [event.to_json() for event in batch],
             }
+        if have_read:
+            self._carrier.replicas.end_loans()  # before the head can know, and let anybody train
+        return message
 
     def _take(self, answer: dict[str, Any]) -> None:
         if self._volume is None and not self._freed.is_set():
@@ -354,9 +361,11 @@ class NodeKeeper:
             self._restore.take(answer["restore"])
         if self._volume is not None:
             if is_new:
+                self._carrier.replicas.end_loans()  # who borrowed is dead
                 self._damage.look(self._volume, self._disk)  # as found by those who restore now
             for rank in moved:
                 self._volume.release(rank)  # kept for another node so far: now its own process writes these slots
+                self._carrier.replicas.release(rank)
         if self.on_wire is not None and answer["wire"] is not None:
             self.on_wire(answer["wire"])
         if self._volume is not None and answer["committed"]:
@@ -368,6 +377,8 @@ class NodeKeeper:
                 drain=answer["drain"],
                 ranks=[rank for rank in answer["ranks"] if rank in self._ranks],
                 replicas=WantedReplicas(
+                    own=answer["ranks"],
+                    keeps=answer["keeps"],
                     pull=answer["pull"],
                     peers=answer["peers"],
                     protect=[(int(step), int(epoch)) for step, epoch in answer["protect"]],
@@ -413,6 +424,12 @@ class NodeKeeper:
         self._carrier.look_at_disk()  # before any rank asks what there is to restore
         self._volume = volume
         self._damage.look(volume, self._disk)
+
+
+def _has_read(rank: Mapping[str, Any] | None, number: int) -> bool:
+    """Whether a rank has read what it restores in this round, as far as it could."""
+    said = None if rank is None else rank["restore"]
+    return said is not None and said["status"] in ("ready", "failed", "applied") and int(said["round"]) >= number
 
 
 def _on_disk(found: Sequence[tuple[int, Identity]] | None) -> list[list[Any]] | None:

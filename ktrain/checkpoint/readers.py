@@ -11,6 +11,7 @@ import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy
@@ -271,6 +272,49 @@ class PeerReader:
         self._is_stopped = True
 
     def close(self) -> None:
+        self._views = _Views()
+
+
+class LentReader:
+    """A whole snapshot of another node in a file that this node lends to its ranks, mapped until it has been read.
+
+    Raises:
+        FileNotFoundError: the file was taken back.
+    """
+
+    is_near = True
+
+    def __init__(self, file: Path, peer: str, manifest: Manifest, num_threads: int) -> None:
+        with open(file, "rb") as opened:
+            self._mapping: native.MappedFile | None = native.map_file(opened.fileno(), manifest.nbytes, writable=False)
+        self._where = f"peer {peer}"
+        self._manifest = manifest
+        self._proof = _Proof(manifest, num_threads)
+        self._views = _Views()
+
+    def reads(self, share: Share) -> list[Read]:
+        return [partial(self._read, self._views.landing(share))]
+
+    def _read(self, share: Share, deadline: Deadline) -> int:
+        assert self._mapping is not None
+        memory, nbytes = memoryview(self._mapping), 0
+        for span in plan_spans(self._manifest, share, closes_gaps=False):
+            deadline.check(f"prove rank {self._manifest.rank} from {self._where}")
+            self._proof.land(memory[span.begin : span.end], span.begin, span.runs, self._where)
+            nbytes += span.end - span.begin
+        memory.release()
+        self.stop()
+        return nbytes
+
+    def view(self, begin: int, end: int) -> memoryview:
+        return self._views.view(self._where, begin, end)
+
+    def stop(self) -> None:
+        """Its one read has ended, or will not be: the room goes back before anybody trains."""
+        self._mapping = None
+
+    def close(self) -> None:
+        self.stop()
         self._views = _Views()
 
 

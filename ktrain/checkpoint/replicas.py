@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ktrain.abc.source import copies_beside
@@ -14,9 +14,19 @@ from ktrain.base import contract
 from ktrain.base.clock import Clock, Deadline
 from ktrain.base.faults import FaultPoints
 from ktrain.base.settings import Timeouts
-from ktrain.errors import CapacityError, ConflictError, CorruptionError, KtrainError, NotFoundError, UnavailableError
+from ktrain.checkpoint.source import Fetched
+from ktrain.errors import (
+    CapacityError,
+    ConflictError,
+    CorruptionError,
+    DeadlineError,
+    KtrainError,
+    NotFoundError,
+    UnavailableError,
+)
 from ktrain.format.manifest import Identity
 from ktrain.snapshot.arena import NodeVolume
+from ktrain.snapshot.scratch import Scratch, ScratchFile
 
 _LOG = logging.getLogger(__name__)
 
@@ -25,10 +35,20 @@ _LOG = logging.getLogger(__name__)
 class WantedReplicas:
     """What the head wants of this node as a peer, and what it says of the others."""
 
+    own: Sequence[int] = ()  # the ranks that run here
+    keeps: Sequence[int] = ()  # those whose replicas this node is to keep
     pull: Sequence[Mapping[str, Any]] = ()
     peers: Mapping[str, str] = field(default_factory=dict)
     protect: Sequence[tuple[int, int]] = ()
     protect_kept: Sequence[tuple[int, int]] = ()  # the part of it that no replica may overwrite
+
+
+@dataclass(frozen=True, slots=True)
+class Loan:
+    """A whole snapshot of a peer in a file, for all ranks of the node to read once."""
+
+    scratch: Scratch
+    file: ScratchFile
 
 
 class Replicas:
@@ -60,6 +80,9 @@ class Replicas:
         self._not_kept: dict[int, Identity] = {}  # rank -> the replica that was said to be missing
         self._no_room_until: dict[int, float] = {}  # rank -> until when a lack of room is nothing to be said
         self._pull_lock = threading.Lock()  # one pull at a time: bounded chunks in flight
+        self._pulled: set[int] = set()  # ranks of which the transport may have slots
+        self._lend_lock = threading.Lock()  # one loan at a time is read
+        self._loans: dict[tuple[int, Identity], Loan] = {}  # replaced whole
         self._fault_lock = threading.Lock()  # a plan counts, and is not made for several threads
 
     def want(self, wanted: WantedReplicas, faults: FaultPoints) -> None:
@@ -124,12 +147,61 @@ class Replicas:
             fields = {"rank": rank, "step": identity.step, "tier": contract.TIER_PEER}
             self._emit("save_skipped", reason=f"{self._node} cannot keep it: {error}", **fields)
 
-    def pull(self, rank: int, identity: Identity, owner: str, deadline: Deadline) -> int:
-        """Brings a snapshot of another node, which a rank restores, into the own volume.
+    def fetch(self, wanted: PartialRead, owner: str, deadline: Deadline) -> Fetched:
+        """Brings a whole snapshot of another node, which a rank restores.
 
-        The newest one here of its epoch or a later one stays: it may be what is restored next. Returns the bytes that
-        crossed the wire.
+        It goes into a slot where the rank that it is of runs here or has its replicas here, else into a file for the
+        node's ranks to read (ADR 0025); to neither where it is no use that it comes whole.
+
+        Raises:
+            CapacityError: there is no room.
+            KtrainError: as `Transport.pull` and `Transport.read` do.
         """
+        rank = wanted.rank
+        if rank in (*self._wanted.own, *self._wanted.keeps):
+            wire_nbytes = self._pull_to_restore(rank, wanted.identity, owner, deadline)
+            if rank in self._wanted.own:
+                self.release(rank)  # its own process writes these slots
+            return Fetched(wire_nbytes)
+        if len(self._wanted.own) == 1:
+            return Fetched(0)  # the one rank that wants it reads it as it comes
+        return self._lend(wanted, owner, deadline)
+
+    def release(self, rank: int) -> None:
+        """Gives up the slots of a rank that were pulled into; where none was, nothing is asked."""
+        if self._transport is not None and rank in self._pulled:
+            self._pulled.discard(rank)
+            self._transport.release(rank)
+
+    def end_loans(self) -> None:
+        """Takes all files back; a rank that has one mapped may still read it."""
+        loans, self._loans = self._loans, {}
+        for loan in loans.values():
+            loan.scratch.drop(loan.file)
+
+    def _lend(self, wanted: PartialRead, owner: str, deadline: Deadline) -> Fetched:
+        volume, key = self._volume(), (wanted.rank, wanted.identity)
+        if volume is None:
+            raise UnavailableError(f"{wanted}: this node has no volume now")
+        if not self._lend_lock.acquire(timeout=deadline.remaining_s()):
+            raise DeadlineError(f"{wanted}: what else this node reads took {deadline.total_s:g} s")
+        try:
+            if key in self._loans:
+                return Fetched(0, self._loans[key].file.path)
+            scratch = Scratch(volume.path, wanted.nbytes)
+            file = scratch.take()
+            try:
+                wire_nbytes = self.read(replace(wanted, file=file.path), owner, deadline)
+            except BaseException:
+                scratch.drop(file)  # the wire may still be writing to it
+                raise
+            self._loans = {**self._loans, key: Loan(scratch, file)}
+            return Fetched(wire_nbytes, file.path)
+        finally:
+            self._lend_lock.release()
+
+    def _pull_to_restore(self, rank: int, identity: Identity, owner: str, deadline: Deadline) -> int:
+        """The newest one here of its epoch or a later one stays: it may be what is restored next."""
         volume = self._volume()
         held = [] if volume is None else [entry.identity for entry in volume.scan() if entry.rank == rank]
         ages = [(at.epoch, at.step) for at in held if at.epoch >= identity.epoch]
@@ -148,6 +220,7 @@ class Replicas:
             raise UnavailableError(f"rank {rank}, {identity}: this node has no wire to its peers")
         source = self._source_of(owner, deadline)
         with self._pull_lock:
+            self._pulled.add(rank)
             receipt = self._transport.pull(source, rank, identity, protect=protect(), deadline=deadline)
         for bad in receipt.bad_own:
             self._refuse_own(bad, identity)

@@ -19,7 +19,7 @@ from ktrain.checkpoint.agreement import RestoreState
 from ktrain.checkpoint.lineage import Copy
 from ktrain.checkpoint.packed import unpack
 from ktrain.checkpoint.pulse import Pulse
-from ktrain.checkpoint.source import Failure, NearestSource, Openers, PeerCalls, Tally
+from ktrain.checkpoint.source import Failure, Fetched, NearestSource, Openers, PeerCalls, Tally
 from ktrain.errors import ConfigError, CorruptionError, KtrainError, UnavailableError, from_kind
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.snapshot.arena import NodeVolume
@@ -201,7 +201,7 @@ class Restorer:
             volume=self._volume,
             disk=self._disk,
             tier=self._tier,
-            peers=PeerCalls(self._pull, self._read_parts, self._topology.rank if is_same_size else None),
+            peers=PeerCalls(self._fetch, self._read_parts, self._topology.rank if is_same_size else None),
             deadline_of=lambda nbytes: Deadline.after(self._timeouts.storage_s + nbytes / 1e6, self._clock),
             num_threads=self._topology.copy_threads,
         )
@@ -230,11 +230,11 @@ class Restorer:
         }
         self._report("wants", wants=wants)
 
-    def _pull(self, copy: Copy) -> int:
-        """Has the node keeper bring a peer's copy into this node's volume; returns the bytes that crossed the wire."""
+    def _fetch(self, copy: Copy, wanted: PartialRead) -> Fetched:
+        """Has the node keeper bring all of a peer's copy to this node."""
         timeout_s = self._timeouts.restore_s / 2
-        said = {"copy": copy.to_json(), "timeout_s": timeout_s}
-        return int(self._keeper.call("fetch", said, timeout_s=timeout_s + self._timeouts.call_s)["wire_nbytes"])
+        said = {"copy": copy.to_json(), "wanted": wanted.to_json(), "timeout_s": timeout_s}
+        return Fetched.from_json(self._keeper.call("fetch", said, timeout_s=timeout_s + self._timeouts.call_s))
 
     def _read_parts(self, copy: Copy, wanted: PartialRead, deadline: Deadline) -> int:
         """Has the node keeper bring parts of a peer's copy into a file; returns the bytes that crossed the wire."""

@@ -33,6 +33,11 @@ class Attempt:
         home = {rank: node for node, ranks in nodes.items() for rank in ranks}
         return cls(epoch, nodes, home, tuple(map(len, blocks)) if is_in_blocks else ())
 
+    def kept_by(self, node: str) -> dict[int, str]:
+        """Ranks of which a node is to keep replicas, each with the node that it runs on."""
+        owners = kept_for(ring(sorted(self.nodes)), node)
+        return {rank: owner for owner in owners for rank in self.nodes[owner]}
+
     def undivided(self) -> Attempt:
         """The same where each node stores all that its ranks hold."""
         return replace(self, node_sizes=())
@@ -161,10 +166,8 @@ class Roster:
         peers, have = self.wires(), set(member.held)
         return [
             {"rank": rank, "identity": wanted.to_json(), "source": peers[owner], "owner": owner}
-            for owner in kept_for(ring(sorted(attempt.nodes)), member.node)
-            if owner in peers
-            for rank in attempt.nodes[owner]
-            if (rank, wanted) not in have
+            for rank, owner in attempt.kept_by(member.node).items()
+            if owner in peers and (rank, wanted) not in have
         ]
 
     def holdings(self) -> dict[str, dict[int, int]]:

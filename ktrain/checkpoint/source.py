@@ -11,12 +11,13 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from ktrain.abc.source import copies_beside
 from ktrain.abc.tier import Tier
-from ktrain.abc.transport import PartialRead
+from ktrain.abc.transport import Part, PartialRead
 from ktrain.base import contract
 from ktrain.base.clock import Deadline
 from ktrain.checkpoint.lineage import Copy
@@ -25,6 +26,7 @@ from ktrain.checkpoint.readers import (
     BUCKET_READ_NBYTES,
     PEER_READ_NBYTES,
     BadCopy,
+    LentReader,
     Object,
     Peer,
     PeerReader,
@@ -46,7 +48,7 @@ IN_FLIGHT_NBYTES = 256 << 20
 """Bytes that one rank has on their way from tiers at a time; bounds its memory and its number of calls."""
 
 WHOLE_SHARE = 1 / 1.1
-"""Who wants at least this part of a peer's snapshot has it pulled whole: the node then holds a replica."""
+"""Who wants at least this part of a peer's snapshot has all of it brought, once for all ranks of the node."""
 WHOLE_SHARE_OF_OWN = 0.5
 """The same for a rank's own snapshot, whose replica in the own volume serves the next restore."""
 
@@ -83,13 +85,35 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True)
-class PeerCalls:
-    """How a rank gets at the snapshots of other nodes; each call returns the bytes that crossed the wire.
+class Fetched:
+    """What a node has brought of a peer's snapshot: a slot of its volume, or a `file` that it lends to its ranks."""
 
-    `rank` is the saved rank that is this rank's own, None where there is none (another number of ranks).
+    wire_nbytes: int  # that crossed for it now
+    file: Path | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"wire_nbytes": self.wire_nbytes, "file": None if self.file is None else str(self.file)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Fetched:
+        return cls(int(value["wire_nbytes"]), None if value["file"] is None else Path(value["file"]))
+
+
+def whole(manifest: Manifest) -> PartialRead:
+    """A read of a whole snapshot; which file it goes to is the node's choice."""
+    parts = [Part(0, manifest.nbytes, manifest.chunks)]
+    return PartialRead(manifest.rank, manifest.identity, manifest.chunk_nbytes, parts, Path())
+
+
+@dataclass(frozen=True, slots=True)
+class PeerCalls:
+    """How a rank gets at the snapshots of other nodes.
+
+    `read` returns the bytes that crossed the wire. `rank` is the saved rank that is this rank's own, None where there
+    is none (another number of ranks).
     """
 
-    pull: Callable[[Copy], int]  # the whole snapshot into a slot of the own volume
+    fetch: Callable[[Copy, PartialRead], Fetched]  # the whole snapshot, to wherever the node has a place for it
     read: Callable[[Copy, PartialRead, Deadline], int]  # parts of it into a file
     rank: int | None = None
 
@@ -162,9 +186,14 @@ class Openers:
         whole_nbytes = manifest.nbytes * (WHOLE_SHARE_OF_OWN if copy.rank == self._peers.rank else WHOLE_SHARE)
         if wanted_nbytes(share) >= whole_nbytes:
             try:
-                tally.crossed(self._peers.pull(copy))
+                fetched = self._peers.fetch(copy, whole(manifest))
+                tally.crossed(fetched.wire_nbytes)
+                if fetched.file is not None:
+                    return LentReader(fetched.file, copy.place, manifest, self._num_threads)
             except CapacityError:
-                pass  # parts need no slot
+                pass  # parts need no room
+            except FileNotFoundError:
+                pass  # the agent that lent it is dead
         try:
             return self._open_slot(volume, copy, manifest)
         except NotFoundError:

@@ -27,6 +27,7 @@ from ktrain.replicate.ray_wire import WireConfig
 
 _LOG = logging.getLogger(__name__)
 _STOP_S = 5.0
+_RELEASE_S = 1.0
 _BACKOFF_S = (1.0, 2.0, 5.0, 15.0, 30.0)  # between two attempts to join the same cluster
 _GRACE_S = 1.0  # the child keeps the deadline itself; the call waits this much longer for its words
 
@@ -122,6 +123,12 @@ class RayTransport:
     def read(self, source: str, wanted: PartialRead, *, deadline: Deadline) -> int:
         params = {"source": source, "wanted": wanted.to_json()}
         return int(self._call("read", params, f"read of {wanted}", deadline)["wire_nbytes"])
+
+    def release(self, rank: int) -> None:
+        try:
+            self._call("release", {"rank": rank}, f"release of rank {rank}", Deadline.after(_RELEASE_S, self._clock))
+        except KtrainError as error:  # a child that is gone holds nothing
+            _LOG.info("%s", error)
 
     def _call(self, name: str, params: dict[str, Any], what: str, deadline: Deadline) -> dict[str, Any]:
         """What the child answers."""

@@ -95,8 +95,8 @@ class RayWire:
         self._actors: dict[str, Any] = {}  # by name; guarded by _finding
         self._stopping = threading.Lock()
         self._finding = threading.Lock()
-        self._pulling = threading.Lock()  # one pull at a time: pieces in flight bound the memory of both ends
-        self._reading = threading.BoundedSemaphore(landing.IN_FLIGHT)  # reads, one piece each; a pull takes all places
+        self._pulling = threading.Lock()  # one at a time takes all places
+        self._reading = threading.BoundedSemaphore(landing.IN_FLIGHT)  # pieces bound both ends' memory
         name = f"ray-{config.generation}-{ids.random_id(3)}"
         environment = ray_settings.environment(Path(config.token_file))
         self._kept = KeptRay(Path(config.work_dir), name, environment=environment)
@@ -136,7 +136,9 @@ class RayWire:
         _get(self._actor.ready.remote(), "start of the source actor", deadline)
         token = Path(config.token_file).read_text()
         self._server = control.Server(
-            {"pull": self._pull, "read": self._read}, address=f"unix:{self._kept.folder}/wire.sock", token=token
+            {"pull": self._pull, "read": self._read, "release": self._release},
+            address=f"unix:{self._kept.folder}/wire.sock",
+            token=token,
         )
         address = f"ray:{config.generation}:{actor_name}"
         self._announce({"event": "serving", "address": address, "control": self._server.address})
@@ -182,29 +184,32 @@ class RayWire:
             protect=[(int(step), int(epoch)) for step, epoch in params["protect"]],
             slots=self._config.slots,
         )
-        if not self._pulling.acquire(timeout=deadline.remaining_s()):
-            raise DeadlineError(f"pull of {wanted}: other pulls of this node took {deadline.total_s:g} s")
-        try:
-            with self._places(landing.IN_FLIGHT, f"pull of {wanted}", deadline):
-                actor = self._find(parse_address(params["source"], self._config.generation))
-                chunks = _ActorChunks(actor, f"pull of {wanted}")
-                receipt = landing.land(self._volume, chunks, wanted, deadline=deadline)
-        finally:
-            self._pulling.release()
+        with self._places(landing.IN_FLIGHT, f"pull of {wanted}", deadline):
+            actor = self._find(parse_address(params["source"], self._config.generation))
+            chunks = _ActorChunks(actor, f"pull of {wanted}")
+            receipt = landing.land(self._volume, chunks, wanted, deadline=deadline)
         return receipt.to_json()
 
     def _read(self, params: dict[str, Any]) -> dict[str, Any]:
         deadline = Deadline.after(float(params["timeout_s"]))
         wanted = PartialRead.from_json(params["wanted"])
-        with self._places(1, f"read of {wanted}", deadline):
+        num_ahead = landing.IN_FLIGHT if wanted.nbytes > landing.PULL_NBYTES else 1
+        with self._places(num_ahead, f"read of {wanted}", deadline):
             actor = self._find(parse_address(params["source"], self._config.generation))
             chunks = _ActorChunks(actor, f"read of {wanted}")
-            return {"wire_nbytes": landing.land_parts(chunks, wanted, num_ahead=1, deadline=deadline)}
+            return {"wire_nbytes": landing.land_parts(chunks, wanted, num_ahead=num_ahead, deadline=deadline)}
+
+    def _release(self, params: dict[str, Any]) -> dict[str, Any]:
+        self._volume.release(int(params["rank"]))
+        return {}
 
     @contextlib.contextmanager
     def _places(self, count: int, what: str, deadline: Deadline) -> Iterator[None]:
-        """Room for so many pieces in flight. Only one caller at a time may ask for more than one."""
+        """Room for so many pieces in flight. Of those who want more than one, one at a time gathers and has it."""
         taken = 0
+        is_alone = count > 1
+        if is_alone and not self._pulling.acquire(timeout=deadline.remaining_s()):
+            raise DeadlineError(f"{what}: other pulls of this node took {deadline.total_s:g} s")
         try:
             while taken < count:
                 if not self._reading.acquire(timeout=deadline.remaining_s()):
@@ -214,6 +219,8 @@ class RayWire:
         finally:
             for _ in range(taken):
                 self._reading.release()
+            if is_alone:
+                self._pulling.release()
 
     def _find(self, name: str) -> Any:
         import ray

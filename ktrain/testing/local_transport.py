@@ -58,6 +58,9 @@ class LocalTransport:
         chunks = _LocalChunks(self._wire, source.removeprefix("local:"))
         return land_parts(chunks, wanted, num_ahead=IN_FLIGHT, deadline=deadline)
 
+    def release(self, rank: int) -> None:
+        self._volume.release(rank)
+
     def close(self) -> None:
         self._wire.nodes.pop(self._volume.node, None)
         self.source.close()

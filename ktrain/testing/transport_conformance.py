@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ from ktrain.errors import (
     UnavailableError,
 )
 from ktrain.format.manifest import Identity, Manifest
-from ktrain.format.payload import CHUNK_NBYTES, lay_out
+from ktrain.format.payload import CHUNK_NBYTES, copies_begin, lay_out
 from ktrain.format.shard import Box, Role, Shard
 from ktrain.snapshot.arena import Held, NodeVolume
 
@@ -59,7 +59,7 @@ class WirePair:
 def seal_snapshot(volume: NodeVolume, rank: int, identity: Identity, nbytes: int) -> Held:
     """Seals a snapshot of one tensor with about `nbytes` of random bytes, the same for the same arguments."""
     shape = (max(0, nbytes - 4096),)
-    layout = lay_out([Shard("blob", "uint8", shape, Box.whole(shape), Role.RANK)])
+    layout = lay_out([Shard("blob", "uint8", shape, Box.whole(shape), Role.REPLICATED)])
     source = random.Random(f"{rank} {identity}")
     sizes = [min(1 << 20, shape[0] - at) for at in range(0, shape[0], 1 << 20)]
     payload = b"".join([layout.header, *map(source.randbytes, sizes)])
@@ -79,6 +79,21 @@ def seal_snapshot(volume: NodeVolume, rank: int, identity: Identity, nbytes: int
             origin={},
         )
     )
+
+
+def seal_copies(volume: NodeVolume, rank: int, copies: Manifest, payload: memoryview) -> Held:
+    """Seals a payload as the copies beside a share of another rank, which has one value of its own."""
+    layout = lay_out([Shard("own", "uint8", (1,), Box.whole((1,)), Role.RANK)])
+    data = layout.header + b"\0"
+    chunks = tuple(native.digest_chunks(data, chunk_nbytes=CHUNK_NBYTES))
+    share = replace(copies, rank=rank, nbytes=len(data), chunks=chunks, entries=layout.entries, table=None)
+    begin = copies_begin(len(data))
+    writer = volume.acquire(rank, begin + len(payload), protect=(), limit=64)
+    assert writer is not None
+    with writer:
+        writer.memory[: len(data)] = data
+        writer.memory[begin:] = payload
+        return writer.seal(share, replace(copies, rank=rank))
 
 
 def flip_byte(volume: NodeVolume, held: Held, offset: int) -> None:
@@ -142,6 +157,33 @@ class TransportConformance:
         second = wires.pull(rank, identity)
         assert second.wire_nbytes == 0
         assert second.manifest_digest == first.manifest_digest
+
+    def test_pull_of_what_lies_beside_own_shares_crosses_in_part(self, wires: WirePair, rank: int) -> None:
+        """A transport may leave own copies alone; what it says of them has to add up."""
+        identity = _identity(wires, 10)
+        held = seal_snapshot(wires.source_volume, rank, identity, 3 << 20)
+        with wires.source_volume.open(rank, identity) as slot:
+            seal_copies(wires.kept, rank ^ 1, slot.manifest, slot.memory)
+        receipt = wires.pull(rank, identity)
+        assert receipt.bad_own == ()
+        assert receipt.own_nbytes == 0 or receipt.wire_nbytes < held.nbytes
+        assert receipt.own_nbytes + receipt.wire_nbytes >= held.nbytes
+        assert 0.0 <= receipt.wire_s <= receipt.seconds
+        with wires.source_volume.open(rank, identity) as sent, wires.kept.open(rank, identity) as landed:
+            assert landed.memory == sent.memory
+
+    def test_release_lets_another_process_write_the_slots(self, wires: WirePair, rank: int) -> None:
+        identity = _identity(wires, 10)
+        held = seal_snapshot(wires.source_volume, rank, identity, 5000)
+        wires.pull(rank, identity)
+        wires.receiver.release(rank)
+        with NodeVolume(wires.kept.path.parent.parent, node=wires.kept.node, run=wires.run) as other:
+            assert [found.identity for found in other.scan() if found.rank == rank] == [identity]
+            writer = other.acquire(rank, held.nbytes, protect=(), limit=1, over=(2, 0))
+            assert writer is not None
+            with writer:
+                assert writer.slot == held.slot, "no other slot was made"
+        wires.receiver.release(rank)  # of which it has none
 
     def test_pull_absent_snapshot_is_not_found(self, wires: WirePair, rank: int) -> None:
         with pytest.raises(NotFoundError):

@@ -1,4 +1,6 @@
-"""A training under `ktrain launch` whose state several nodes hold: `once_worker.py LAYOUT STEPS SECONDS_PER_STEP`.
+"""A training under `ktrain launch` whose state several nodes hold.
+
+`once_worker.py LAYOUT STEPS SECONDS_PER_STEP [WIDTH]`
 
 The layouts are "ddp" and "hsdp" (a copy on each node, shards within it), and "odd": DDP where the ranks of the first
 node add a parameter that DDP does not know of, so that the nodes divide other things than they think.
@@ -21,10 +23,10 @@ from ktrain.base import settings
 WIDTH = 256  # a state of 1.6 MB, which headers and counters of each rank's own do not hide
 
 
-def network() -> torch.nn.Module:
+def network(width: int = WIDTH) -> torch.nn.Module:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    return torch.nn.Sequential(torch.nn.Linear(16, WIDTH), torch.nn.Linear(WIDTH, WIDTH), torch.nn.Linear(WIDTH, 16))
+    return torch.nn.Sequential(torch.nn.Linear(16, width), torch.nn.Linear(width, width), torch.nn.Linear(width, 16))
 
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -> float:
@@ -36,8 +38,8 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -
     return loss.item()
 
 
-def build(layout: str) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    net = network()
+def build(layout: str, width: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    net = network(width)
     model: torch.nn.Module = net
     world, local = dist.get_world_size(), settings.worker_settings().local_world_size
     if layout == "hsdp":
@@ -58,9 +60,9 @@ def total(model: torch.nn.Module) -> float:
     return found
 
 
-def main(layout: str, steps: int, seconds: float) -> None:
+def main(layout: str, steps: int, seconds: float, width: int = WIDTH) -> None:
     dist.init_process_group("gloo")
-    model, optimizer = build(layout)
+    model, optimizer = build(layout, width)
     state = {"model": model, "optimizer": optimizer}
     ckpt = ktrain.Checkpointer(os.environ["KTRAIN_RUN"], state=state, every=5)
     start = ckpt.restore()
@@ -75,4 +77,4 @@ def main(layout: str, steps: int, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), *map(int, sys.argv[4:]))

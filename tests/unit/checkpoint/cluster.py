@@ -25,7 +25,7 @@ from ktrain.checkpoint.lineage import Copy
 from ktrain.checkpoint.node import NodeKeeper, NodePlace
 from ktrain.checkpoint.packed import unpack
 from ktrain.checkpoint.policy import Every, Keep, Policies
-from ktrain.checkpoint.source import NearestSource, Openers, PeerCalls
+from ktrain.checkpoint.source import Fetched, NearestSource, Openers, PeerCalls
 from ktrain.errors import CorruptionError, KtrainError, UnavailableError
 from ktrain.format.manifest import Identity, Manifest
 from ktrain.format.payload import copies_begin
@@ -175,7 +175,7 @@ class Worker:
             volume=self.volume,
             tier=cluster.catalog.tier,
             disk=self.disk,
-            peers=PeerCalls(self._pull, self._read_parts, self.rank),
+            peers=PeerCalls(self._fetch, self._read_parts, self.rank),
             deadline_of=lambda nbytes: Deadline.after(10.0),
             num_threads=1,
         )
@@ -197,9 +197,9 @@ class Worker:
         finally:
             source.close()
 
-    def _pull(self, copy: Copy) -> int:
-        said = {"copy": copy.to_json(), "timeout_s": 5.0}
-        return int(self.caller.call("fetch", said, timeout_s=5.0)["wire_nbytes"])
+    def _fetch(self, copy: Copy, wanted: PartialRead) -> Fetched:
+        said = {"copy": copy.to_json(), "wanted": wanted.to_json(), "timeout_s": 5.0}
+        return Fetched.from_json(self.caller.call("fetch", said, timeout_s=5.0))
 
     def _read_parts(self, copy: Copy, wanted: PartialRead, deadline: Deadline) -> int:
         del deadline

@@ -15,7 +15,7 @@ from ktrain.base import contract
 from ktrain.base.clock import Deadline
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.lineage import Copy
-from ktrain.checkpoint.source import Failure, NearestSource, Openers, PeerCalls
+from ktrain.checkpoint.source import Failure, Fetched, NearestSource, Openers, PeerCalls
 from ktrain.format import record as records
 from ktrain.format.manifest import Manifest
 from ktrain.snapshot.arena import NodeVolume
@@ -117,6 +117,7 @@ class Shelves:
     num_threads: int = 2
     call_s: float = 20.0
     pull: Callable[[Copy], int] = lambda copy: 0
+    lent: Path | None = None  # the file that a pull went to, where it took no slot
     read: Callable[[Copy, PartialRead, Deadline], int] = lambda copy, wanted, deadline: 0
     own: int | None = None  # the saved rank that is the reader's own
     failures: list[Failure] = field(default_factory=list)
@@ -152,7 +153,9 @@ class Shelves:
             volume=self.volume,
             disk=self.disk,
             tier=self.bucket,
-            peers=PeerCalls(lambda copy: self.pull(copy), lambda *args: self.read(*args), self.own),
+            peers=PeerCalls(
+                lambda copy, wanted: Fetched(self.pull(copy), self.lent), lambda *args: self.read(*args), self.own
+            ),
             deadline_of=lambda nbytes: Deadline.after(self.call_s),
             num_threads=self.num_threads,
         )

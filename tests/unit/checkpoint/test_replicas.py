@@ -1,16 +1,20 @@
-"""What a node's keeper does with the replicas of its peers' shares, in a job of two nodes that hold one tensor."""
+"""What a node holds of its peers' shares: replicas built from its own copies, and what its ranks read to restore."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ktrain.checkpoint.replicas import Replicas
+from ktrain.errors import CapacityError
 from ktrain.format.manifest import Identity
 from ktrain.format.payload import CHUNK_NBYTES, copies_begin
+from ktrain.snapshot.arena import KEPT_SLOTS, Slots, required_nbytes
 from tests.unit.checkpoint.builders import divided
-from tests.unit.checkpoint.cluster import Cluster, flip_at
+from tests.unit.checkpoint.cluster import NUM_SLOTS, Cluster, flip_at
 
 
 @pytest.fixture
@@ -55,3 +59,118 @@ def test_bad_copies_that_a_replica_is_built_from_are_named_and_taken_out_of_use(
     assert (bad["begin"], bad["end"]) == (CHUNK_NBYTES, 2 * CHUNK_NBYTES)
     assert cluster.nodes[1].volume.copies.find(identity(cluster, 10)) == ({}, {})
     assert cluster.committed()["peer"] == 10, "the replica was pulled where it could not be built"
+
+
+# A node in the place of a lost one, whose ranks want all that there is
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Iterator[Cluster]:
+    """Three nodes of two ranks each. Node 0 keeps replicas of node 2's ranks, and node 1's are foreign to it."""
+    made = Cluster(tmp_path, num_nodes=3, per_node=2)
+    made.takes = divided
+    made.drains = False
+    made.restore()
+    made.save_and_settle(10)
+    yield made
+    made.close()
+
+
+def lose_first_node(cluster: Cluster) -> None:
+    sizes = {rank: len(divided(rank, identity(cluster, 10))[0][0]) for rank in range(6)}
+    everything = {rank: (0, nbytes) for rank, nbytes in sizes.items()}
+    cluster.wanted = {0: everything, 1: everything}
+    cluster.lose_node(0)
+
+
+def lent(cluster: Cluster) -> list[Path]:
+    return sorted(cluster.nodes[0].volume.path.glob("read-*"))
+
+
+def num_slots(cluster: Cluster, rank: int, node: int) -> int:
+    return len(list(cluster.nodes[node].volume.path.glob(f"rank-{rank:05d}/slot-*.safetensors")))
+
+
+def test_node_in_the_place_of_a_lost_one_reads_each_share_once_and_takes_no_slot_that_is_not_counted(
+    three: Cluster,
+) -> None:
+    crossed: dict[str, int] = {}
+
+    def count(node: str, begin: int, end: int) -> None:
+        crossed[node] = crossed.get(node, 0) + end - begin
+
+    lose_first_node(three)
+    three.wire.before_piece = count
+    assert three.restore() == 10
+    wanted = sum(end for _, end in three.wanted[0].values())
+    assert sum(worker.wire_nbytes for worker in three.workers) < 1.1 * wanted, "once for both ranks of the node"
+    assert sum(crossed.values()) < 1.1 * wanted
+    assert {held.rank for held in three.nodes[0].volume.scan()} == {0, 1, 4, 5}
+    assert lent(three) == []
+    for step in range(20, 80, 10):
+        three.save_and_settle(step)
+    own, kept, foreign = ([num_slots(three, rank, node=0) for rank in ranks] for ranks in ((0, 1), (4, 5), (2, 3)))
+    assert own == [num_slots(three, rank, node=1) for rank in (2, 3)], "as on a node that was never lost"
+    assert (kept, foreign) == ([KEPT_SLOTS] * 2, [0, 0])
+
+
+def test_volume_of_a_node_in_the_place_of_a_lost_one_never_holds_more_than_was_counted(three: Cluster) -> None:
+    share, beside = divided(0, identity(three, 10))
+    nbytes = copies_begin(len(share[0])) + len(beside[0])
+    own, kept = Slots(2, NUM_SLOTS, nbytes), Slots(2, KEPT_SLOTS, len(share[0]))
+    counted = required_nbytes(own, kept, free_nbytes=1 << 40, held_nbytes=0)
+    lose_first_node(three)
+    three.begin()
+    most_lent = most = 0
+    for turn in range(100):
+        three.turn()
+        if turn % 8 == 0 and all(worker.restored is not None for worker in three.workers):
+            three.save(20 + turn)
+        files = [path for path in three.nodes[0].volume.path.rglob("*") if path.is_file()]
+        most = max(most, sum(path.stat().st_blocks * 512 for path in files))
+        most_lent = max(most_lent, sum(path.stat().st_size for path in lent(three)))
+    assert most_lent == 2 * len(share[0]), "of both ranks of node 1"
+    assert nbytes < most <= counted
+
+
+def test_what_a_node_lends_its_ranks_is_taken_back_before_anybody_goes_on(three: Cluster) -> None:
+    lose_first_node(three)
+    three.begin()
+    seen = 0
+    while any(worker.restored is None for worker in three.workers):
+        three.turn()
+        seen = max(seen, len(lent(three)))
+        assert not lent(three) or all(worker.restored is None for worker in three.workers)
+    assert lent(three) == []
+
+
+def test_node_without_room_for_what_it_would_lend_reads_what_each_rank_wants(three: Cluster) -> None:
+    lose_first_node(three)
+
+    def full(*args: Any) -> None:
+        raise CapacityError("the volume is full")
+
+    three.nodes[0].keeper._carrier.replicas._lend = full  # type: ignore[method-assign, assignment]
+    assert three.restore() == 10
+    assert {held.rank for held in three.nodes[0].volume.scan()} == {0, 1, 4, 5}
+    foreign = sum(end for rank, (_, end) in three.wanted[0].items() if rank in (2, 3))
+    everything = sum(end for _, end in three.wanted[0].values())
+    assert sum(worker.wire_nbytes for worker in three.workers) >= everything + foreign, "each rank for itself"
+
+
+def test_one_rank_alone_on_its_node_is_lent_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: Any) -> None:
+        raise AssertionError("it reads what it wants straight into its tensors")
+
+    monkeypatch.setattr(Replicas, "_lend", never)
+    cluster = Cluster(tmp_path, num_nodes=3)
+    cluster.takes = divided
+    cluster.drains = False
+    cluster.restore()
+    cluster.save_and_settle(10)
+    nbytes = len(divided(1, identity(cluster, 10))[0][0])
+    cluster.wanted = {0: {rank: (0, nbytes) for rank in range(3)}}
+    cluster.lose_node(0)
+    assert cluster.restore() == 10
+    assert {held.rank for held in cluster.nodes[0].volume.scan()} == {0, 2}
+    cluster.close()

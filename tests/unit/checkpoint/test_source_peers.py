@@ -146,6 +146,48 @@ def test_source_whose_own_snapshot_a_peer_holds_pulls_it_where_half_is_wanted(pe
     source.close()
 
 
+def lend(peers: Peers, payload: bytes) -> None:
+    """The node has a file for the snapshot, and no slot."""
+    peers.shelf.lent = peers.shelf.folder / "lent"
+    peers.shelf.lent.write_bytes(payload)
+    peers.shelf.pull = lambda copy: len(payload)
+
+
+def test_source_that_is_lent_the_whole_snapshot_reads_it_and_lets_it_go_at_once(peers: Peers) -> None:
+    payload = peers.snapshots[0][1]
+    lend(peers, payload)
+    source = peers.source()
+    source.fetch({0: [(0, len(payload) - CHUNK)]}, deadline=soon())
+    assert str(peers.shelf.lent) not in Path("/proc/self/maps").read_text(), "its room is needed before anybody trains"
+    assert bytes(source.view(0, 5, 50)) == payload[5:50]
+    assert source.tiers == {0: contract.TIER_PEER}
+    assert (source.tally.wire_nbytes, peers.reads) == (len(payload), [])
+    source.close()
+
+
+def test_source_that_is_lent_a_bad_chunk_names_it_and_takes_the_next_copy(peers: Peers) -> None:
+    payload = peers.snapshots[0][1]
+    lend(peers, flipped(payload, 45_000))
+    source = peers.source(peers.in_bucket())
+    source.fetch({0: [(0, len(payload))]}, deadline=soon())
+    assert bytes(source.view(0, 0, len(payload))) == payload
+    (failure,) = source.failures
+    assert failure.corrupt and (failure.begin, failure.end) == (40_960, 45_056)
+    source.close()
+
+
+def test_source_whose_loan_was_taken_back_reads_the_whole_snapshot_in_parts(peers: Peers) -> None:
+    payload = peers.snapshots[0][1]
+    lend(peers, payload)
+    assert peers.shelf.lent is not None
+    peers.shelf.lent.unlink()
+    source = peers.source()
+    source.fetch({0: [(0, len(payload))]}, deadline=soon())
+    assert bytes(source.view(0, 0, len(payload))) == payload
+    assert peers.reads and source.failures == []
+    source.close()
+
+
 def test_source_without_a_free_slot_reads_the_whole_snapshot_in_parts(peers: Peers) -> None:
     def no_slot(copy: Copy) -> int:
         raise CapacityError("all slots are protected")
