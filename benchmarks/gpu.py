@@ -33,13 +33,13 @@ def main(record: Path | None) -> int:
     about["note"] = f"Device: {torch.cuda.get_device_name()}."
     found: list[Found] = []
     with Bench(SIZES) as bench:
-        for case in (CAPTURE, STALL, CADENCE):
+        for case in (CAPTURE, CADENCE, STALL):
             found.append(run(case, bench))
             print(report.section(found[-1]), flush=True)
-    about["load_after"] = report.load()
+            about["load_after"] = report.load()
+            if record is not None:  # after each: a device is often lent for a time that ends
+                report.write_record(record, SIZES, found, about)
     print(report.describe(about, SIZES))
-    if record is not None:
-        report.write_record(record, SIZES, found, about)
     return 1 if any(one.outcome is None for one in found) else 0
 
 
