@@ -90,7 +90,7 @@ class _HeldAlike:
 def _hold_alike(snapshots: Snapshotter, ray: Wire, kept: NodeVolume) -> _HeldAlike:
     identity = Identity(RUN, 1, 1, world_size=_KEEPER + 1)
     with snapshots.volume.open(0, snapshots.identity) as slot:
-        entries = tuple(replace(e, shard=replace(e.shard, role=Role.REPLICATED)) for e in slot.manifest.entries)
+        entries = tuple(e._replace(shard=e.shard._replace(role=Role.REPLICATED)) for e in slot.manifest.entries)
         share = replace(slot.manifest, identity=identity, rank=_OWNER, entries=entries, table=None)
         writer = snapshots.volume.acquire(_OWNER, share.nbytes, protect=(), limit=1)
         assert writer is not None, "the slot is in use"

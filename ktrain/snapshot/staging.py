@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy
@@ -316,9 +317,6 @@ class _Split:
         self._now_sizes: Words = numpy.concatenate([[numpy.uint64(len(header))], table.sizes[self._now]])
         self._now_offsets: Words = numpy.concatenate([[numpy.uint64(0)], table.offsets[self._now]])
         self.num_now_nbytes = int(self._now_sizes.sum())
-        self._all_bytes = Samples(self.rest_sizes, None)
-        self._first = Samples(self.rest_sizes, FIRST_NBYTES)
-        self._closer = Samples(self.rest_sizes, SAMPLED_NBYTES)
 
     def columns_now(self, addresses: Words) -> tuple[Words, Words, Words]:
         """What is copied at once as segments, behind the header."""
@@ -332,8 +330,12 @@ class _Split:
     def watch(self, later: Later) -> Watch:
         """How the rest is looked at."""
         if later.all_bytes:
-            return Watch(self._all_bytes, None, later.turn)
-        return Watch(self._first, self._closer, later.turn)
+            return Watch(Samples(self.rest_sizes, None), None, later.turn)
+        return Watch(*self._samples, later.turn)
+
+    @cached_property
+    def _samples(self) -> tuple[Samples, Samples]:
+        return Samples(self.rest_sizes, FIRST_NBYTES), Samples(self.rest_sizes, SAMPLED_NBYTES)
 
 
 def _address_of(data: bytes | memoryview) -> int:
