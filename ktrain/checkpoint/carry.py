@@ -113,7 +113,7 @@ class Carrier:
         if wanted.epoch != self._wanted.epoch:
             self._faults = FaultPoints.from_environment(wanted.epoch)
         self._wanted = wanted
-        self.replicas.want(wanted.replicas, self._faults)
+        self.replicas.want(wanted.replicas, self._faults, epoch=wanted.epoch)
         for wake in self._wakes.values():
             wake.set()
 
