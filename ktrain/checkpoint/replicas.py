@@ -84,9 +84,9 @@ class Replicas:
         self._lend_lock = threading.Lock()  # one loan at a time is read
         self._loans: dict[tuple[int, Identity], Loan] = {}  # replaced whole
         self._fault_lock = threading.Lock()  # a plan counts, and is not made for several threads
+        self._due_lock = threading.Lock()  # guards the two fields below
         self._epoch = 0
-        self._wire_due: dict[str, Deadline] = {}  # owner -> by when a wire that is down is to be up; guarded by:
-        self._due_lock = threading.Lock()
+        self._wire_due: dict[str, Deadline] = {}  # owner -> by when the wire to it, which is down, is to be up
 
     def want(self, wanted: WantedReplicas, faults: FaultPoints, *, epoch: int) -> None:
         """Replaces what is wanted."""
@@ -258,8 +258,8 @@ class Replicas:
     def _source_of(self, owner: str, deadline: Deadline) -> str:
         """Waits, bounded, until both ends of the wire are up (a replaced node joins the wire while ranks start).
 
-        All who wait for an owner in one epoch have one deadline, from the first of them on: a restore asks once for
-        each saved rank.
+        All who wait for an owner in one epoch have one deadline, from the first of them on until the wire has been up:
+        a restore asks once for each saved rank.
         """
         if (source := self._wire_to(owner)) is not None:
             return source

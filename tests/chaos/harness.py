@@ -32,7 +32,7 @@ def of_kind(here: Place, kind: str) -> list[Event]:
 
 
 @functools.cache
-def untouched_losses(steps: int, num_ranks: int = 2, mesh: str = "shards") -> dict[int, float]:
+def untouched_losses(steps: int, num_ranks: int, mesh: str) -> dict[int, float]:
     """Step -> loss of a launch that nobody touched. (One node: where the ranks run changes nothing.)"""
     with place() as here:
         put_script(here)
