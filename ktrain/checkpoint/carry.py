@@ -16,6 +16,7 @@ from ktrain.abc.transport import Transport
 from ktrain.base import contract
 from ktrain.base.clock import Clock
 from ktrain.base.faults import FaultPoints
+from ktrain.base.process import let_training_first
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.fill import Filler, WantedFills
 from ktrain.checkpoint.replicas import Replicas, WantedReplicas
@@ -113,11 +114,13 @@ class Carrier:
         if wanted.epoch != self._wanted.epoch:
             self._faults = FaultPoints.from_environment(wanted.epoch)
         self._wanted = wanted
-        self.replicas.want(wanted.replicas, self._faults)
+        self.replicas.want(wanted.replicas, self._faults, epoch=wanted.epoch)
         for wake in self._wakes.values():
             wake.set()
 
     def _loop(self, name: str, work: Callable[[dict[Any, Any]], None]) -> None:
+        if name != "fill":  # for that one a restore waits, and nothing trains
+            let_training_first()  # so do the threads of uploads and stores: they are started from here
         memory: dict[Any, Any] = {}  # what this loop has done or given up, so that a wanted state is not carried twice
         while not self._closed.is_set():
             self._clock.wait(self._wakes[name], self._timeouts.beat_s)

@@ -191,12 +191,9 @@ class NodeKeeper:
         if self._thread is not None:
             self._thread.join(self._timeouts.call_s)
         self._carrier.close()
-        if self._transport is not None:
-            self._transport.close()
-        if self._disk is not None:
-            self._disk.close()
-        if self._volume is not None:
-            self._volume.close()
+        for end in (self._transport, self._disk, self._volume):
+            if end is not None:
+                end.close()
 
     def flush(self) -> None:
         """One beat now, so that what was said so far is with the head; a head that is away is not waited for."""

@@ -84,10 +84,17 @@ class Replicas:
         self._lend_lock = threading.Lock()  # one loan at a time is read
         self._loans: dict[tuple[int, Identity], Loan] = {}  # replaced whole
         self._fault_lock = threading.Lock()  # a plan counts, and is not made for several threads
+        self._due_lock = threading.Lock()  # guards the two fields below
+        self._epoch = 0
+        self._wire_due: dict[str, Deadline] = {}  # owner -> by when the wire to it, which is down, is to be up
 
-    def want(self, wanted: WantedReplicas, faults: FaultPoints) -> None:
+    def want(self, wanted: WantedReplicas, faults: FaultPoints, *, epoch: int) -> None:
         """Replaces what is wanted."""
         self._wanted, self._faults = wanted, faults
+        with self._due_lock:
+            absent = [owner for owner in self._wire_due if epoch == self._epoch and self._wire_to(owner) is None]
+            self._wire_due = {owner: self._wire_due[owner] for owner in absent}
+            self._epoch = epoch
 
     def work(self, memory: dict[Any, Any], *, is_closed: Callable[[], bool] = lambda: False) -> None:
         """Brings what is wanted and missing; `memory` has until when each is left alone after a failure."""
@@ -249,12 +256,24 @@ class Replicas:
         return self._transport.read(source, wanted, deadline=deadline)
 
     def _source_of(self, owner: str, deadline: Deadline) -> str:
-        """Waits, bounded, until both ends of the wire are up (a replaced node joins the wire while ranks start)."""
-        bound = deadline.sooner(self._timeouts.start_s / 2)
-        while True:
-            source = self._wanted.peers.get(owner)
-            if source is not None and self._transport is not None and self._transport.address() is not None:
-                return source
+        """Waits, bounded, until both ends of the wire are up (a replaced node joins the wire while ranks start).
+
+        All who wait for an owner in one epoch have one deadline, from the first of them on until the wire has been up:
+        a restore asks once for each saved rank.
+        """
+        if (source := self._wire_to(owner)) is not None:
+            return source
+        with self._due_lock:
+            fresh = Deadline.after(self._timeouts.start_s / 2, self._clock)
+            due = self._wire_due.setdefault(owner, fresh)
+        bound = min(deadline, due, key=lambda each: each.at_s)
+        while (source := self._wire_to(owner)) is None:
             if bound.expired():
                 raise UnavailableError(f"peer {owner}: no wire to it within {bound.total_s:g} s")
             self._clock.sleep(min(0.1, bound.remaining_s()))
+        return source
+
+    def _wire_to(self, owner: str) -> str | None:
+        """The owner's address on the wire while both ends are up."""
+        is_up = self._transport is not None and self._transport.address() is not None
+        return self._wanted.peers.get(owner) if is_up else None

@@ -23,6 +23,7 @@ from ktrain import native
 from ktrain.abc.transport import PartialRead
 from ktrain.base import control, ids
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
+from ktrain.base.process import let_training_first
 from ktrain.errors import DeadlineError, KtrainError, UnavailableError, from_kind
 from ktrain.format.manifest import Identity
 from ktrain.replicate import landing, ray_settings
@@ -177,6 +178,7 @@ class RayWire:
         return actor.remote(config.volume_root, config.run, config.node)
 
     def _pull(self, params: dict[str, Any]) -> dict[str, Any]:
+        let_training_first()  # the call has a thread of its own; most pulls bring a replica
         deadline = Deadline.after(float(params["timeout_s"]))
         wanted = landing.Wanted(
             rank=int(params["rank"]),

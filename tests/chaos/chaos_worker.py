@@ -1,7 +1,8 @@
-"""A small sharded training for the chaos suite: `chaos_worker.py STEPS SECONDS_PER_STEP`; FSDP2 over all ranks on CPU.
+"""A small training for the chaos suite: `chaos_worker.py STEPS SECONDS_PER_STEP [MESH]`; FSDP2 over all ranks on CPU.
 
-Every rank has data of its own, so that a shard that is restored wrong shows in the next loss. Where a file `release`
-lies beside the script, training ends after the next step.
+With MESH `shards`, the default, each rank holds its part of the model; with `copies` each holds all of it, and stores
+its share: a rank without any of it reads the shares of all. Every rank has data of its own, so that what is restored
+wrong shows in the next loss. Where a file `release` lies beside the script, training ends after the next step.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from torch.distributed.fsdp import fully_shard
 import ktrain
 
 
-def main(steps: int, seconds: float) -> None:
+def main(steps: int, seconds: float, mesh: str = "shards") -> None:
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 64), nn.Dropout(0.1), nn.Tanh(), nn.Linear(64, 32))
-    fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
+    shape = {"shards": (world_size,), "copies": (world_size, 1)}[mesh]
+    fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("copy", "shard")[-len(shape) :]))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     torch.manual_seed(100 + rank)  # dropout differs between ranks, and is part of what a resume must bring back
     checkpointer = ktrain.Checkpointer(state={"model": model, "optimizer": optimizer}, every=5)
@@ -46,4 +48,4 @@ def main(steps: int, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]))
+    main(int(sys.argv[1]), float(sys.argv[2]), *sys.argv[3:])

@@ -32,19 +32,20 @@ def of_kind(here: Place, kind: str) -> list[Event]:
 
 
 @functools.cache
-def untouched_losses(steps: int) -> dict[int, float]:
-    """Step -> loss of a launch of two ranks that nobody touched. (One node: where the ranks run changes nothing.)"""
+def untouched_losses(steps: int, num_ranks: int, mesh: str) -> dict[int, float]:
+    """Step -> loss of a launch that nobody touched. (One node: where the ranks run changes nothing.)"""
     with place() as here:
         put_script(here)
-        launch = here.launch("--workers-per-node", "2", "--patience", "60", args=(str(steps), "0"))
+        launch = here.launch("--workers-per-node", str(num_ranks), "--patience", "60", args=(str(steps), "0", mesh))
         assert here.end(launch) == contract.EXIT_OK, here.output()
         return {event.fields["step"]: event.fields["loss"] for event in of_kind(here, "step")}
 
 
-def check_as_untouched(found: Sequence[Event]) -> list[str]:
-    """Every step has the loss of an untouched run."""
+def check_as_untouched(found: Sequence[Event], mesh: str = "shards") -> list[str]:
+    """Every step has the loss of an untouched run of as many ranks."""
     newest = max((event.fields["step"] for event in found if event.kind == "step"), default=1)
-    return invariants.check_same_losses(found, untouched_losses(-(-newest // 100) * 100))
+    (num_ranks,) = {event.fields["world_size"] for event in found if event.kind == "attempt_started"}
+    return invariants.check_same_losses(found, untouched_losses(-(-newest // 100) * 100, num_ranks, mesh))
 
 
 def release(here: Place) -> None:
@@ -75,12 +76,12 @@ def await_nothing_runs(here: Place) -> list[str]:
     return left
 
 
-def check(here: Place, *, finished: bool = True, last: int | None = None) -> None:
+def check(here: Place, *, finished: bool = True, last: int | None = None, mesh: str = "shards") -> None:
     """Every invariant of a run that nobody disturbs any more."""
     found = read_events(here)
     wrong = [
         *invariants.check_run(found, here.run),
-        *check_as_untouched(found),
+        *check_as_untouched(found, mesh),
         *invariants.check_steps(found, newest_step(here) if last is None else last),
         *await_nothing_runs(here),
     ]

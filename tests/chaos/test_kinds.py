@@ -105,6 +105,49 @@ def _steps_on(disk: Path) -> set[str]:
     return {path.name for path in disk.rglob("step-*")}
 
 
+def test_launch_agent_killed_before_it_brings_a_replica_trains_on_and_brings_it_in_the_next_attempt(
+    here: Place,
+) -> None:
+    """Each new agent of node 0 dies in the first attempt too, as soon as it is on the wire."""
+    args = (str(harness.MANY_STEPS), "0.1")
+    launch = here.launch("--nodes", "2", "--patience", "60", args=args, KTRAIN_FAULTS="kill@replica.pull,rank=1")
+
+    here.await_that("the agent's death", lambda: harness.of_kind(here, "agent_lost"))
+    at = harness.newest_step(here)
+    here.await_that("steps that go on", lambda: harness.newest_step(here) > at + 20)
+    assert harness.of_kind(here, "failure") == []
+    assert harness.newest_committed(here, contract.TIER_PEER) == 0, "one of the two replicas is missing"
+    assert _kill(here.processes("ktrain.run.worker ")[0].pid), "which ends the attempt, and with it the plan"
+    here.await_that("replicas", lambda: harness.newest_committed(here, contract.TIER_PEER, attempt=2))
+
+    harness.release(here)
+    assert here.end(launch) == contract.EXIT_OK, here.output()
+    assert {said.fields["node"] for said in harness.of_kind(here, "agent_lost")} == {"node-0"}
+    assert [event.fields["cause"] for event in harness.of_kind(here, "failure")] == [contract.CAUSE_CRASH]
+    assert [event.fields["tier"] for event in harness.of_kind(here, "restored")] == [contract.TIER_MEMORY]
+    harness.check(here)
+
+
+def test_launch_agent_killed_as_it_reads_parts_for_a_restore_fails_no_rank_which_reads_the_bucket(here: Place) -> None:
+    """The rank on the new node wants the shares of all ranks; foreign ones take no slot there, so parts are read."""
+    spec = "lose-node@step=20,node=1,after=peer"
+    options = ("--nodes", "3", "--patience", "60", "--fault", spec)
+    args = (str(harness.MANY_STEPS), "0.1", "copies")
+    launch = here.launch(*options, args=args, KTRAIN_FAULTS="kill@read.parts,epoch=2")
+
+    here.await_that("the restore", lambda: harness.of_kind(here, "restored"))
+    begun_at = harness.newest_step(here)
+    here.await_that("steps that go on", lambda: harness.newest_step(here) > begun_at + 20)
+    harness.release(here)
+
+    assert here.end(launch) == contract.EXIT_OK, here.output()
+    assert {said.fields["node"] for said in harness.of_kind(here, "agent_lost")} == {"node-1"}
+    assert [event.fields["cause"] for event in harness.of_kind(here, "failure")] == [contract.CAUSE_NODE_LOST]
+    (restored,) = harness.of_kind(here, "restored")
+    assert restored.fields["tiers"] == {"0": "memory", "1": "bucket", "2": "memory"}
+    harness.check(here, mesh="copies")
+
+
 def test_launch_ray_killed_on_all_nodes_trains_on_and_replicates_in_a_new_cluster(here: Place) -> None:
     launch = here.launch("--nodes", "2", args=(str(harness.MANY_STEPS), "0.1"))
     here.await_that("replicas", lambda: harness.newest_committed(here, contract.TIER_PEER))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ktrain.errors import KtrainError
+from ktrain.snapshot.next_slot import NextSlot
 from ktrain.snapshot.slots import SlotCalls, SlotReader, SlotWriter
 from tests.unit.snapshot.builders import identity, save, snapshot, volume_at
 
@@ -34,6 +35,7 @@ class Child:
         self.volume = volume_at(root, calls=self.calls)
         self.reader: SlotReader | None = None
         self.writer: SlotWriter | None = None
+        self.following = NextSlot(3, 2)
 
     def save(self, step: str, epoch: str, num_floats: str) -> str:
         return save(self.volume, int(step), int(epoch), limit=2, num_floats=int(num_floats)).slot
@@ -41,6 +43,12 @@ class Child:
     def die_at(self, step: str) -> str:
         self.calls.fatal = step
         return "ready"
+
+    def lease_ahead(self) -> str:
+        """Takes the slot of the next snapshot, as a rank does after each."""
+        payload, _ = snapshot(3, identity(0))
+        self.following.lease_ahead(self.volume, len(payload), protect=())
+        return "done"
 
     def begin(self, step: str, epoch: str) -> str:
         """Takes a slot and writes half of it."""

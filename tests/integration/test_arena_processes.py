@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from ktrain.errors import CapacityError, ConflictError
+from ktrain.errors import CapacityError, ConflictError, NotFoundError
 from ktrain.snapshot.arena import NodeVolume, ProblemKind, list_volumes, remove_volume
-from tests.unit.snapshot.builders import RUN, save, steps, try_save, volume_at
+from tests.unit.snapshot.builders import RUN, identity, save, steps, try_save, volume_at
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 60.0
@@ -105,6 +105,22 @@ def test_slot_of_a_killed_writer_is_torn_and_is_the_next_one_taken(start: Start,
     assert steps(volume) == [(20, 1)]
     assert [(p.slot, p.kind) for p in volume.problems()] == [("rank-00003/slot-0", ProblemKind.TORN)]
     assert save(volume, 30, 2).slot == "rank-00003/slot-0"
+    assert steps(volume) == [(20, 1), (30, 2)]
+
+
+def test_slot_that_a_killed_process_had_leased_ahead_is_whole_and_the_next_attempts_to_take(
+    start: Start, volume: NodeVolume
+) -> None:
+    child = start()
+    for step in (10, 20):
+        child.tell(f"save {step} 1 300")
+    assert child.tell("lease_ahead") == "done"
+    with pytest.raises(NotFoundError):
+        volume.open(3, identity(10))
+    child.kill()
+    volume.open(3, identity(10)).close()
+    assert steps(volume) == [(10, 1), (20, 1)] and not volume.problems()
+    assert save(volume, 30, 2, limit=2).slot == "rank-00003/slot-0"
     assert steps(volume) == [(20, 1), (30, 2)]
 
 

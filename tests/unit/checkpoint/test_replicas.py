@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from ktrain.checkpoint.replicas import Replicas
-from ktrain.errors import CapacityError
+from ktrain.abc.transport import PartialRead, Transport
+from ktrain.base.clock import Deadline
+from ktrain.base.faults import FaultPoints
+from ktrain.base.settings import Timeouts
+from ktrain.checkpoint.replicas import Replicas, WantedReplicas
+from ktrain.errors import CapacityError, UnavailableError
 from ktrain.format.manifest import Identity
 from ktrain.format.payload import CHUNK_NBYTES, copies_begin
 from ktrain.snapshot.arena import KEPT_SLOTS, Slots, required_nbytes
+from ktrain.testing.fake_clock import FakeClock
 from tests.unit.checkpoint.builders import divided
+from tests.unit.checkpoint.builders import identity as identity_of
 from tests.unit.checkpoint.cluster import NUM_SLOTS, Cluster, flip_at
 
 
@@ -174,3 +180,91 @@ def test_one_rank_alone_on_its_node_is_lent_nothing(tmp_path: Path, monkeypatch:
     assert cluster.restore() == 10
     assert {held.rank for held in cluster.nodes[0].volume.scan()} == {0, 2}
     cluster.close()
+
+
+# How long a peer that is not there is waited for
+
+TIMEOUTS = Timeouts(patience_s=8)
+WAIT_S = TIMEOUTS.start_s / 2
+
+
+class Wire:
+    """A node's end of a wire that brings every part at once."""
+
+    def __init__(self) -> None:
+        self.is_up = True
+
+    def address(self) -> str | None:
+        return "here" if self.is_up else None
+
+    def read(self, source: str, wanted: PartialRead, *, deadline: Deadline) -> int:
+        return wanted.nbytes
+
+
+class Reads:
+    """What the ranks of a node read of peers, and the time that it takes."""
+
+    def __init__(self) -> None:
+        self.clock, self.wire = FakeClock(), Wire()
+        self.replicas = Replicas(
+            "node-0",
+            lambda: None,
+            cast("Transport", self.wire),
+            emit=lambda kind, **fields: None,
+            timeouts=TIMEOUTS,
+            clock=self.clock,
+        )
+
+    def want(self, peers: Mapping[str, str], epoch: int = 1) -> None:
+        self.replicas.want(WantedReplicas(peers=peers), FaultPoints([], epoch=epoch), epoch=epoch)
+
+    def waited_s(self, owner: str = "node-1", within_s: float = 1000.0) -> float:
+        """Of a read that finds no wire."""
+        before_s = self.clock.monotonic()
+        with pytest.raises(UnavailableError, match=f"peer {owner}: no wire"):
+            self.read(owner, within_s)
+        return self.clock.monotonic() - before_s
+
+    def read(self, owner: str = "node-1", within_s: float = 1000.0) -> int:
+        wanted = PartialRead(0, identity_of(10), CHUNK_NBYTES, [], Path())
+        return self.replicas.read(wanted, owner, Deadline.after(within_s, self.clock))
+
+
+def test_reads_of_an_absent_peer_wait_once_for_all_of_them() -> None:
+    reads = Reads()
+    reads.want({})
+    assert [reads.waited_s() for _ in range(8)] == pytest.approx([WAIT_S] + [0.0] * 7)
+    assert reads.waited_s("node-2") == pytest.approx(WAIT_S), "another peer may be about to come"
+    reads.want({})
+    assert reads.waited_s() == 0.0, "the same word again changes nothing"
+
+
+def test_read_with_a_deadline_of_its_own_leaves_the_rest_of_the_wait_to_the_next() -> None:
+    reads = Reads()
+    reads.want({})
+    assert reads.waited_s(within_s=WAIT_S / 4) == pytest.approx(WAIT_S / 4)
+    assert reads.waited_s() == pytest.approx(WAIT_S * 3 / 4)
+
+
+@pytest.mark.parametrize("change", ["the peer came and went", "another epoch"])
+def test_absent_peer_is_waited_for_anew_after(change: str) -> None:
+    reads = Reads()
+    reads.want({})
+    reads.waited_s()
+    if change == "another epoch":
+        reads.want({}, epoch=2)
+    else:
+        reads.want({"node-1": "there"})
+        assert reads.read() == 0
+        reads.want({})
+    assert reads.waited_s() == pytest.approx(WAIT_S)
+
+
+def test_reads_while_the_own_end_is_down_wait_once_though_the_peer_is_there() -> None:
+    reads = Reads()
+    reads.wire.is_up = False
+    for waited_s in (WAIT_S, 0.0):
+        reads.want({"node-1": "there"})
+        assert reads.waited_s() == pytest.approx(waited_s)
+    reads.wire.is_up = True
+    assert reads.read() == 0

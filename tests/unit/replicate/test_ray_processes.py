@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from ktrain.replicate import ray_settings
 from ktrain.replicate.ray_cluster import Cluster, write_token
 from ktrain.replicate.ray_keeper import finish, remove_links, session_members, short_name, sweep
 from ktrain.replicate.ray_transport import NodeWire, RayTransport
-from ktrain.replicate.ray_wire import WireConfig, parse_address
+from ktrain.replicate.ray_wire import RayWire, WireConfig, parse_address
 from ktrain.testing.fake_clock import FakeClock
 
 _FAMILY = (
@@ -109,6 +110,22 @@ def test_cluster_and_config_survive_their_wire_form() -> None:
     config = WireConfig("n", "127.0.0.2", "run1", "/v", "/w", "/t", 2, cluster.address, 7)
     assert WireConfig.from_argument(config.to_argument()) == config
     assert config.cluster == cluster
+
+
+def test_thread_of_a_pull_lets_training_first(tmp_path: Path) -> None:
+    folder, found = str(tmp_path), list[int]()
+    wire = RayWire(WireConfig("n", "127.0.0.2", "run1", folder, folder, folder, 2, "127.0.0.1:1", 7), print)
+    identity = Identity("run1", 1, 1, 1).to_json()
+
+    def pull() -> None:
+        with pytest.raises(UnavailableError, match="generation 6"):
+            wire._pull({"timeout_s": 5, "rank": 0, "identity": identity, "protect": [], "source": "ray:6:x"})
+        found.append(os.sched_getscheduler(0))
+
+    thread = threading.Thread(target=pull)
+    thread.start()
+    thread.join(30)
+    assert found == [os.SCHED_BATCH]
 
 
 def test_cluster_nobody_listens_does_not_answer() -> None:
