@@ -1,0 +1,128 @@
+"""The named set-ups: their manifests are golden, and valid for the core API and for the real definitions."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from ktrain.launcher.facts import ClusterFacts
+from ktrain.launcher.render.job import render
+from ktrain.launcher.render.text import to_yaml
+from ktrain.testing import structural
+from tests.unit.launcher import setups
+
+_CORE = ("v1", "rbac.authorization.k8s.io/v1", "networking.k8s.io/v1", "resource.k8s.io/v1")
+_JOBSETS = {"0.8": "v0.8.2", "0.10": "v0.10.1", "0.11": "v0.11.1", "0.12": "v0.12.0", "0.13": "v0.13.0-devel"}
+_DEFINITIONS = {
+    ("scheduling.volcano.sh", "PodGroup"): "scheduling.volcano.sh_podgroups",
+    ("scheduling.x-k8s.io", "PodGroup"): "scheduling.x-k8s.io_podgroups",
+    ("resource.nvidia.com", "ComputeDomain"): "resource.nvidia.com_computedomains",
+}
+needs_definitions = pytest.mark.skipif(
+    not setups.CRDS.is_dir(), reason=f"the definitions of the projects are not at {setups.CRDS}"
+)
+
+
+@functools.cache
+def definition(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.load((setups.CRDS / f"{name}.yaml").read_text(), Loader=yaml.CSafeLoader)
+    return found
+
+
+def jobset_schema(release: str) -> dict[str, Any]:
+    file = f"jobset.x-k8s.io_jobsets-{_JOBSETS[release]}"
+    return dict(structural.schema_of(definition(file), "v1alpha2"))
+
+
+def test_setups_are_the_named_ones() -> None:
+    assert len(setups.NAMES) == 10
+
+
+@pytest.mark.parametrize("name", setups.NAMES)
+def test_setup_renders_its_golden_manifests(name: str) -> None:
+    golden = Path(setups.FOLDER / name / "manifests.yaml").read_text("ascii")
+
+    assert to_yaml(setups.rendered(name).objects) == golden, "python -m tests.unit.launcher.setups writes them anew"
+
+
+@pytest.mark.parametrize("name", setups.NAMES)
+def test_setup_as_yaml_is_what_was_rendered(name: str) -> None:
+    objects = setups.rendered(name).objects
+
+    assert list(yaml.safe_load_all(to_yaml(objects))) == json.loads(json.dumps(objects))
+
+
+@pytest.mark.parametrize("name", setups.NAMES)
+def test_setup_is_valid_for_the_core_api(name: str) -> None:
+    """Also the Jobs that JobSet makes of its templates; unknown fields are refused."""
+    objects = setups.rendered(name).objects
+    minor = (setups.read_facts(name).version or (1, 33))[1]
+    version = f"1.{minor}"
+    native = [item for item in objects if item["apiVersion"].startswith("scheduling.k8s.io/")]
+    jobs = [
+        {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "a"}, "spec": job["template"]["spec"]}
+        for job in objects[0]["spec"]["replicatedJobs"]
+    ]
+    core = [item for item in objects if item["apiVersion"] in _CORE]
+
+    for item in [*core, *jobs, *native]:
+        kubernetes_validate.validate(json.loads(json.dumps(item)), version, strict=True)
+    assert len(core) >= 5
+
+
+@needs_definitions
+@pytest.mark.parametrize("name", setups.NAMES)
+def test_setup_jobset_is_valid_for_the_newest_definition(name: str) -> None:
+    jobset = json.loads(json.dumps(setups.rendered(name).jobset))
+
+    assert structural.problems(jobset, jobset_schema("0.13")) == []
+
+
+@needs_definitions
+@pytest.mark.parametrize("name", setups.NAMES)
+def test_setup_other_objects_are_valid_for_their_definitions(name: str) -> None:
+    for item in json.loads(json.dumps(setups.rendered(name).owned)):
+        group, _, version = item["apiVersion"].partition("/")
+        file = _DEFINITIONS.get((group, item["kind"]))
+        if file is not None:
+            assert structural.problems(item, structural.schema_of(definition(file), version)) == []
+
+
+def last_names(paths: list[str]) -> set[str]:
+    return {path.rpartition(".")[2] for path in paths}
+
+
+@needs_definitions
+@pytest.mark.parametrize(
+    ("release", "expected"),
+    [
+        ("0.8", {"onJobFailureMessagePatterns", "restartPolicyRules", "schedulingGroup"}),
+        ("0.10", {"schedulingGroup"}),
+        ("0.11", {"schedulingGroup"}),
+        ("0.12", set()),
+        ("0.13", set()),
+    ],
+)
+def test_setups_older_jobset_drops_only_what_facts_ask_about(release: str, expected: set[str]) -> None:
+    """Every field that some JobSet prunes is one that is rendered only where a dry run kept it."""
+    lost: set[str] = set()
+    for name in setups.NAMES:
+        jobset = json.loads(json.dumps(setups.rendered(name).jobset))
+        lost |= last_names(structural.prune(jobset, jobset_schema(release))[1])
+
+    assert lost == expected
+
+
+@needs_definitions
+@pytest.mark.parametrize("name", setups.NAMES)
+@pytest.mark.parametrize("release", sorted(_JOBSETS))
+def test_setup_without_facts_loses_nothing_anywhere(name: str, release: str) -> None:
+    jobset = json.loads(json.dumps(render(setups.read_spec(name), ClusterFacts()).jobset))
+
+    assert structural.prune(jobset, jobset_schema(release))[1] == []
