@@ -14,10 +14,11 @@ import click
 from ktrain.base import contract
 from ktrain.errors import ConfigError
 from ktrain.launcher import spec_file
+from ktrain.launcher.code.archive import CodeArchive, pack_code
 from ktrain.launcher.explain import Plan, Recovery, explain
 from ktrain.launcher.facts import ClusterFacts
 from ktrain.launcher.quantity import show_bytes
-from ktrain.launcher.render.access import shown, token_secret
+from ktrain.launcher.render.access import code_config_map, shown, token_secret
 from ktrain.launcher.render.job import Rendered, render
 from ktrain.launcher.render.text import to_yaml
 from ktrain.launcher.spec import GangKind, JobSpec, default_name
@@ -57,6 +58,9 @@ _OPTIONS = (
     click.option("--env", "env", multiple=True, metavar="NAME=VALUE", help="Environment of the script; no secrets."),
     click.option("--secret", "secrets", multiple=True, metavar="NAME=SECRET:KEY", help="Environment from a Secret."),
     click.option("--volume", "volumes", multiple=True, metavar="CLAIM:/PATH[:ro]", help="Mounts a volume claim."),
+    click.option(
+        "--code", type=click.Path(path_type=Path), metavar="DIR", help="Directory of code that is sent along."
+    ),
     click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any other field of the job file."),
     click.option("--facts", type=click.Path(path_type=Path), metavar="FILE", help="JSON of what the cluster has."),
     click.option("--dry-run", is_flag=True, help="Print the manifests; send nothing."),
@@ -66,7 +70,7 @@ _OPTIONS = (
 _ONLY_LOCAL = ("faults", "detach")
 _ONLY_CLUSTER = (
     "job", "name", "namespace", "image", "accelerator", "tpu", "slices", "state", "spares", "queue", "gang", "env",
-    "secrets", "volumes", "settings", "facts", "dry_run", "explain", "output",
+    "secrets", "volumes", "code", "settings", "facts", "dry_run", "explain", "output",
 )  # fmt: skip
 
 
@@ -94,18 +98,20 @@ def launch_on_cluster(command: tuple[str, ...], given: Mapping[str, Any]) -> int
             "--backend kubernetes: this version renders and explains a job and does not submit it yet; "
             "use --dry-run or --explain"
         )
-    spec = job_from_options(command, given)
+    archive = pack_code(given["code"]) if given.get("code") else None
+    spec = job_from_options(command, given, archive=archive)
     facts = _read_facts(given.get("facts"))
     rendered = render(spec, facts)
     plan = explain(spec, facts, rendered)
+    objects = _printed(spec, rendered, archive) if given.get("dry_run") else None
     if given.get("output") == "json":
-        click.echo(json.dumps(_report(spec, rendered, plan, given), indent=2))
+        click.echo(json.dumps(_report(spec, rendered, plan, objects), indent=2))
         return contract.EXIT_OK
-    if given.get("dry_run"):
-        click.echo(to_yaml(_printed(spec, rendered)), nl=False)
+    if objects is not None:
+        click.echo(to_yaml(objects), nl=False)
     if given.get("explain"):
         _show(plan)
-    if not given.get("explain"):
+    else:
         click.echo(f"ktrain: gang {plan.gang}", err=True)
         if rendered.gang.warning is not None:
             click.echo(f"ktrain: {rendered.gang.warning}", err=True)
@@ -122,8 +128,10 @@ def _refuse(given: Mapping[str, Any], names: tuple[str, ...], backend: str) -> N
 # Options to a job
 
 
-def job_from_options(command: tuple[str, ...], given: Mapping[str, Any]) -> JobSpec:
-    """The job of a file with the options that were typed on top.
+def job_from_options(
+    command: tuple[str, ...], given: Mapping[str, Any], *, archive: CodeArchive | None = None
+) -> JobSpec:
+    """The job of a file with the options that were typed on top, and the code that is sent along.
 
     Raises:
         ConfigError: something in it cannot be.
@@ -145,7 +153,14 @@ def job_from_options(command: tuple[str, ...], given: Mapping[str, Any]) -> JobS
     if not isinstance(value.get("run"), str):
         raise ConfigError("run: it is missing; say where the run lives, such as s3://bucket/net-a (--run)")
     value.setdefault("name", default_name(value["run"]))
-    return spec_file.from_value(value)
+    if archive is not None:
+        value["code"] = {"archive": archive.sha256}
+    spec = spec_file.from_value(value)
+    if archive is not None and spec.command[0] not in archive.names:
+        raise ConfigError(
+            f"code {given['code']}: it does not have the script {spec.command[0]!r}; give its path in that directory"
+        )
+    return spec
 
 
 def _put(value: dict[str, Any], path: str, item: Any) -> None:
@@ -202,19 +217,15 @@ def _read_facts(path: Path | None) -> ClusterFacts:
 # What is shown
 
 
-def _printed(spec: JobSpec, rendered: Rendered) -> list[dict[str, Any]]:
+def _printed(spec: JobSpec, rendered: Rendered, archive: CodeArchive | None) -> list[dict[str, Any]]:
     """All objects in the order of sending, the secret without its value."""
-    jobset, *owned = rendered.objects
-    return [shown(item) for item in (jobset, token_secret(spec, ""), *owned)]
+    carried = () if archive is None else (code_config_map(spec, archive.data),)
+    return [shown(item) for item in (rendered.jobset, token_secret(spec, ""), *carried, *rendered.owned)]
 
 
-def _report(spec: JobSpec, rendered: Rendered, plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
+def _report(spec: JobSpec, rendered: Rendered, plan: Plan, objects: list[dict[str, Any]] | None) -> dict[str, Any]:
     found: dict[str, Any] = {"job": spec.name, "gang": asdict(rendered.gang), "released_by": rendered.released_by}
-    if given.get("dry_run"):
-        found["objects"] = _printed(spec, rendered)
-    if given.get("explain"):
-        found["plan"] = asdict(plan)
-    return found
+    return {**found, "plan": asdict(plan), **({} if objects is None else {"objects": objects})}
 
 
 def _show(plan: Plan) -> None:

@@ -39,6 +39,8 @@ class TpuModel:
     """One generation of TPUs, with the slices that exist."""
 
     name: str
+    type: str  # as its runtime names it ...
+    type_unit: int  # ... with so many for each chip
     accelerator: str
     memory_gib: int
     chips_per_host: int

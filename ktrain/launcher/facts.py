@@ -19,13 +19,12 @@ _MINOR = re.compile(r"\d+")
 class ClusterFacts:
     """The answers on which rendering depends."""
 
-    version: tuple[int, int] | None = None  # major and minor that the server emulates
+    version: tuple[int, int] | None = None  # that the server emulates; nothing is decided by it
     served: frozenset[str] | None = None  # "group/version/plural" of every resource
     queues: tuple[str, ...] | None = None  # Kueue's LocalQueues of the namespace
     volcano_queues: tuple[str, ...] | None = None
     queue_levels: tuple[str, ...] | None = None  # node labels of the topology of the queue's flavour
     csi_drivers: tuple[str, ...] | None = None
-    pod_security: str | None = None  # the level that the namespace enforces
     # Whether a field that was sent in a dry run of the JobSet came back, and every node's kubelet knows it.
     restart_rules: bool | None = None  # restartPolicyRules of a container
     scheduling_group: bool | None = None  # schedulingGroup of a pod
@@ -72,11 +71,9 @@ _FLAGS = ("restart_rules", "scheduling_group", "message_patterns", "image_volume
 def _checked(name: str, value: Any) -> Any:
     if name in _FLAGS and isinstance(value, bool):
         return value
-    if name == "pod_security" and isinstance(value, str):
-        return value
     if name == "version" and _is_list(value, int) and len(value) == 2:
         return tuple(value)
-    if name not in (*_FLAGS, "pod_security", "version") and _is_list(value, str):
+    if name not in (*_FLAGS, "version") and _is_list(value, str):
         return frozenset(value) if name == "served" else tuple(value)
     raise ConfigError(f"cluster facts: {name}: cannot use {value!r}; see the reference of the launcher for its form")
 

@@ -13,8 +13,7 @@ from enum import StrEnum
 from typing import Any, NewType
 
 from ktrain.base import ids
-from ktrain.base.job import local_path
-from ktrain.base.urls import require_public
+from ktrain.base.urls import local_path, require_public
 from ktrain.errors import ConfigError
 from ktrain.launcher import accelerators
 from ktrain.launcher.accelerators import Devices, Slices
@@ -30,7 +29,9 @@ _SECRET_KEY = re.compile(r"[A-Za-z0-9._-]+")
 _CPU = re.compile(r"\d+(\.\d+)?|\d+m")
 _LABEL_KEY = re.compile(r"([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?")
-_SECRET_WORDS = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
+_SECRET_WORDS = re.compile(  # whole words of a name: TOKENIZERS_PARALLELISM and MAX_TOKENS are no secrets
+    r"(^|_)(SECRET|PASSWORD|PASSWD|(API|ACCESS|PRIVATE)_?KEY)(_|$)|(^|_)TOKEN$", re.IGNORECASE
+)
 _OURS = re.compile(r"KTRAIN_|TPU_WORKER_|MEGASCALE_|(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT|HOME)$")
 _OWN_PATHS = ("/ktrain", "/dev", "/proc", "/sys", "/var/run/secrets")
 
@@ -216,28 +217,17 @@ class Volume:
 
 
 @dataclass(frozen=True, slots=True)
-class Archive:
-    """The code that is sent: a digest, and its size."""
-
-    sha256: str
-    size: Bytes
-
-    def __post_init__(self) -> None:
-        _expect(
-            "code.archive.sha256", re.fullmatch(r"[0-9a-f]{64}", self.sha256) is not None, "64 hex digits", self.sha256
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Code:
     """Where the command's files come from: an archive that is sent, an image volume, or (neither) the image itself."""
 
-    archive: Archive | None = None
+    archive: str | None = None  # its SHA-256
     image: str | None = None
 
     def __post_init__(self) -> None:
         if self.archive is not None and self.image is not None:
             raise ConfigError("code: expected an archive or an image, found both; leave one out")
+        if self.archive is not None:
+            _expect("code.archive", re.fullmatch(r"[0-9a-f]{64}", self.archive) is not None, "a SHA-256", self.archive)
         if self.image is not None:
             _expect_image("code.image", self.image)
 
@@ -329,7 +319,7 @@ class JobSpec:
             )
         if self.tpus is None and self.slices != 1:
             raise ConfigError(f"slices: expected with tpu alone, found {self.slices} without; give tpu or leave it out")
-        _expect_range("nodes", self.nodes or 1, 1, 20_000)
+        _expect_range("nodes", self.num_nodes, 1, 20_000)
         if (self.devices or self.tpus) and self.workers_per_node not in (None, self.num_workers):
             raise ConfigError(
                 f"workers_per_node: a node runs {self.num_workers} workers on {self.accelerator or self.tpu}, "
@@ -372,14 +362,18 @@ class JobSpec:
     @property
     def num_nodes(self) -> int:
         """Nodes that the job needs, spares not among them."""
-        return self.tpus.num_hosts if self.tpus is not None else self.nodes or 1
+        if self.tpus is not None:
+            return self.tpus.num_hosts
+        return 1 if self.nodes is None else self.nodes
 
     @property
     def num_workers(self) -> int:
         """Worker processes on each node."""
         if self.tpus is not None:
             return self.tpus.chips_per_host
-        return self.devices[0].workers if self.devices else self.workers_per_node or 1
+        if self.devices:
+            return self.devices[0].workers
+        return 1 if self.workers_per_node is None else self.workers_per_node
 
     @property
     def world_size(self) -> int:

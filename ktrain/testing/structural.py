@@ -45,7 +45,7 @@ def prune(manifest: Mapping[str, Any], schema: Mapping[str, Any]) -> tuple[dict[
 
 def _prune(value: Any, schema: Mapping[str, Any], path: str, lost: list[str]) -> Any:
     if isinstance(value, list):
-        items = schema.get("items", {})
+        items = _items(schema)
         return [_prune(item, items, f"{path}[{at}]", lost) for at, item in enumerate(value)]
     if not isinstance(value, Mapping):
         return value
@@ -69,6 +69,11 @@ def _below(schema: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
     if isinstance(more, Mapping):
         return more
     return {_PRESERVE: True} if schema.get(_PRESERVE) or more is True else None
+
+
+def _items(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = schema.get("items", {_PRESERVE: True} if schema.get(_PRESERVE) else {})
+    return found
 
 
 def problems(manifest: Mapping[str, Any], schema: Mapping[str, Any]) -> list[str]:
@@ -97,7 +102,7 @@ def _problems(value: Any, schema: Mapping[str, Any], path: str) -> Iterator[str]
                 yield from _problems(item, below, where)
     if isinstance(value, list):
         for at, item in enumerate(value):
-            yield from _problems(item, schema.get("items", {}), f"{path}[{at}]")
+            yield from _problems(item, _items(schema), f"{path}[{at}]")
 
 
 def _has_type(value: Any, name: str) -> bool:

@@ -36,7 +36,7 @@ def token_secret_name(spec: JobSpec) -> str:
 def code_name(spec: JobSpec) -> str:
     """Of the ConfigMap that carries the code; its digest makes it another one for other code."""
     assert spec.code.archive is not None
-    return f"{spec.name}-code-{spec.code.archive.sha256[:10]}"
+    return f"{spec.name}-code-{spec.code.archive[:10]}"
 
 
 CONTAINER_SECURITY: Manifest = {

@@ -162,7 +162,7 @@ def _tpus(spec: JobSpec, slices: Slices) -> DevicePlan:
     env: list[Manifest] = [
         {"name": "TPU_WORKER_ID", "value": "$(KTRAIN_POD_INDEX)"},
         {"name": "TPU_WORKER_HOSTNAMES", "value": _hostnames(spec, slices)},
-        {"name": "TPU_ACCELERATOR_TYPE", "value": f"{model.name}-{slices.chips}"},
+        {"name": "TPU_ACCELERATOR_TYPE", "value": f"{model.type}-{slices.chips * model.type_unit}"},
         {"name": "TPU_TOPOLOGY", "value": slices.topology},
     ]
     if slices.num_slices > 1:

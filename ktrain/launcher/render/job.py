@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ktrain.base import contract
+from ktrain.errors import ConfigError
 from ktrain.launcher.facts import ClusterFacts
 from ktrain.launcher.gang import Gang, choose
 from ktrain.launcher.render import groups, overlay
 from ktrain.launcher.render.access import access_objects
 from ktrain.launcher.render.common import HEAD, WORKER, Manifest, labels, metadata
 from ktrain.launcher.render.devices import DevicePlan, plan_devices
-from ktrain.launcher.render.pods import head_pod, worker_pod
-from ktrain.launcher.spec import GangKind, JobSpec
+from ktrain.launcher.render.pods import MTC_DRIVER, head_pod, worker_pod
+from ktrain.launcher.spec import GangKind, JobSpec, Scope
 
 JOBSET_VERSION = "jobset.x-k8s.io/v1alpha2"
 _EXCLUSIVE = "alpha.jobset.sigs.k8s.io/exclusive-topology"
@@ -45,10 +46,19 @@ def render(spec: JobSpec, facts: ClusterFacts) -> Rendered:
     Raises:
         ConfigError: the cluster cannot run what was asked for.
     """
+    _expect_possible(spec, facts)
     gang = choose(spec, facts)
     devices = plan_devices(spec, facts)
     owned = (*access_objects(spec), *devices.objects, *groups.group_objects(spec, gang, devices))
     return Rendered(_jobset(spec, facts, gang, devices), owned, gang, devices)
+
+
+def _expect_possible(spec: JobSpec, facts: ClusterFacts) -> None:
+    """Refuses what the cluster surely lacks, and no job falls back to something else from by itself."""
+    if spec.memory.scope is Scope.MTC and facts.csi_drivers is not None and MTC_DRIVER not in facts.csi_drivers:
+        raise ConfigError(f"memory.scope 'mtc': the cluster has no driver {MTC_DRIVER}; use 'pod'")
+    if spec.code.image is not None and facts.image_volumes is False:
+        raise ConfigError(f"code.image {spec.code.image!r}: the cluster drops image volumes; send the code (--code)")
 
 
 def _jobset(spec: JobSpec, facts: ClusterFacts, gang: Gang, devices: DevicePlan) -> Manifest:

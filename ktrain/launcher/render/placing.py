@@ -40,7 +40,7 @@ def of_worker(spec: JobSpec, gang: Gang, devices: DevicePlan) -> Manifest:
     provider = _provider(spec)
     if placement.spot is not Spot.NONE and provider is not None:
         selector[provider.label] = provider.value
-    found: Manifest = {"tolerations": _tolerations(spec, devices, spot=placement.spot is not Spot.NONE)}
+    found: Manifest = {"tolerations": _worker_tolerations(spec, devices)}
     if selector:
         found["nodeSelector"] = selector
     affinity = {**_node_affinity(spec, devices), **_pod_affinity(spec, gang), **_apart(spec)}
@@ -65,8 +65,9 @@ def _priority(spec: JobSpec, gang: Gang) -> Manifest:
     return {"priorityClassName": spec.placement.priority}
 
 
-def _tolerations(spec: JobSpec, devices: DevicePlan | None = None, *, spot: bool) -> list[Manifest]:
-    gone = [
+def _tolerations(spec: JobSpec, *, spot: bool) -> list[Manifest]:
+    """Of both pods: a node that does not answer, for a while, and spot nodes where they may run there."""
+    found = [
         {
             "key": f"node.kubernetes.io/{state}",
             "operator": "Exists",
@@ -75,21 +76,23 @@ def _tolerations(spec: JobSpec, devices: DevicePlan | None = None, *, spot: bool
         }
         for state in ("not-ready", "unreachable")
     ]
-    tainted = [
-        {"key": key, "operator": "Exists", "effect": "NoSchedule"} for key in (devices.tainted if devices else ())
-    ]
     provider = _provider(spec)
     if spot and provider is not None and provider.taint is not None:
-        tainted.append({"key": provider.taint, "operator": "Equal", "value": provider.value, "effect": "NoSchedule"})
+        found.append({"key": provider.taint, "operator": "Equal", "value": provider.value, "effect": "NoSchedule"})
+    return found
+
+
+def _worker_tolerations(spec: JobSpec, devices: DevicePlan) -> list[Manifest]:
+    tainted = [{"key": key, "operator": "Exists", "effect": "NoSchedule"} for key in devices.tainted]
     own = [
         {
             "key": item.key,
             **({"operator": "Exists"} if item.value is None else {"operator": "Equal", "value": item.value}),
             **({} if item.effect is None else {"effect": item.effect}),
         }
-        for item in (spec.placement.tolerations if devices is not None else ())
+        for item in spec.placement.tolerations
     ]
-    return [*gone, *tainted, *own]
+    return [*_tolerations(spec, spot=spec.placement.spot is not Spot.NONE), *tainted, *own]
 
 
 def _avoided(spec: JobSpec) -> list[Manifest]:

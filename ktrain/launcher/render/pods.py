@@ -181,7 +181,7 @@ def _code_container(spec: JobSpec) -> list[Manifest]:
                 "-m",
                 "ktrain.launcher.code.unpack",
                 carried,
-                archive.sha256,
+                archive,
                 contract.POD_CODE,
             ],
             "resources": {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "256Mi"}},

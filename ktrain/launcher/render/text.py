@@ -12,6 +12,7 @@ from typing import Any
 
 # A letter, then what cannot be a comment, a key, a number, or one of YAML's words.
 _PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_./@-]*(?: [A-Za-z0-9_./@-]+)*")
+_EXPONENT = re.compile(r"^(-?\d+)e")  # which YAML 1.1 takes for a number only with a point
 _WORDS = re.compile(r"true|false|yes|no|on|off|y|n|null|nan|inf", re.IGNORECASE)
 
 
@@ -56,8 +57,20 @@ def _is_block(text: str) -> bool:
 
 
 def _scalar(value: Any) -> str:
-    if isinstance(value, str) and _PLAIN.fullmatch(value) and not _WORDS.fullmatch(value):
-        return value
-    if isinstance(value, tuple):
-        value = list(value)
-    return json.dumps(value, ensure_ascii=True)
+    if isinstance(value, str):
+        return value if _PLAIN.fullmatch(value) and not _WORDS.fullmatch(value) else _quoted(value)
+    if isinstance(value, float):
+        return _EXPONENT.sub(r"\1.0e", repr(value))
+    return json.dumps(list(value) if isinstance(value, tuple) else value)
+
+
+def _quoted(text: str) -> str:
+    """A JSON string; beyond 16 bits YAML has one escape where JSON has a pair, and it takes no DEL as it is."""
+    return f'"{"".join(_escaped(character) for character in text)}"'
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if code > 0xFFFF:
+        return f"\\U{code:08x}"
+    return r"\x7f" if code == 0x7F else json.dumps(character)[1:-1]

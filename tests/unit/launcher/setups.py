@@ -1,6 +1,6 @@
 """The named set-ups: what was asked for, what is known of the cluster, and the manifests that follow.
 
-`python -m tests.unit.launcher.setups` writes the manifests and the page of the guide that shows them.
+`python -m tests.unit.launcher.setups_page` writes the manifests, and the page of the guide that shows parts of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TRANSCRIPTS = ROOT.parent / "shared" / "kubernetes" / "transcripts"
 NAMES = sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
 
 
-def read_spec(name: str, **changes: Any) -> JobSpec:
+def read_spec(name: str, /, **changes: Any) -> JobSpec:
     """The job of a set-up, with some of its values changed."""
     return spec_file.from_value({**spec_file.read_toml(FOLDER / name / "job.toml"), **changes})
 
@@ -47,10 +47,7 @@ def pod_of(jobset: dict[str, Any], role: str) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
+def write_manifests() -> None:
+    """Writes the golden manifests anew."""
     for name in NAMES:
         (FOLDER / name / "manifests.yaml").write_text(to_yaml(rendered(name).objects), encoding="ascii")
-
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,7 @@ from ktrain.launcher.facts import ClusterFacts
 from ktrain.launcher.render.job import render
 from ktrain.launcher.render.text import to_yaml
 from ktrain.testing import structural
-from tests.unit.launcher import setups
+from tests.unit.launcher import setups, setups_page
 
 _CORE = ("v1", "rbac.authorization.k8s.io/v1", "networking.k8s.io/v1", "resource.k8s.io/v1")
 _JOBSETS = {"0.8": "v0.8.2", "0.10": "v0.10.1", "0.11": "v0.11.1", "0.12": "v0.12.0", "0.13": "v0.13.0-devel"}
@@ -48,7 +48,13 @@ def test_setups_are_the_named_ones() -> None:
 def test_setup_renders_its_golden_manifests(name: str) -> None:
     golden = Path(setups.FOLDER / name / "manifests.yaml").read_text("ascii")
 
-    assert to_yaml(setups.rendered(name).objects) == golden, "python -m tests.unit.launcher.setups writes them anew"
+    assert to_yaml(setups.rendered(name).objects) == golden, "python -m tests.unit.launcher.setups_page writes it"
+
+
+def test_guide_shows_the_setups_as_they_are() -> None:
+    assert setups_page.PAGE.read_text("ascii") == setups_page.page(), (
+        "python -m tests.unit.launcher.setups_page writes it"
+    )
 
 
 @pytest.mark.parametrize("name", setups.NAMES)
