@@ -144,9 +144,9 @@ def job_from_options(
             _put(value, path, given[name])
     for text in given.get("env", ()):
         name, item = _split(text, "=", "--env NAME=VALUE")
-        value.setdefault("env", {})[name] = item
-    value.setdefault("secrets", []).extend(_secret(text) for text in given.get("secrets", ()))
-    value.setdefault("volumes", []).extend(_volume(text) for text in given.get("volumes", ()))
+        _put(value, f"env.{name}", item)
+    _add(value, "secrets", [_secret(text) for text in given.get("secrets", ())])
+    _add(value, "volumes", [_volume(text) for text in given.get("volumes", ())])
     for text in given.get("settings", ()):
         name, item = _split(text, "=", "--set FIELD=VALUE")
         _put(value, name, _toml_value(item))
@@ -170,6 +170,13 @@ def _put(value: dict[str, Any], path: str, item: Any) -> None:
         if not isinstance(value, dict):
             raise ConfigError(f"{path}: {name} is no table; give it whole")
     value[last] = item
+
+
+def _add(value: dict[str, Any], name: str, items: list[dict[str, Any]]) -> None:
+    known = value.get(name, [])
+    if not isinstance(known, list):
+        raise ConfigError(f"{name}: expected a list, found {known!r}")
+    value[name] = [*known, *items]
 
 
 def _split(text: str, mark: str, form: str) -> tuple[str, str]:

@@ -52,9 +52,14 @@ def keeps(sent: Mapping[str, Any], returned: Mapping[str, Any], field: str) -> b
     Raises:
         ValueError: nothing of that name was sent, so that its absence says nothing.
     """
-    if not any(name == field for name in _names(sent)):
+    if not has_field(sent, field):
         raise ValueError(f"{field} was not sent")
     return not any(_last(lost.path) == field for lost in lost_fields(sent, returned))
+
+
+def has_field(manifest: Mapping[str, Any], field: str) -> bool:
+    """Whether a field of that name stands anywhere in the object."""
+    return any(name == field for name in _names(manifest))
 
 
 def _compare(sent: Any, returned: Any, path: str) -> Iterator[Lost]:

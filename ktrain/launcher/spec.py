@@ -32,7 +32,10 @@ _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?")
 _SECRET_WORDS = re.compile(  # whole words of a name: TOKENIZERS_PARALLELISM and MAX_TOKENS are no secrets
     r"(^|_)(SECRET|PASSWORD|PASSWD|(API|ACCESS|PRIVATE)_?KEY)(_|$)|(^|_)TOKEN$", re.IGNORECASE
 )
-_OURS = re.compile(r"KTRAIN_|TPU_WORKER_|MEGASCALE_|(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT|HOME)$")
+_OURS = re.compile(
+    r"KTRAIN_|TPU_WORKER_|MEGASCALE_"
+    r"|(TPU_ACCELERATOR_TYPE|TPU_TOPOLOGY|RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT|HOME)$"
+)
 _OWN_PATHS = ("/ktrain", "/dev", "/proc", "/sys", "/var/run/secrets")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 import types
 import typing
@@ -106,6 +107,10 @@ def _read_mapping(kind: Any, value: object, path: str) -> Mapping[str, object]:
         raise ConfigError(f"{path}: expected a table, found {value!r}")
     if kind is not Any and (odd := [key for key, item in value.items() if not isinstance(item, kind)]):
         raise ConfigError(f"{path}.{odd[0]}: expected a text, found {value[odd[0]]!r}")
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: expected what JSON can say, found something else: {error}") from error
     return dict(value)
 
 

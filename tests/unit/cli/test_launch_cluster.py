@@ -90,6 +90,14 @@ def test_option_wins_over_the_job_file(tmp_path: Path, ktrain: Any) -> None:
     assert setups.job_of(jobset, "worker")["spec"]["completions"] == 5
 
 
+def test_job_file_with_a_table_of_another_form_is_refused(tmp_path: Path, ktrain: Any) -> None:
+    path = tmp_path / "job.toml"
+    for text, hint in (("secrets = 3", "secrets: expected a list"), ("env = 3", "env is no table")):
+        path.write_text(f"{text}\n")
+        code, _, err = ktrain(*CLUSTER, *JOB, "--dry-run", "--job", str(path), "--env", "A=1", "train.py")
+        assert code == contract.EXIT_USAGE and hint in err
+
+
 def test_code_is_carried_under_its_digest_and_never_printed(tmp_path: Path, ktrain: Any) -> None:
     (tmp_path / "train.py").write_text("print('xyzzy')\n")
     _, out, _ = ktrain(*CLUSTER, *JOB, "--dry-run", "--code", str(tmp_path), "train.py")

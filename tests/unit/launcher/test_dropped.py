@@ -11,6 +11,7 @@ import pytest
 
 from ktrain.launcher.dropped import keeps, lost_fields
 from ktrain.launcher.facts import ClusterFacts
+from ktrain.launcher.probe import answered, asking
 from ktrain.launcher.render.job import render
 from ktrain.testing import structural
 from tests.unit.launcher import setups
@@ -100,6 +101,38 @@ def test_keeps_answers_only_for_what_was_sent() -> None:
     assert keeps(sent, sent, "restartPolicyRules") and not keeps(sent, without, "restartPolicyRules")
     with pytest.raises(ValueError, match="schedulingGroup was not sent"):
         keeps(sent, sent, "schedulingGroup")
+
+
+@needs_definitions
+@pytest.mark.parametrize(
+    ("release", "kubelet", "expected"),
+    [
+        ("0.13", (1, 36), (True, True, True)),
+        ("0.13", (1, 34), (False, True, True)),  # the server keeps what its nodes ignore
+        ("0.13", None, (None, True, True)),
+        ("0.11", (1, 36), (True, False, True)),
+        ("0.8", (1, 36), (False, False, False)),
+    ],
+)
+def test_probe_learns_from_the_answer_what_the_next_rendering_may_use(
+    release: str, kubelet: tuple[int, int] | None, expected: tuple[bool | None, ...]
+) -> None:
+    spec = setups.read_spec("03-native-gang")
+    unknown = ClusterFacts(served=setups.read_facts("03-native-gang").served)
+    sent = json.loads(json.dumps(render(spec, asking(unknown)).jobset))
+    returned, _ = structural.prune(sent, jobset_schema(release))
+    known = answered(unknown, sent, returned, oldest_kubelet=kubelet)
+
+    assert (known.restart_rules, known.scheduling_group, known.message_patterns) == expected
+    second = json.loads(json.dumps(render(spec, known).jobset))
+    assert paths(second, structural.prune(second, jobset_schema(release))[0]) == []  # the second one comes back whole
+
+
+def test_probe_says_nothing_of_what_was_not_sent() -> None:
+    unknown = ClusterFacts(served=frozenset())
+    sent = render(job(), asking(unknown)).jobset  # without the API there is no group to name
+
+    assert answered(unknown, sent, sent, oldest_kubelet=(1, 36)).scheduling_group is None
 
 
 def recorded(name: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
+import kubernetes_validate.utils
 import pytest
 import yaml
 
@@ -38,6 +39,19 @@ def definition(name: str) -> dict[str, Any]:
 def jobset_schema(release: str) -> dict[str, Any]:
     file = f"jobset.x-k8s.io_jobsets-{_JOBSETS[release]}"
     return dict(structural.schema_of(definition(file), "v1alpha2"))
+
+
+def minor(version: str) -> int:
+    return int(version.split(".")[1])
+
+
+KUBERNETES = [version for version in kubernetes_validate.utils.all_versions() if minor(version) >= 31]
+
+
+def job_object(jobset: dict[str, Any], role: str) -> dict[str, Any]:
+    """The Job that JobSet makes of a role's template."""
+    spec = json.loads(json.dumps(setups.job_of(jobset, role)["spec"]))
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "a"}, "spec": spec}
 
 
 def test_setups_are_the_named_ones() -> None:
@@ -71,15 +85,29 @@ def test_setup_is_valid_for_the_core_api(name: str) -> None:
     minor = (setups.read_facts(name).version or (1, 33))[1]
     version = f"1.{minor}"
     native = [item for item in objects if item["apiVersion"].startswith("scheduling.k8s.io/")]
-    jobs = [
-        {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "a"}, "spec": job["template"]["spec"]}
-        for job in objects[0]["spec"]["replicatedJobs"]
-    ]
+    jobs = [job_object(objects[0], role) for role in ("head", "worker")]
     core = [item for item in objects if item["apiVersion"] in _CORE]
 
     for item in [*core, *jobs, *native]:
         kubernetes_validate.validate(json.loads(json.dumps(item)), version, strict=True)
     assert len(core) >= 5
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+@pytest.mark.parametrize("name", ["01-single-gpu", "04-volcano", "05-tpu-v6e-slice", "09-spot-with-spares"])
+def test_setup_without_facts_is_valid_for_every_kubernetes(name: str, version: str) -> None:
+    """With nothing known, only fields are used that all of them have."""
+    jobset = render(setups.read_spec(name), ClusterFacts()).jobset
+    for role in ("head", "worker"):
+        kubernetes_validate.validate(job_object(jobset, role), version, strict=True)
+
+
+def test_core_schemas_refuse_unknown_fields_of_a_pod() -> None:
+    """Otherwise the tests above would prove nothing."""
+    job = job_object(setups.rendered("01-single-gpu").jobset, "worker")
+    job["spec"]["template"]["spec"]["containers"][0]["resorces"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(job, "1.35", strict=True)
 
 
 @needs_definitions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,8 @@ def test_job_spec_size_follows_from_its_devices(changes: dict[str, Any], nodes: 
         ({"run": "/d/a", "volumes": [{"claim": "c", "path": "/d", "read_only": True}]}, "not seen by pods"),
         ({"code": {"image": "a:1", "archive": "0" * 64}}, "found both"),
         ({"code": {"archive": "0"}}, "a SHA-256"),
+        ({"overlay": {"worker": {"when": datetime.date(2026, 1, 1)}}}, "overlay.worker: expected what JSON can say"),
+        ({"overlay": {"worker": {"weight": float("nan")}}}, "overlay.worker: expected what JSON can say"),
         ({"what": 1}, "what: there is no such field; expected some of name"),
     ],
 )
