@@ -343,7 +343,7 @@ class JobSpec:
                     "put it into a Secret and refer to it: --secret NAME=SECRET:KEY"
                 )
             if "://" in value:
-                require_public(value)
+                _expect_public(name, value)
         names = [secret.env for secret in self.secrets]
         twice = sorted({name for name in names if names.count(name) > 1 or name in self.env})
         _expect("env and secrets", not twice, "every variable once", twice)
@@ -351,8 +351,7 @@ class JobSpec:
     def _expect_volumes(self) -> None:
         paths = [volume.path for volume in self.volumes]
         _expect("volumes.path", len(set(paths)) == len(paths), "every path once", paths)
-        require_public(self.run)
-        path = local_path(self.run)
+        path = local_path(require_public(self.run))
         if path is None:
             return
         home = next((volume for volume in self.volumes if path.is_relative_to(volume.path)), None)
@@ -406,6 +405,16 @@ def _expect_env(where: str, name: str) -> None:
         raise ConfigError(f"{where}: expected the name of an environment variable, found {name!r}")
     if _OURS.match(name):
         raise ConfigError(f"{where} {name}: the launcher sets it; leave it out")
+
+
+def _expect_public(name: str, value: str) -> None:
+    try:
+        require_public(value)
+    except ConfigError:
+        raise ConfigError(
+            f"env {name}: expected a URL without password, token and query, found one that may have them, and values "
+            "of env are stored in plain; put it into a Secret: --secret NAME=SECRET:KEY"
+        ) from None
 
 
 def _expect_image(where: str, image: str) -> None:

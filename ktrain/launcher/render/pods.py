@@ -120,7 +120,7 @@ def _trainer(spec: JobSpec, devices: DevicePlan) -> Manifest:
         "name": TRAINER,
         "image": spec.image,
         "command": _entry(spec, TRAINER),
-        "workingDir": contract.POD_CODE if _has_code(spec) else contract.POD_WORK,
+        **({"workingDir": contract.POD_CODE} if _has_code(spec) else {}),  # else the image's own
         "env": [*_environment(spec, WORKER), *devices.env, *_user_environment(spec)],
         "resources": {
             "requests": {"cpu": spec.resources.cpu or str(4 * spec.num_workers), "memory": memory},
