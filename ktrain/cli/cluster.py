@@ -1,10 +1,10 @@
-"""The part of `ktrain launch` that is for clusters: options to a JobSpec, and what is shown of it."""
+"""`ktrain launch --backend kubernetes`: from options to a JobSpec, and what is shown of it."""
 
 from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from ktrain.base import contract
+from ktrain.cli.cluster_options import refuse_local_options
 from ktrain.errors import ConfigError
 from ktrain.launcher import spec_file
 from ktrain.launcher.code.archive import CodeArchive, pack_code
@@ -21,7 +22,7 @@ from ktrain.launcher.quantity import show_bytes
 from ktrain.launcher.render.access import code_config_map, shown, token_secret
 from ktrain.launcher.render.job import Rendered, render
 from ktrain.launcher.render.text import to_yaml
-from ktrain.launcher.spec import GangKind, JobSpec, default_name
+from ktrain.launcher.spec import JobSpec, default_name
 
 # Option -> the field of the job that it sets.
 _FIELDS = {
@@ -41,49 +42,6 @@ _FIELDS = {
     "max_restarts": "limits.max_restarts",
     "patience": "limits.patience_s",
 }
-_OPTIONS = (
-    click.option("--job", type=click.Path(path_type=Path), metavar="FILE", help="TOML file of the job; options win."),
-    click.option("--name", help="Name of the job. [default: from the run]"),
-    click.option("--namespace", help="Namespace of the cluster."),
-    click.option("--image", help="Image that has Python, torch and ktrain."),
-    click.option("--accelerator", metavar="MODEL:N", help="Devices of each node, e.g. h100:8; h200:8,h100:8 also."),
-    click.option("--tpu", metavar="GEN:TOPOLOGY", help="TPU slice, e.g. v6e:4x4."),
-    click.option("--slices", type=int, help="Number of TPU slices. [default: 1]"),
-    click.option("--state", metavar="BYTES", help="State that one node holds, e.g. 40Gi: sizes the memory tier."),
-    click.option("--spares", type=int, help="Nodes more than the job needs. [default: 0]"),
-    click.option("--queue", help="Queue of the cluster's scheduler."),
-    click.option(
-        "--gang", type=click.Choice([kind.value for kind in GangKind]), help="Gang mechanism. [default: auto]"
-    ),
-    click.option("--env", "env", multiple=True, metavar="NAME=VALUE", help="Environment of the script; no secrets."),
-    click.option("--secret", "secrets", multiple=True, metavar="NAME=SECRET:KEY", help="Environment from a Secret."),
-    click.option("--volume", "volumes", multiple=True, metavar="CLAIM:/PATH[:ro]", help="Mounts a volume claim."),
-    click.option(
-        "--code", type=click.Path(path_type=Path), metavar="DIR", help="Directory of code that is sent along."
-    ),
-    click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any other field of the job file."),
-    click.option("--facts", type=click.Path(path_type=Path), metavar="FILE", help="JSON of what the cluster has."),
-    click.option("--dry-run", is_flag=True, help="Print the manifests; send nothing."),
-    click.option("--explain", is_flag=True, help="Print what each kind of failure would cost; send nothing."),
-    click.option("--output", type=click.Choice(["yaml", "json"]), help="Form of --dry-run. [default: yaml]"),
-)
-_ONLY_LOCAL = ("faults", "detach")
-_ONLY_CLUSTER = (
-    "job", "name", "namespace", "image", "accelerator", "tpu", "slices", "state", "spares", "queue", "gang", "env",
-    "secrets", "volumes", "code", "settings", "facts", "dry_run", "explain", "output",
-)  # fmt: skip
-
-
-def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options that only a cluster has."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
-
-
-def refuse_cluster_options(given: Mapping[str, Any]) -> None:
-    """Raises ConfigError where a local launch was given what only a cluster has."""
-    _refuse(given, _ONLY_CLUSTER, "kubernetes")
 
 
 def launch_on_cluster(command: tuple[str, ...], given: Mapping[str, Any]) -> int:
@@ -92,7 +50,7 @@ def launch_on_cluster(command: tuple[str, ...], given: Mapping[str, Any]) -> int
     Raises:
         ConfigError: the job cannot be, or it should be submitted, which this version does not do.
     """
-    _refuse(given, _ONLY_LOCAL, "local")
+    refuse_local_options(given)
     if not (given.get("dry_run") or given.get("explain")):
         raise ConfigError(
             "--backend kubernetes: this version renders and explains a job and does not submit it yet; "
@@ -116,13 +74,6 @@ def launch_on_cluster(command: tuple[str, ...], given: Mapping[str, Any]) -> int
         if rendered.gang.warning is not None:
             click.echo(f"ktrain: {rendered.gang.warning}", err=True)
     return contract.EXIT_OK
-
-
-def _refuse(given: Mapping[str, Any], names: tuple[str, ...], backend: str) -> None:
-    wrong = next((name for name in names if given.get(name)), None)
-    if wrong is not None:
-        option = {"faults": "fault", "secrets": "secret", "volumes": "volume", "settings": "set"}.get(wrong, wrong)
-        raise ConfigError(f"--{option.replace('_', '-')}: only --backend {backend} has it; leave it out")
 
 
 # Options to a job

@@ -13,7 +13,7 @@ import click
 from ktrain.base import contract, settings
 from ktrain.base.job import JobSpec, WorkDir, local_path
 from ktrain.base.settings import Timeouts
-from ktrain.cli.cluster import cluster_options, launch_on_cluster, refuse_cluster_options
+from ktrain.cli.cluster_options import cluster_options, refuse_cluster_options
 from ktrain.errors import ConfigError, KtrainError, UnavailableError
 from ktrain.launcher.backends.local import LocalLaunch, wait_for_head
 from ktrain.launcher.job import Wish, plan_job
@@ -53,6 +53,8 @@ def launch(script: str | None, script_args: tuple[str, ...], backend: str, **giv
     4 the run is live elsewhere, 5 storage out of reach, 130 stopped on request.
     """
     if backend == "kubernetes":
+        from ktrain.cli.cluster import launch_on_cluster
+
         return launch_on_cluster(() if script is None else (script, *script_args), given)
     refuse_cluster_options(given)
     if script is None:

@@ -26,7 +26,6 @@ class MemoryBudget:
     kept: int  # slots of other nodes' ranks, written by the agent
     in_flight: int
     trainer: int  # what the script may use
-
     shm: int
 
     @property

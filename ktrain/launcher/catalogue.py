@@ -19,9 +19,7 @@ class Model:
     """One model of a device that a pod asks for by count."""
 
     name: str
-    vendor: str
     resource: str
-    memory_gib: int
     counts: tuple[int, ...]  # devices that one node may be asked for
     labels: tuple[tuple[str, tuple[str, ...]], ...] = ()  # any of these node labels tells the model
     workers_per_device: int = 1
@@ -42,7 +40,6 @@ class TpuModel:
     type: str  # as its runtime names it ...
     type_unit: int  # ... with so many for each chip
     accelerator: str
-    memory_gib: int
     chips_per_host: int
     topologies: tuple[str, ...]
     resource: str
@@ -56,7 +53,6 @@ class Fabric:
     """A fast network between nodes: an extended resource, or a class of DRA devices."""
 
     name: str
-    title: str
     counts: tuple[int, ...]
     resource: str | None = None
     device_class: str | None = None

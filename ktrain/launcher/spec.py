@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NewType
 
-from ktrain.base import ids
+from ktrain.base import contract, ids
 from ktrain.base.urls import local_path, require_public
 from ktrain.errors import ConfigError
 from ktrain.launcher import accelerators
@@ -36,7 +36,7 @@ _OURS = re.compile(
     r"KTRAIN_|TPU_WORKER_|MEGASCALE_"
     r"|(TPU_ACCELERATOR_TYPE|TPU_TOPOLOGY|RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT|HOME)$"
 )
-_OWN_PATHS = ("/ktrain", "/dev", "/proc", "/sys", "/var/run/secrets")
+_OWN_PATHS = (contract.POD_DIR, "/dev", "/proc", "/sys", "/var/run/secrets")
 
 
 class GangKind(StrEnum):

@@ -118,6 +118,7 @@ def test_code_is_carried_under_its_digest_and_never_printed(tmp_path: Path, ktra
         ((*CLUSTER, *JOB, "--dry-run"), "command: it is missing"),
         ((*CLUSTER, *JOB, "--dry-run", "--detach", "train.py"), "--detach: only --backend local"),
         ((*CLUSTER, *JOB, "--dry-run", "--fault", "kill-head@step=1", "t.py"), "--fault: only --backend local"),
+        ((*CLUSTER, *JOB, "--dry-run", "--gang", "slurm", "t.py"), "placement.gang: expected one of auto, kueue"),
         ((*CLUSTER, *JOB, "--dry-run", "--env", "A", "t.py"), "--env NAME=VALUE"),
         ((*CLUSTER, *JOB, "--dry-run", "--secret", "A=b", "t.py"), "--secret NAME=SECRET:KEY"),
         ((*CLUSTER, *JOB, "--dry-run", "--volume", "a:/b:rx", "t.py"), "--volume CLAIM"),
