@@ -50,22 +50,18 @@ def plan_devices(spec: JobSpec, facts: ClusterFacts) -> DevicePlan:
 
 def _counted(spec: JobSpec, facts: ClusterFacts, fabric: tuple[Fabric, int] | None) -> DevicePlan:
     """By extended resources, which every cluster has."""
-    limits: dict[str, str] = {}
-    terms: tuple[tuple[Manifest, ...], ...] = ()
-    for devices in spec.devices:
-        limits[devices.resource] = str(devices.count)
-        terms = tuple(
-            ({"key": label, "operator": "In", "values": list(values)},) for label, values in devices.model.labels
-        )
-    if fabric is not None and fabric[0].resource is not None:
-        limits[fabric[0].resource] = str(fabric[1])
-    domain = _compute_domain(spec, facts)
+    domain, claims = _compute_domain(spec, facts)
+    terms = [
+        ({"key": label, "operator": "In", "values": list(values)},)
+        for devices in spec.devices
+        for label, values in devices.model.labels
+    ]
     return DevicePlan(
-        limits=limits,
-        claims=dict.fromkeys([_CHANNEL], f"{spec.name}-{_CHANNEL}") if domain else {},
+        limits={**{devices.resource: str(devices.count) for devices in spec.devices}, **_fabric_limits(fabric)},
+        claims=claims,
         objects=domain,
-        terms=terms,
-        tainted=tuple(sorted({devices.model.resource for devices in spec.devices})),
+        terms=tuple(terms),
+        tainted=_tainted(spec),
     )
 
 
@@ -81,21 +77,29 @@ def _claimed(spec: JobSpec, facts: ClusterFacts, fabric: tuple[Fabric, int] | No
     if without:
         raise ConfigError(f"accelerator {spec.accelerator!r}: no driver offers {without[0]} as claims; leave it out")
     requests, constraints = _requests(spec.devices, fabric)
-    limits: dict[str, str] = {}
-    if fabric is not None and fabric[0].resource is not None:
-        limits[fabric[0].resource] = str(fabric[1])
     name = f"{spec.name}-{_CLAIM}"
-    devices_spec: Manifest = {"requests": requests, **({"constraints": constraints} if constraints else {})}
     template = {
         "apiVersion": f"{DRA_GROUP}/v1",
         "kind": "ResourceClaimTemplate",
         "metadata": metadata(spec, name),
-        "spec": {"spec": {"devices": devices_spec}},
+        "spec": {"spec": {"devices": {"requests": requests, **({"constraints": constraints} if constraints else {})}}},
     }
-    domain = _compute_domain(spec, facts)
-    channel = {_CHANNEL: f"{spec.name}-{_CHANNEL}"} if domain else {}
-    tainted = tuple(sorted({devices.model.resource for devices in spec.devices}))
-    return DevicePlan(limits=limits, claims={_CLAIM: name, **channel}, objects=(template, *domain), tainted=tainted)
+    domain, channel = _compute_domain(spec, facts)
+    return DevicePlan(
+        limits=_fabric_limits(fabric),
+        claims={_CLAIM: name, **channel},
+        objects=(template, *domain),
+        tainted=_tainted(spec),
+    )
+
+
+def _fabric_limits(fabric: tuple[Fabric, int] | None) -> dict[str, str]:
+    return {} if fabric is None or fabric[0].resource is None else {fabric[0].resource: str(fabric[1])}
+
+
+def _tainted(spec: JobSpec) -> tuple[str, ...]:
+    """Nodes are tainted with the name of what they have."""
+    return tuple(sorted({devices.model.resource for devices in spec.devices}))
 
 
 def _requests(
@@ -140,20 +144,23 @@ def _of_class(fabric: Fabric, count: int) -> Manifest:
     return {"deviceClassName": fabric.device_class, "allocationMode": "ExactCount", "count": count}
 
 
-def _compute_domain(spec: JobSpec, facts: ClusterFacts) -> tuple[Manifest, ...]:
-    """The domain of a model whose fast links reach over nodes; none where the cluster surely cannot make one."""
+def _compute_domain(spec: JobSpec, facts: ClusterFacts) -> tuple[tuple[Manifest, ...], dict[str, str]]:
+    """The domain of a model whose fast links reach over nodes, and the pod's claim of a channel in it.
+
+    None where the cluster surely cannot make one: traffic then takes the network, which `explain` says.
+    """
     wanted = spec.num_nodes > 1 and any(devices.model.compute_domain for devices in spec.devices)
     if not wanted or facts.serves(COMPUTE_DOMAIN_GROUP, "computedomains") is False:
-        return ()
-    channel = {"resourceClaimTemplate": {"name": f"{spec.name}-{_CHANNEL}"}}
-    return (
-        {
-            "apiVersion": f"{COMPUTE_DOMAIN_GROUP}/v1beta1",
-            "kind": "ComputeDomain",
-            "metadata": metadata(spec, spec.name),
-            "spec": {"numNodes": 0, "channel": channel},  # 0: the driver does not count, ktrain does
-        },
-    )
+        return (), {}
+    template = f"{spec.name}-{_CHANNEL}"
+    domain = {
+        "apiVersion": f"{COMPUTE_DOMAIN_GROUP}/v1beta1",
+        "kind": "ComputeDomain",
+        "metadata": metadata(spec, spec.name),
+        # numNodes 0: the driver does not count, ktrain does
+        "spec": {"numNodes": 0, "channel": {"resourceClaimTemplate": {"name": template}}},
+    }
+    return (domain,), {_CHANNEL: template}
 
 
 def _tpus(spec: JobSpec, slices: Slices) -> DevicePlan:
