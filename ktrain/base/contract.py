@@ -18,6 +18,17 @@ ENV_DRAIN_RATE = "KTRAIN_DRAIN_BYTES_PER_S"  # what one node's drains may send t
 ENV_SPREAD = "KTRAIN_RESTORE_SPREAD"  # whether a restore reads the bucket once a job: auto, always, never
 ENV_DISK = "KTRAIN_DISK"  # node directory of the disk tier; unset means no disk tier
 
+# Environment of the containers of a pod, beside those above (ADR 0030).
+ENV_HEAD = "KTRAIN_HEAD"  # address of the head, "tcp:HOST:PORT"
+ENV_JOB = "KTRAIN_JOB"  # path of the job's specification, JSON
+ENV_ROLE = "KTRAIN_ROLE"  # head or worker
+ENV_JOB_INDEX = "KTRAIN_JOB_INDEX"  # of the pod's Job among those of its role: the TPU slice, else 0
+ENV_POD_INDEX = "KTRAIN_POD_INDEX"  # of the pod in its Job
+ENV_POD_IP = "KTRAIN_POD_IP"
+ENV_POD_NAME = "KTRAIN_POD_NAME"
+ENV_POD_NAMESPACE = "KTRAIN_POD_NAMESPACE"
+ENV_HOST = "KTRAIN_HOST"  # name of the machine below the pod
+
 # Exit codes of workers, head and command line.
 EXIT_OK = 0
 EXIT_FAILED = 1  # the job failed and its restart budget is spent
@@ -25,7 +36,25 @@ EXIT_USAGE = 2  # bad input; nothing was started or changed
 EXIT_CORRUPT = 3  # `ckpt verify`: something is not proven; restore: no good copy is left
 EXIT_CONFLICT = 4  # the run is live under another holder
 EXIT_UNAVAILABLE = 5  # storage or a peer could not be reached; nothing is known to be wrong
+EXIT_BAD_NODE = 74  # supervisor in a pod: this node is suspected; replace the pod, elsewhere
+EXIT_AGAIN = 75  # head in a pod: make all pods anew, and count it
+EXIT_AGAIN_FREE = 76  # head in a pod: make all pods anew after a disruption, which is nobody's fault and not counted
 EXIT_STOPPED = 130  # stopped on request (signal or cancel) after a save; the same command continues
+# What a restart cannot mend: the head's verdict is final. A head that ends in any other way is started again.
+EXITS_FINAL = (EXIT_FAILED, EXIT_USAGE, EXIT_CORRUPT, EXIT_CONFLICT, EXIT_UNAVAILABLE, EXIT_STOPPED)
+
+# Labels of every object of a job, and where things lie in its containers (ADR 0030).
+LABEL_RUN = "ktrain.dev/run"
+LABEL_ROLE = "ktrain.dev/role"
+POD_DIR = "/ktrain"
+POD_VOLUME = "/ktrain/memory"  # the memory tier
+POD_WORK = "/ktrain/work"  # sockets and logs, shared by agent and trainer
+POD_CODE = "/ktrain/code"
+POD_CARRIED = "/ktrain/carried"  # the archive of the code, as it arrived
+POD_JOB_FILE = "/ktrain/job/job.json"
+POD_TOKEN_FILE = "/ktrain/token/token"  # noqa: S105 -- a path: the run's own token, not one of the cluster
+POD_READY_FILE = "/ktrain/work/agent-ready"  # made by the agent when it has joined the head
+POD_HEAD_PORT = 7410
 
 # Inside RUN (any fsspec URL).
 EVENTS_FILE = "events.jsonl"

@@ -16,19 +16,11 @@ from typing import Any
 
 from ktrain.base import atomic, contract, ids
 from ktrain.base.control import Client
+from ktrain.base.urls import local_path as local_path
 from ktrain.base.urls import require_public
 from ktrain.errors import ConfigError, NotFoundError, UnavailableError
 
 NODE_ROLES = ("agent", "supervisor")
-
-
-def local_path(url: str) -> Path | None:
-    """The absolute path that a run URL names on this machine, or None for any other store."""
-    if url.startswith("file://"):
-        return Path(os.path.abspath(url.removeprefix("file://")))
-    if "://" in url or "::" in url:
-        return None
-    return Path(os.path.abspath(os.path.expanduser(url)))
 
 
 def canonical_url(url: str) -> str:

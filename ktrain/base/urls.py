@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 
 from ktrain.errors import ConfigError
 
@@ -28,6 +30,15 @@ def _shown(match: re.Match[str]) -> str:
 
 def _is_name(match: re.Match[str], schemes: frozenset[str]) -> bool:
     return (match["scheme"] or "").lower() in schemes and _NAME.fullmatch(match["user"]) is not None
+
+
+def local_path(url: str) -> Path | None:
+    """The absolute path that a run URL names on this machine, or None for any other store."""
+    if url.startswith("file://"):
+        return Path(os.path.abspath(url.removeprefix("file://")))
+    if "://" in url or "::" in url:
+        return None
+    return Path(os.path.abspath(os.path.expanduser(url)))
 
 
 def require_public(url: str) -> str:

@@ -6,32 +6,38 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ktrain.base import contract, settings
 from ktrain.base.job import JobSpec, WorkDir, local_path
 from ktrain.base.settings import Timeouts
-from ktrain.errors import KtrainError, UnavailableError
+from ktrain.cli.cluster_options import cluster_options, refuse_cluster_options
+from ktrain.errors import ConfigError, KtrainError, UnavailableError
 from ktrain.launcher.backends.local import LocalLaunch, wait_for_head
 from ktrain.launcher.job import Wish, plan_job
 
 
 @click.command(context_settings={"ignore_unknown_options": False})
-@click.argument("script")
+@click.argument("script", required=False)
 @click.argument("script_args", nargs=-1, type=click.UNPROCESSED, metavar="-- SCRIPT ARGS")
-@click.option("--nodes", default=1, show_default=True, help="Number of nodes.")
-@click.option("--workers-per-node", default=1, show_default=True, help="Worker processes on each node.")
+@click.option("--nodes", type=int, help="Number of nodes. [default: 1]")
+@click.option("--workers-per-node", type=int, help="Worker processes on each node. [default: 1]")
 @click.option(
     "--run", "run", metavar="URI", help="Where the run lives: a directory or any fsspec URL. [default: runs/SCRIPT]"
 )
 @click.option(
-    "--backend", type=click.Choice(["local"]), default="local", show_default=True, help="Where the nodes are."
+    "--backend",
+    type=click.Choice(["local", "kubernetes"]),
+    default="local",
+    show_default=True,
+    help="Where the nodes are.",
 )
 @click.option(
     "--fault", "faults", multiple=True, metavar="SPEC", help="Break something, e.g. kill-worker@step=30,rank=1."
 )
-@click.option("--max-restarts", default=3, show_default=True, help="Restarts per cause of failure.")
+@click.option("--max-restarts", type=int, help="Restarts per cause of failure. [default: 3]")
 @click.option(
     "--patience",
     type=float,
@@ -39,36 +45,26 @@ from ktrain.launcher.job import Wish, plan_job
     help="Silence a healthy job may show; all timeouts follow. [default: 60]",
 )
 @click.option("--detach", is_flag=True, help="Return once the job has started; it goes on by itself.")
-def launch(  # noqa: PLR0913 -- one per option of the command
-    script: str,
-    script_args: tuple[str, ...],
-    nodes: int,
-    workers_per_node: int,
-    run: str | None,
-    backend: str,
-    faults: tuple[str, ...],
-    max_restarts: int,
-    patience: float | None,
-    detach: bool,
-) -> int:
+@cluster_options
+def launch(script: str | None, script_args: tuple[str, ...], backend: str, **given: Any) -> int:
     """Run SCRIPT on NODES x WORKERS_PER_NODE processes, through failures, until it is done.
 
     The same command again continues the run. Exit code: 0 done, 1 failed, 2 bad input, 3 no good copy left,
     4 the run is live elsewhere, 5 storage out of reach, 130 stopped on request.
     """
-    del backend
+    if backend == "kubernetes":
+        from ktrain.cli.cluster import launch_on_cluster
+
+        return launch_on_cluster(() if script is None else (script, *script_args), given)
+    refuse_cluster_options(given)
+    if script is None:
+        raise ConfigError("launch: no script was named; give the path of a Python file")
+    typed = {name: given[name] for name in ("nodes", "workers_per_node", "max_restarts") if given[name] is not None}
     wish = Wish(
-        script=script,
-        args=script_args,
-        run=run,
-        nodes=nodes,
-        workers_per_node=workers_per_node,
-        max_restarts=max_restarts,
-        patience_s=patience,
-        faults=faults,
+        script=script, args=script_args, run=given["run"], patience_s=given["patience"], faults=given["faults"], **typed
     )
     spec = plan_job(wish)
-    return _detach(spec) if detach else _run(spec)
+    return _detach(spec) if given["detach"] else _run(spec)
 
 
 def _run(spec: JobSpec) -> int:

@@ -139,7 +139,13 @@ def test_command_line_of_a_launch_that_a_page_shows_is_understood(shown: str, pl
 
 
 JSON_ROWS = re.findall(r"^\| `(ktrain [^`]+)` \| (.+) \|$", (ROOT / "docs/reference/cli.md").read_text(), re.MULTILINE)
-ARGUMENTS = {"pin": "--step 100", "rm": "--step 100 --dry-run", "diff": "--step 100", "export": "OUT --to safetensors"}
+ARGUMENTS = {
+    "pin": "--step 100",
+    "rm": "--step 100 --dry-run",
+    "diff": "--step 100",
+    "export": "OUT --to safetensors",
+    "launch": "--backend kubernetes --dry-run --run s3://bucket/a --image a:1 --state 1Gi",
+}
 
 
 def arguments(verb: str, place: Place) -> list[str]:

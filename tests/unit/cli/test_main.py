@@ -21,6 +21,9 @@ from ktrain.errors import ConflictError, CorruptionError, DeadlineError, Unavail
 OPTIONS = {
     "launch": {
         "--nodes", "--workers-per-node", "--run", "--backend", "--fault", "--max-restarts", "--patience", "--detach",
+        "--job", "--name", "--namespace", "--image", "--accelerator", "--tpu", "--slices", "--state", "--spares",
+        "--queue", "--gang", "--env", "--secret", "--volume", "--code", "--set", "--facts", "--dry-run", "--explain",
+        "--output",
     },
     "status": {"--output"},
     "logs": {"--rank", "--attempt", "--follow"},

@@ -1,0 +1,220 @@
+"""`ktrain launch --backend kubernetes`: from options to a JobSpec, and what is shown of it."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ktrain.base import contract
+from ktrain.cli.cluster_options import refuse_local_options
+from ktrain.errors import ConfigError
+from ktrain.launcher import spec_file
+from ktrain.launcher.code.archive import CodeArchive, pack_code
+from ktrain.launcher.explain import Plan, Recovery, explain
+from ktrain.launcher.facts import ClusterFacts
+from ktrain.launcher.quantity import show_bytes
+from ktrain.launcher.render.access import code_config_map, shown, token_secret
+from ktrain.launcher.render.job import Rendered, render
+from ktrain.launcher.render.text import to_yaml
+from ktrain.launcher.spec import JobSpec, default_name
+
+# Option -> the field of the job that it sets.
+_FIELDS = {
+    "name": "name",
+    "namespace": "namespace",
+    "image": "image",
+    "run": "run",
+    "nodes": "nodes",
+    "workers_per_node": "workers_per_node",
+    "accelerator": "accelerator",
+    "tpu": "tpu",
+    "slices": "slices",
+    "state": "memory.state",
+    "spares": "spares",
+    "queue": "placement.queue",
+    "gang": "placement.gang",
+    "max_restarts": "limits.max_restarts",
+    "patience": "limits.patience_s",
+}
+
+
+def launch_on_cluster(command: tuple[str, ...], given: Mapping[str, Any]) -> int:
+    """Prints what would be sent, or what it would survive. `given` has the options that were typed.
+
+    Raises:
+        ConfigError: the job cannot be, or it should be submitted, which this version does not do.
+    """
+    refuse_local_options(given)
+    if not (given.get("dry_run") or given.get("explain")):
+        raise ConfigError(
+            "--backend kubernetes: this version renders and explains a job and does not submit it yet; "
+            "use --dry-run or --explain"
+        )
+    archive = pack_code(given["code"]) if given.get("code") else None
+    spec = job_from_options(command, given, archive=archive)
+    facts = _read_facts(given.get("facts"))
+    rendered = render(spec, facts)
+    plan = explain(spec, facts, rendered)
+    objects = _printed(spec, rendered, archive) if given.get("dry_run") else None
+    if given.get("output") == "json":
+        click.echo(json.dumps(_report(spec, rendered, plan, objects), indent=2))
+        return contract.EXIT_OK
+    if objects is not None:
+        click.echo(to_yaml(objects), nl=False)
+    if given.get("explain"):
+        _show(plan)
+    else:
+        click.echo(f"ktrain: gang {plan.gang}", err=True)
+        if rendered.gang.warning is not None:
+            click.echo(f"ktrain: {rendered.gang.warning}", err=True)
+    return contract.EXIT_OK
+
+
+# Options to a job
+
+
+def job_from_options(
+    command: tuple[str, ...], given: Mapping[str, Any], *, archive: CodeArchive | None = None
+) -> JobSpec:
+    """The job of a file with the options that were typed on top, and the code that is sent along.
+
+    Raises:
+        ConfigError: something in it cannot be.
+    """
+    value = spec_file.read_toml(given["job"]) if given.get("job") else {}
+    if command:
+        value["command"] = list(command)
+    for name, path in _FIELDS.items():
+        if given.get(name) is not None:
+            _put(value, path, given[name])
+    for text in given.get("env", ()):
+        name, item = _split(text, "=", "--env NAME=VALUE")
+        _put(value, f"env.{name}", item)
+    _add(value, "secrets", [_secret(text) for text in given.get("secrets", ())])
+    _add(value, "volumes", [_volume(text) for text in given.get("volumes", ())])
+    for text in given.get("settings", ()):
+        name, item = _split(text, "=", "--set FIELD=VALUE")
+        _put(value, name, _toml_value(item))
+    if not isinstance(value.get("run"), str):
+        raise ConfigError("run: it is missing; say where the run lives, such as s3://bucket/net-a (--run)")
+    value.setdefault("name", default_name(value["run"]))
+    if archive is not None:
+        value["code"] = {"archive": archive.sha256}
+    spec = spec_file.from_value(value)
+    if archive is not None and spec.command[0] not in archive.names:
+        raise ConfigError(
+            f"code {given['code']}: it does not have the script {spec.command[0]!r}; give its path in that directory"
+        )
+    return spec
+
+
+def _put(value: dict[str, Any], path: str, item: Any) -> None:
+    *tables, last = path.split(".")
+    for name in tables:
+        value = value.setdefault(name, {})
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path}: {name} is no table; give it whole")
+    value[last] = item
+
+
+def _add(value: dict[str, Any], name: str, items: list[dict[str, Any]]) -> None:
+    known = value.get(name, [])
+    if not isinstance(known, list):
+        raise ConfigError(f"{name}: expected a list, found {known!r}")
+    value[name] = [*known, *items]
+
+
+def _split(text: str, mark: str, form: str) -> tuple[str, str]:
+    name, found, rest = text.partition(mark)
+    if not found or not name:
+        raise ConfigError(f"{form}: found {text!r}")
+    return name, rest
+
+
+def _secret(text: str) -> dict[str, str]:
+    form = "--secret NAME=SECRET:KEY"
+    name, source = _split(text, "=", form)
+    secret, key = _split(source, ":", form)
+    return {"env": name, "secret": secret, "key": key}
+
+
+def _volume(text: str) -> dict[str, Any]:
+    claim, rest = _split(text, ":", "--volume CLAIM:/PATH[:ro]")
+    path, _, mode = rest.partition(":")
+    if mode not in ("", "ro"):
+        raise ConfigError(f"--volume CLAIM:/PATH[:ro]: found {text!r}")
+    return {"claim": claim, "path": path, **({"read_only": True} if mode else {})}
+
+
+def _toml_value(text: str) -> Any:
+    """A value as TOML reads it; what it does not read is a text."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _read_facts(path: Path | None) -> ClusterFacts:
+    if path is None:
+        return ClusterFacts()
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--facts {path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"--facts {path}: expected a JSON object, found {type(value).__name__}")
+    return ClusterFacts.from_value(value)
+
+
+# What is shown
+
+
+def _printed(spec: JobSpec, rendered: Rendered, archive: CodeArchive | None) -> list[dict[str, Any]]:
+    """All objects in the order of sending, the secret without its value."""
+    carried = () if archive is None else (code_config_map(spec, archive.data),)
+    return [shown(item) for item in (rendered.jobset, token_secret(spec, ""), *carried, *rendered.owned)]
+
+
+def _report(spec: JobSpec, rendered: Rendered, plan: Plan, objects: list[dict[str, Any]] | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"job": spec.name, "gang": asdict(rendered.gang), "released_by": rendered.released_by}
+    return {**found, "plan": asdict(plan), **({} if objects is None else {"objects": objects})}
+
+
+def _show(plan: Plan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="When this fails", title_justify="left")
+    for column in ("failure", "starts again", "from", "steps lost", "back after", ""):
+        table.add_column(column, overflow="fold")
+    for item in plan.recoveries:
+        table.add_row(item.failure, item.restart.value, item.tier or "", _steps(item), _seconds(item), item.note)
+    memory = plan.memory
+    console = Console(width=140, highlight=False)
+    console.print(table)
+    console.print(f"gang        {plan.gang}")
+    console.print(
+        f"memory      {show_bytes(memory.total)} a node: volume {show_bytes(memory.volume)} "
+        f"(own {show_bytes(memory.own)}, {plan.replicas} copies {show_bytes(memory.kept)}), script "
+        f"{show_bytes(memory.trainer)}, /dev/shm {show_bytes(memory.shm)}, in flight {show_bytes(memory.in_flight)}"
+    )
+    console.print(f"bucket      {show_bytes(plan.bucket_bytes)}")
+    console.print(f"grace       {plan.grace_s} s from SIGTERM to SIGKILL")
+    for missing in plan.missing:
+        console.print(f"{'missing' if missing.is_known else 'not known'}   {missing.feature}: {missing.cost}")
+    for text in plan.assumed:
+        console.print(f"assumed     {text}")
+
+
+def _steps(item: Recovery) -> str:
+    return "?" if item.steps_lost is None else f"<= {item.steps_lost}" if item.steps_lost else "0"
+
+
+def _seconds(item: Recovery) -> str:
+    return "?" if item.seconds is None else f"{item.seconds:.0f} s"

@@ -1,0 +1,65 @@
+"""The options of `ktrain launch` that are for clusters, apart from what they do: every verb pays for these imports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ktrain.errors import ConfigError
+
+_OPTIONS = (
+    click.option("--job", type=click.Path(path_type=Path), metavar="FILE", help="TOML file of the job; options win."),
+    click.option("--name", help="Name of the job. [default: from the run]"),
+    click.option("--namespace", help="Namespace of the cluster."),
+    click.option("--image", help="Image that has Python, torch and ktrain."),
+    click.option("--accelerator", metavar="MODEL:N", help="Devices of each node, e.g. h100:8; h200:8,h100:8 also."),
+    click.option("--tpu", metavar="GEN:TOPOLOGY", help="TPU slice, e.g. v6e:4x4."),
+    click.option("--slices", type=int, help="Number of TPU slices. [default: 1]"),
+    click.option("--state", metavar="BYTES", help="State that one node holds, e.g. 40Gi: sizes the memory tier."),
+    click.option("--spares", type=int, help="Nodes more than the job needs. [default: 0]"),
+    click.option("--queue", help="Queue of the cluster's scheduler."),
+    click.option("--gang", metavar="MECHANISM", help="How pods are admitted whole or not at all. [default: auto]"),
+    click.option("--env", "env", multiple=True, metavar="NAME=VALUE", help="Environment of the script; no secrets."),
+    click.option("--secret", "secrets", multiple=True, metavar="NAME=SECRET:KEY", help="Environment from a Secret."),
+    click.option("--volume", "volumes", multiple=True, metavar="CLAIM:/PATH[:ro]", help="Mounts a volume claim."),
+    click.option(
+        "--code", type=click.Path(path_type=Path), metavar="DIR", help="Directory of code that is sent along."
+    ),
+    click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any other field of the job file."),
+    click.option("--facts", type=click.Path(path_type=Path), metavar="FILE", help="JSON of what the cluster has."),
+    click.option("--dry-run", is_flag=True, help="Print the manifests; send nothing."),
+    click.option("--explain", is_flag=True, help="Print what each kind of failure would cost; send nothing."),
+    click.option("--output", type=click.Choice(["yaml", "json"]), help="Form of --dry-run. [default: yaml]"),
+)
+_ONLY_LOCAL = ("faults", "detach")
+_ONLY_CLUSTER = (
+    "job", "name", "namespace", "image", "accelerator", "tpu", "slices", "state", "spares", "queue", "gang", "env",
+    "secrets", "volumes", "code", "settings", "facts", "dry_run", "explain", "output",
+)  # fmt: skip
+
+
+def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options that only a cluster has."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def refuse_local_options(given: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a cluster was given what only a local launch has."""
+    _refuse(given, _ONLY_LOCAL, "local")
+
+
+def refuse_cluster_options(given: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a local launch was given what only a cluster has."""
+    _refuse(given, _ONLY_CLUSTER, "kubernetes")
+
+
+def _refuse(given: Mapping[str, Any], names: tuple[str, ...], backend: str) -> None:
+    wrong = next((name for name in names if given.get(name)), None)
+    if wrong is not None:
+        option = {"faults": "fault", "secrets": "secret", "volumes": "volume", "settings": "set"}.get(wrong, wrong)
+        raise ConfigError(f"--{option.replace('_', '-')}: only --backend {backend} has it; leave it out")

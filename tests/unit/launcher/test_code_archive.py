@@ -1,0 +1,155 @@
+"""Code that is sent: what is packed, that it is the same bytes each time, and that it arrives."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ktrain.errors import ConfigError, CorruptionError
+from ktrain.launcher.code.archive import pack_code
+from ktrain.launcher.code.unpack import unpack_code
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    found = tmp_path / "code"
+    (found / "lib").mkdir(parents=True)
+    (found / "train.py").write_text("print(1)\n")
+    (found / "lib" / "net.py").write_text("x = 1\n")
+    (found / "run.sh").write_text("#!/bin/sh\n")
+    (found / "run.sh").chmod(0o755)
+    return found
+
+
+def git(folder: Path, *arguments: str) -> None:
+    names = ("-c", "user.name=a", "-c", "user.email=a@b")
+    subprocess.run(["git", "-C", str(folder), *names, *arguments], check=True, capture_output=True)
+
+
+def test_pack_takes_every_file_where_there_is_no_git(folder: Path) -> None:
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "net.pyc").write_bytes(b"x")
+
+    assert pack_code(folder).names == ("lib/net.py", "run.sh", "train.py")
+
+
+def test_pack_takes_what_git_tracks_or_would_add(folder: Path) -> None:
+    git(folder, "init")
+    (folder / ".gitignore").write_text("*.log\n")
+    (folder / "old.py").write_text("")
+    git(folder, "add", ".")
+    git(folder, "commit", "-m", "a")
+    (folder / "old.py").unlink()  # tracked, and not there
+    (folder / "new.py").write_text("")
+    (folder / "out.log").write_text("")
+
+    assert pack_code(folder).names == (".gitignore", "lib/net.py", "new.py", "run.sh", "train.py")
+    assert pack_code(folder / "lib").names == ("net.py",)
+
+
+def test_pack_leaves_out_what_the_ignore_file_names(folder: Path) -> None:
+    (folder / "data").mkdir()
+    (folder / "data" / "big.bin").write_bytes(b"x")
+    (folder / ".ktrainignore").write_text("# mine\n\ndata/\n*.sh\nlib/n*.py\n.ktrainignore\n")
+
+    assert pack_code(folder).names == ("train.py",)
+
+
+def test_pack_of_the_same_files_is_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere"
+    for name in reversed(pack_code(folder).names):
+        path = other / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((folder / name).read_bytes())
+        os.utime(path, (1, 1))
+    (other / "run.sh").chmod(0o700)
+    (other / "train.py").chmod(0o600)
+
+    assert pack_code(other).sha256 == pack_code(folder).sha256
+    (other / "train.py").write_text("print(2)\n")
+    assert pack_code(other).sha256 != pack_code(folder).sha256
+
+
+def test_pack_refuses_links_with_their_path(folder: Path) -> None:
+    (folder / "lib" / "secret").symlink_to("/etc/passwd")
+    with pytest.raises(ConfigError, match="lib/secret is a link"):
+        pack_code(folder)
+    (folder / "lib" / "secret").unlink()
+    (folder / "more").symlink_to(folder / "lib", target_is_directory=True)
+    with pytest.raises(ConfigError, match="more is a link"):
+        pack_code(folder)
+
+
+def test_pack_refuses_what_is_no_file(folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+    with pytest.raises(ConfigError, match="pipe is no regular file"):
+        pack_code(folder)
+
+
+def test_pack_refuses_a_name_that_would_not_be_unpacked(folder: Path) -> None:
+    (folder / "a\nb.py").write_text("")
+    with pytest.raises(ConfigError, match="has a name that no file of code has"):
+        pack_code(folder)
+
+
+def test_pack_beyond_its_cap_is_refused_with_the_largest_files(folder: Path) -> None:
+    (folder / "big.bin").write_bytes(bytes(5000))
+    with pytest.raises(
+        ConfigError, match=r"4 files have .*, expected at most .*; the largest are big\.bin \(5000 bytes\)"
+    ):
+        pack_code(folder, most_bytes=4000)
+
+
+def test_pack_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no file is left"):
+        pack_code(tmp_path)
+    with pytest.raises(ConfigError, match="expected a directory"):
+        pack_code(tmp_path / "nope")
+
+
+def test_unpack_gives_back_the_files_and_who_may_run_them(folder: Path, tmp_path: Path) -> None:
+    packed = pack_code(folder)
+    archive, target = tmp_path / "code.zip", tmp_path / "target"
+    archive.write_bytes(packed.data)
+
+    assert unpack_code(archive, packed.sha256, target) == 3
+    found = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+    assert found == set(packed.names)
+    assert all((target / name).read_bytes() == (folder / name).read_bytes() for name in packed.names)
+    assert os.access(target / "run.sh", os.X_OK) and not os.access(target / "train.py", os.X_OK)
+    assert pack_code(target).sha256 == packed.sha256
+
+
+def test_unpack_of_other_bytes_is_refused_before_any_is_written(folder: Path, tmp_path: Path) -> None:
+    packed = pack_code(folder)
+    archive, target = tmp_path / "code.zip", tmp_path / "target"
+    archive.write_bytes(packed.data[:-1] + b"x")
+
+    with pytest.raises(CorruptionError, match="expected SHA-256"):
+        unpack_code(archive, packed.sha256, target)
+    assert not target.exists()
+
+
+def test_unpack_into_a_folder_that_holds_something_is_refused(folder: Path, tmp_path: Path) -> None:
+    packed = pack_code(folder)
+    archive = tmp_path / "code.zip"
+    archive.write_bytes(packed.data)
+
+    with pytest.raises(ConfigError, match="is not empty"):
+        unpack_code(archive, packed.sha256, folder)
+
+
+def test_unpack_as_the_init_container_runs_it(folder: Path, tmp_path: Path) -> None:
+    packed = pack_code(folder)
+    archive = tmp_path / "code.zip"
+    archive.write_bytes(packed.data)
+    command = [sys.executable, "-P", "-m", "ktrain.launcher.code.unpack", str(archive)]
+
+    done = subprocess.run([*command, packed.sha256, str(tmp_path / "a")], capture_output=True, timeout=60)
+    assert done.returncode == 0 and (tmp_path / "a" / "train.py").is_file()
+    done = subprocess.run([*command, "0" * 64, str(tmp_path / "b")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3 and done.stderr.startswith("ktrain: code archive")
