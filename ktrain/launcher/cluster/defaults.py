@@ -23,6 +23,8 @@ Object = dict[str, Any]
 MAX_INT32 = 2**31 - 1
 _PROBES = ("startupProbe", "livenessProbe", "readinessProbe")
 _PROBE = {"timeoutSeconds": 1, "periodSeconds": 10, "successThreshold": 1, "failureThreshold": 3}
+_GATED = "Scheduling is blocked due to non-empty scheduling gates"
+_QOS_RESOURCES = ("cpu", "memory")
 _LOST_NODE = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
 
 
@@ -35,6 +37,8 @@ def complete(resource: Resource, obj: Object, *, toleration_s: int = 300) -> Non
         _complete_pod(obj, toleration_s)
     elif resource.storage in _COMPLETE:
         _COMPLETE[resource.storage](obj)
+    if resource == POD_GROUP:
+        _fill(obj["spec"], disruptionMode="Pod")  # later versions of the group write it as an object
 
 
 def complete_pod_spec(spec: Object) -> None:
@@ -94,6 +98,10 @@ def _complete_pod(pod: Object, toleration_s: int) -> None:
             spec["tolerations"].append({"key": key, **stay})
     _fill(pod, status={})
     _fill(pod["status"], phase="Pending", qosClass=_qos_class(spec))
+    if spec.get("schedulingGates"):
+        gated = {"type": "PodScheduled", "status": "False", "lastProbeTime": None}
+        gated |= {"lastTransitionTime": pod["metadata"]["creationTimestamp"], "reason": "SchedulingGated"}
+        _fill(pod["status"], conditions=[{**gated, "message": _GATED}])
 
 
 def _tolerates(toleration: Object, key: str) -> bool:
@@ -102,12 +110,17 @@ def _tolerates(toleration: Object, key: str) -> bool:
 
 def _qos_class(spec: Object) -> str:
     containers = [*spec.get("initContainers", []), *spec.get("containers", [])]
-    resources = [container.get("resources", {}) for container in containers]
-    if not any(part.get("requests") or part.get("limits") for part in resources):
+    bounds = [(_of_qos(each, "limits"), _of_qos(each, "requests")) for each in containers]
+    if not any(limits or requests for limits, requests in bounds):
         return "BestEffort"
-    bounds = [(part.get("limits", {}), part.get("requests", {})) for part in resources]
-    fixed = all({"cpu", "memory"} <= limits.keys() and limits == {**limits, **requests} for limits, requests in bounds)
+    fixed = all(len(limits) == len(_QOS_RESOURCES) and limits == requests for limits, requests in bounds)
     return "Guaranteed" if fixed else "Burstable"
+
+
+def _of_qos(container: Object, bound: str) -> Object:
+    """The bounds of the resources that count for the class of a pod."""
+    found = (container.get("resources") or {}).get(bound) or {}
+    return {name: value for name, value in found.items() if name in _QOS_RESOURCES}
 
 
 def _complete_job(job: Object) -> None:

@@ -270,7 +270,7 @@ class Store:
         else:
             _keep(old, new, resource)
         self._admitted(resource, old, new)
-        if resource.counts_generation and _spec(new) != _spec(old):
+        if resource.counts_generation and _spec(resource, new) != _spec(resource, old):
             new["metadata"] = {**new["metadata"], "generation": old["metadata"]["generation"] + 1}
         new["metadata"]["resourceVersion"] = old["metadata"]["resourceVersion"]
         return name, new
@@ -360,8 +360,12 @@ def _status_metadata(old: Object, new: Object) -> dict[str, Any]:
     return {**old["metadata"], **({"managedFields": fields} if fields else {})}
 
 
-def _spec(obj: Object) -> Object:
-    return {key: value for key, value in obj.items() if key not in ("apiVersion", "kind", "metadata", "status")}
+def _spec(resource: Resource, obj: Object) -> Object:
+    """What moves the generation when it changes: all but metadata and status, and but the node that a pod is bound to."""
+    counted = {key: value for key, value in obj.items() if key not in ("apiVersion", "kind", "metadata", "status")}
+    if resource.storage == POD.storage and "spec" in counted:
+        counted["spec"] = {key: value for key, value in counted["spec"].items() if key != "nodeName"}
+    return counted
 
 
 def _grace_s(resource: Resource, obj: Object, asked_s: int | None) -> int:

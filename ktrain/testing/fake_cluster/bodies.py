@@ -15,6 +15,7 @@ from ktrain.testing.fake_cluster.structural import decode_error, prune
 Object = dict[str, Any]
 
 _ACCEPTED = ("application/json", "application/yaml", "application/vnd.kubernetes.protobuf")
+_LEFT_OUT_WHEN_EMPTY = ("labels", "annotations", "finalizers", "ownerReferences", "managedFields")
 _ACCEPTED_CUSTOM = ("application/json", "application/yaml")
 
 
@@ -65,6 +66,8 @@ def check_place(target: Target, obj: Object) -> None:
         Refusal: 400, another name or namespace.
     """
     metadata = obj.setdefault("metadata", {})
+    for key in [key for key in _LEFT_OUT_WHEN_EMPTY if metadata.get(key, ...) in ([], {}, None)]:
+        del metadata[key]
     if target.name is not None and metadata.get("name", target.name) != target.name:
         raise bad_request(
             f"the name of the object ({metadata['name']}) does not match the name on the URL ({target.name})"

@@ -18,6 +18,18 @@ RULES_REVIEW = Resource("authorization.k8s.io", "v1", "selfsubjectrulesreviews",
 _STABLE = "v1"
 _KUEUE = (known.CLUSTER_QUEUE, known.KUEUE_WORKLOAD, known.LOCAL_QUEUE, known.RESOURCE_FLAVOR, known.TOPOLOGY)
 _VOLCANO = (known.VOLCANO_POD_GROUP, known.VOLCANO_QUEUE)
+_GROUPS = (  # Kubernetes' own in the order in which a server lists them; custom ones follow by name
+    "authentication.k8s.io",
+    "authorization.k8s.io",
+    "batch",
+    "networking.k8s.io",
+    "policy",
+    "rbac.authorization.k8s.io",
+    "apiextensions.k8s.io",
+    "scheduling.k8s.io",
+    "coordination.k8s.io",
+    "resource.k8s.io",
+)
 _NOT_SERVED = (known.EVENT_V1, known.BINDING)  # events are served in the core group alone, pods are bound by the store
 
 
@@ -89,7 +101,9 @@ class Served:
 
     def groups(self) -> list[str]:
         """The names of the groups, without the core group, in the order in which they are listed."""
-        return list(dict.fromkeys(resource.group for resource in self if resource.group))
+        found = {resource.group for resource in self if resource.group}
+        own = [group for group in _GROUPS if group in found]
+        return own + sorted(found - set(own))
 
     def schema(self, resource: Resource) -> Schema | None:
         return self._schemas.get((resource.api_version, resource.plural))

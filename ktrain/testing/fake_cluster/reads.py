@@ -64,12 +64,15 @@ class _Page:
 
     @classmethod
     def of(cls, token: str) -> _Page:
+        text = b""
         try:
-            found = json.loads(base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)))
+            text = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
+            found = json.loads(text)
             first, second = found["start"]
             return cls(str(found["rv"]), (first, second))
         except (ValueError, KeyError, TypeError) as error:
-            raise bad_request(f"invalid continue token: continue key is not valid: {error}") from error
+            why = f"invalid character '\\u{text[0]:04x}' looking for beginning of value" if text else str(error)
+            raise bad_request(f"invalid continue token: continue key is not valid: {why}") from error
 
 
 class Reads:

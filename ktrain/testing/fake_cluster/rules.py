@@ -44,18 +44,21 @@ def check(resource: Resource, old: Object | None, new: Object) -> None:
     Raises:
         Refusal: 422 with a cause for each thing that is wrong.
     """
-    errors = list(_metadata(new["metadata"]))
+    generated = (new.get("spec", {}).get("template") or {}).get("metadata", {}).get("labels") or {}
+    errors = list(_metadata(new["metadata"], generated if resource.storage == JOB.storage else {}))
     if resource.storage in _RULES and (old is None or old.get("spec") != new.get("spec") or "spec" not in new):
         errors = [*_RULES[resource.storage](old, new), *errors]
     if errors:
         raise invalid(resource, new["metadata"]["name"], errors)
 
 
-def _metadata(metadata: Object) -> Errors:
+def _metadata(metadata: Object, generated: Object) -> Errors:
+    """What is wrong with an object's name and labels; a Job's `generated` labels are looked at in its template."""
     name = metadata["name"]
     if not _SUBDOMAIN.fullmatch(name):
         yield invalid_value("metadata.name", name, _NAME_RULE)
-    yield from _labels("metadata.labels", metadata.get("labels"))
+    labels = metadata.get("labels") or {}
+    yield from _labels("metadata.labels", {key: value for key, value in labels.items() if key not in generated})
 
 
 def _labels(path: str, labels: Object | None) -> Errors:
@@ -102,18 +105,13 @@ def _job(old: Object | None, new: Object) -> Errors:
                 yield invalid_value(path, 0, "must not be 0 for the In operator")
     if spec["template"]["spec"].get("restartPolicy") not in ("OnFailure", "Never"):
         yield FieldError(REQUIRED, "spec.template.spec.restartPolicy", "", 'valid values: "OnFailure", "Never"')
-    yield from _labels("spec.template.labels", _first_long(spec["template"].get("metadata", {}).get("labels")))
+    yield from _labels("spec.template.labels", spec["template"].get("metadata", {}).get("labels"))
     name = new["metadata"]["name"]
     if spec["completionMode"] == "Indexed":
         last = f"{name}-{(spec.get('completions') or 1) - 1}"
         if len(last) > _MAX_LABEL:
             why = f"will not able to create pod with invalid DNS label: {last}"
             yield invalid_value("metadata.name", name, why)
-
-
-def _first_long(labels: Object | None) -> Object:
-    """One of the labels that repeat the Job's name: the server says it once."""
-    return {key: value for key, value in (labels or {}).items() if key == "batch.kubernetes.io/job-name"}
 
 
 def _job_update(old: Object, new: Object) -> Errors:
@@ -135,7 +133,7 @@ def _lease(old: Object | None, new: Object) -> Errors:
 
 def _claim_template(old: Object | None, new: Object) -> Errors:
     if old is not None:
-        yield FieldError(INVALID, "spec", "", "field is immutable")
+        yield invalid_value("spec", new["spec"], "field is immutable")
         return
     requests = new["spec"].get("spec", {}).get("devices", {}).get("requests") or []
     for i, request in enumerate(requests):

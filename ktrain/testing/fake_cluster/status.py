@@ -134,5 +134,5 @@ def invalid_patch(patched: Object, why: str) -> Refusal:
 
 
 def _joined(errors: Sequence[FieldError]) -> str:
-    texts = [f"{error.path}: {error.text}" for error in errors]
+    texts = list(dict.fromkeys(f"{error.path}: {error.text}" for error in errors))
     return texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"

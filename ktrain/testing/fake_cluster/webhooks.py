@@ -41,8 +41,7 @@ def complete_jobset(jobset: Object, schema: Schema | None) -> None:
     spec.setdefault("network", {}).setdefault("enableDNSHostnames", True)
     spec["network"].setdefault("publishNotReadyAddresses", True)
     spec.setdefault("successPolicy", {"operator": "All"})
-    if not any(replicated.get("dependsOn") for replicated in spec.get("replicatedJobs") or ()):
-        spec.setdefault("startupPolicy", {"startupPolicyOrder": "AnyOrder"})
+    spec.setdefault("startupPolicy", {"startupPolicyOrder": "AnyOrder"})
     for i, rule in enumerate((spec.get("failurePolicy") or {}).get("rules") or ()):
         rule.setdefault("name", f"failurePolicyRule{i}")
     for replicated in spec.get("replicatedJobs") or ():

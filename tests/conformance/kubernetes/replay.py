@@ -30,7 +30,7 @@ _FORMS = {
     "time": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ",
     "microtime": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}(?:Z|\+00:00)",
 }
-_SENT = {"<time>": "2026-01-02T03:04:05Z", "<microtime>": "2026-01-02T03:04:05.000006Z", "<continue>": "garbage"}
+_SENT = {"<time>": "2026-01-02T03:04:05Z", "<continue>": "garbage"}
 _REBOUND = ("rv", "time", "microtime", "continue", "address")  # not held to one value within a transcript
 _OTHERS = ("kube-root-ca.crt", "openshift-service-ca.crt")  # made in every namespace by controllers that are not here
 WAIT_S = 20.0
@@ -42,6 +42,7 @@ class Bindings:
     """What the placeholders of a transcript stand for."""
 
     values: dict[str, str] = field(default_factory=dict)
+    num_times: int = 0
 
     def fill(self, value: Any, unknown: str = "1") -> Any:
         """The value with its placeholders replaced; `unknown` for a version that no answer has shown."""
@@ -54,6 +55,9 @@ class Bindings:
         return PLACEHOLDER.sub(lambda found: self._value(found[0], unknown), value)
 
     def _value(self, name: str, unknown: str) -> str:
+        if name == "<microtime>":  # each its own: what is written again is to be a change
+            self.num_times += 1
+            return f"2026-01-02T03:04:05.{self.num_times:06d}Z"
         return self.values.get(name) or _SENT.get(name) or _unknown(name, unknown)
 
     def match(self, recorded: str, found: str) -> bool:
@@ -78,6 +82,10 @@ def _unknown(placeholder: str, version: str) -> str:
     return {"rv": version, "uid": "00000000-0000-0000-0000-000000000000"}.get(placeholder[1:].partition("-")[0], "x")
 
 
+_DIFF = re.compile(r"\n@@ .*", re.DOTALL)  # of two Go values
+_PRINTED = re.compile(r"Invalid value: .+: (field is immutable|strict decoding error|parsing time)", re.DOTALL)
+
+
 def differences(recorded: Any, found: Any, bindings: Bindings, path: str = "") -> Iterator[str]:
     """Yields where an answer differs from the recorded one; a null and an absent field are the same."""
     if isinstance(recorded, dict) and isinstance(found, dict):
@@ -87,6 +95,8 @@ def differences(recorded: Any, found: Any, bindings: Bindings, path: str = "") -
         for i, (left, right) in enumerate(zip(recorded, found, strict=True)):
             yield from differences(left, right, bindings, f"{path}[{i}]")
     elif isinstance(recorded, str) and isinstance(found, str):
+        # Values are printed from Go structs, in the order of their fields: they are not compared.
+        recorded, found = (_DIFF.sub("", _PRINTED.sub(r"Invalid value: ...: \1", text)) for text in (recorded, found))
         if not bindings.match(recorded, found):
             yield f"{path}: recorded {recorded!r}, found {found!r}"
     elif recorded != found:
@@ -198,12 +208,14 @@ def compare_answer(step: Mapping[str, Any], answer: Answer, bindings: Bindings, 
     return [line for line in found if not any(re.match(pattern, line) for pattern in ignored)]
 
 
-def compare_events(recorded: list[Any], found: list[Any], bindings: Bindings, ignored: tuple[str, ...]) -> list[str]:
-    """Where the events of a watch differ; bookmarks come when they come, but they must come."""
+def compare_events(
+    recorded: list[Any], found: list[Any], bindings: Bindings, ignored: tuple[str, ...], num: int | None = None
+) -> list[str]:
+    """Where the events of a watch differ, the first `num` of them; bookmarks come at their own times."""
     bookmarks = [sum(event["type"] == "BOOKMARK" for event in events) for events in (recorded, found)]
     if bool(bookmarks[0]) != bool(bookmarks[1]):
         return [f"bookmarks: recorded {bookmarks[0]}, found {bookmarks[1]}"]
-    left, right = ([event for event in events if _counts(event)] for events in (recorded, found))
+    left, right = ([event for event in events if _counts(event)][:num] for events in (recorded, found))
     if [event["type"] for event in left] != [event["type"] for event in right]:
         return [f"events: recorded {_short(left)}, found {_short(right)}"]
     lines = differences(left, [without_owners(event) for event in right], bindings)
@@ -219,6 +231,52 @@ def _counts(event: Mapping[str, Any]) -> bool:
     if event["type"] == "BOOKMARK":
         return "annotations" in metadata  # the end of a streamed list has its place
     return metadata.get("name") not in _OTHERS
+
+
+def served_alike(step: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
+    """The step with its recorded discovery cut down to what this server serves too."""
+    body = dict(step["response"]["body"]) if isinstance(step["response"]["body"], dict) else step["response"]["body"]
+    for key, name in (("groups", _named("name")), ("resources", _named("name")), ("items", _group)):
+        if isinstance(body, dict) and key in body and isinstance(answer.body, dict):
+            there = {name(entry) for entry in answer.body.get(key, [])}
+            body[key] = [_cut(entry, answer) for entry in body[key] if name(entry) in there]
+    return {**step, "response": {**step["response"], "body": body}}
+
+
+def _named(key: str) -> Any:
+    return lambda entry: entry[key]
+
+
+def _group(entry: Mapping[str, Any]) -> str:
+    return str(entry["metadata"].get("name", ""))
+
+
+def _cut(entry: dict[str, Any], answer: Answer) -> dict[str, Any]:
+    """A group of the aggregated discovery with the versions, resources and subresources that are served here."""
+    if "metadata" not in entry:
+        return entry
+    mine = next(each for each in answer.body["items"] if _group(each) == _group(entry))
+    resources = {v["version"]: {r["resource"]: r for r in v["resources"]} for v in mine["versions"]}
+    versions = [
+        {
+            **v,
+            "resources": [
+                _cut_parts(r, resources[v["version"]])
+                for r in v["resources"]
+                if r["resource"] in resources[v["version"]]
+            ],
+        }
+        for v in entry["versions"]
+        if v["version"] in resources
+    ]
+    return {**entry, "versions": versions}
+
+
+def _cut_parts(resource: dict[str, Any], mine: Mapping[str, Any]) -> dict[str, Any]:
+    served = {part["subresource"] for part in mine[resource["resource"]].get("subresources", [])}
+    parts = [part for part in resource.get("subresources", []) if part["subresource"] in served]
+    rest = {key: value for key, value in resource.items() if key != "subresources"}
+    return rest | ({"subresources": parts} if parts else {})
 
 
 def _short(events: list[Any]) -> list[str]:
