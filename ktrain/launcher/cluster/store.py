@@ -361,7 +361,7 @@ def _status_metadata(old: Object, new: Object) -> dict[str, Any]:
 
 
 def _spec(resource: Resource, obj: Object) -> Object:
-    """What moves the generation when it changes: all but metadata and status, and but the node that a pod is bound to."""
+    """What moves the generation when it changes: all but metadata, status and the node that a pod is bound to."""
     counted = {key: value for key, value in obj.items() if key not in ("apiVersion", "kind", "metadata", "status")}
     if resource.storage == POD.storage and "spec" in counted:
         counted["spec"] = {key: value for key, value in counted["spec"].items() if key != "nodeName"}
