@@ -15,7 +15,7 @@ import pytest
 
 import ktrain.testing
 from ktrain.launcher.cluster.resources import CONFIG_MAP, POD
-from ktrain.testing.fake_cluster import Access, FakeCluster, Fault, Pace, Rule
+from ktrain.testing.fake_cluster import Access, FakeCluster, Fault, FileLogs, Pace, Rule
 from tests.unit.testing.fake_cluster.clusters import BARE, JOBS, MAPS, PODS, Client, config_map, pod
 
 ROOT = Path(__file__).parents[4]
@@ -221,6 +221,21 @@ def test_followed_log_ends_with_the_container() -> None:
         cluster.logs.write(bound, "main", "last\n")
         state(cluster, state={"terminated": {"exitCode": 0}})
         assert response.read() == b"last\n"
+        connection.close()
+
+
+def test_log_of_a_file_shows_a_torn_line_only_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "0.log"
+    with FakeCluster(BARE, logs=FileLogs(lambda pod, container, run: tmp_path / f"{run}.log")) as cluster:
+        client = Client(cluster)
+        client.post(PODS, pod(nodeName="n1"))
+        state(cluster, state={"running": {}})
+        path.write_text("whole\ntorn")
+        connection, response = client.open("GET", f"{PODS}/p/log", follow="true")
+        assert response.readline() == b"whole\n"
+        path.write_text("whole\ntorn no more\nlast")
+        state(cluster, state={"terminated": {"exitCode": 0}})
+        assert response.read() == b"torn no more\nlast"
         connection.close()
 
 

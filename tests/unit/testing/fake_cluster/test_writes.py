@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 
+from ktrain.errors import KtrainError
+from ktrain.launcher.cluster.resources import JOB
 from ktrain.testing.fake_cluster import FakeCluster, Offer
 from tests.unit.testing.fake_cluster.clusters import (
     BARE,
@@ -16,6 +19,7 @@ from tests.unit.testing.fake_cluster.clusters import (
     MERGE,
     PODS,
     STRATEGIC,
+    WAIT_S,
     Client,
     config_map,
     jobset,
@@ -64,6 +68,34 @@ def test_apply_of_the_same_again_makes_no_version() -> None:
         client = Client(cluster)
         first = client.apply(f"{PODS}/p", pod(), "one").body
         assert client.apply(f"{PODS}/p", pod(), "one").body == first
+
+
+def test_patches_and_applies_at_once_lose_nothing() -> None:
+    with FakeCluster(BARE) as cluster:
+        client = Client(cluster)
+        client.post(MAPS, config_map())
+        answers: list[int] = []
+
+        def write(number: int) -> None:
+            for turn in range(5):
+                body = {"data": {f"p{number}-{turn}": "1"}}
+                answers.append(client.send("PATCH", f"{MAPS}/a", body, MERGE).status)
+            answers.append(client.apply(f"{MAPS}/a", {"data": {f"a{number}": "1"}}, f"m{number}").status)
+
+        threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT_S)
+        assert answers == [200] * 24
+        assert len(client.get(f"{MAPS}/a")["data"]) == 25
+
+
+def test_controller_meets_the_refusal_of_an_invalid_object() -> None:
+    with FakeCluster(BARE) as cluster:
+        body = {"metadata": {"name": "j", "namespace": "default"}, "spec": {"template": {"spec": {"containers": []}}}}
+        with pytest.raises(KtrainError, match="restartPolicy: Required value"):
+            cluster.store.create(JOB, body)
 
 
 def test_dry_run_of_an_apply_stores_nothing() -> None:
