@@ -21,7 +21,7 @@ _LOOK_AGAIN_S = 0.05
 
 @dataclass(frozen=True, slots=True)
 class LogLine:
-    """A line with its line feed, and when it was written (UTC seconds)."""
+    """A line with its line feed, if it has one yet, and when it was written (UTC seconds)."""
 
     text: bytes
     wall_s: float
@@ -30,10 +30,10 @@ class LogLine:
 class LogSource(Protocol):
     """Whoever has the containers' output: a pod runner, or a test."""
 
-    def lines(self, pod: Object, container: str, run: int, begin: int, *, ended: bool) -> Sequence[LogLine]:
+    def lines(self, pod: Object, container: str, run: int, begin: int) -> Sequence[LogLine]:
         """Returns the lines from number `begin` on that the container's run (0 for the first) has written.
 
-        A last line without its line feed is returned only with `ended`: nothing is asked for after it.
+        The last may lack its line feed: it is then asked for again until it has one, or the container has ended.
         """
 
 
@@ -46,14 +46,14 @@ class PodLogs:
         self._lines: dict[tuple[str, str, int], list[LogLine]] = {}  # guarded by _lock
 
     def write(self, pod: Object, container: str, text: str, *, run: int = 0) -> None:
-        """Adds whole lines to what a container's run has written."""
+        """Adds lines to what a container's run has written."""
         now_s = self._clock.wall()
         key = pod["metadata"]["uid"], container, run
         with self._lock:
             lines = self._lines.setdefault(key, [])
             lines.extend(LogLine(line, now_s) for line in text.encode().splitlines(keepends=True))
 
-    def lines(self, pod: Object, container: str, run: int, begin: int, *, ended: bool) -> Sequence[LogLine]:
+    def lines(self, pod: Object, container: str, run: int, begin: int) -> Sequence[LogLine]:
         with self._lock:
             return self._lines.get((pod["metadata"]["uid"], container, run), [])[begin:]
 
@@ -67,15 +67,12 @@ class FileLogs:
     def __init__(self, path_of: Callable[[Object, str, int], Path | None]) -> None:
         self._path_of = path_of
 
-    def lines(self, pod: Object, container: str, run: int, begin: int, *, ended: bool) -> Sequence[LogLine]:
+    def lines(self, pod: Object, container: str, run: int, begin: int) -> Sequence[LogLine]:
         path = self._path_of(pod, container, run)
         if path is None or not path.is_file():
             return []
         changed_s = path.stat().st_mtime
-        found = path.read_bytes().splitlines(keepends=True)
-        if found and not ended and not found[-1].endswith(b"\n"):
-            found.pop()
-        return [LogLine(text, changed_s) for text in found[begin:]]
+        return [LogLine(text, changed_s) for text in path.read_bytes().splitlines(keepends=True)[begin:]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +132,13 @@ class LogReader:
     def _pieces(self, pod: Object, container: str, run: int, query: LogQuery) -> Iterator[bytes]:
         begin = 0
         if query.tail_lines is not None:
-            begin = max(0, len(self._source.lines(pod, container, run, 0, ended=True)) - query.tail_lines)
+            begin = max(0, len(self._source.lines(pod, container, run, 0)) - query.tail_lines)
         while True:
             # Asked before reading: what was written until the end is then surely read.
             ended = not query.follow or self._has_ended(pod, container, run)
-            lines = self._source.lines(pod, container, run, begin, ended=ended)
+            lines = self._source.lines(pod, container, run, begin)
+            if lines and not ended and not lines[-1].text.endswith(b"\n"):
+                lines = lines[:-1]
             begin += len(lines)
             yield b"".join(_stamped(line) if query.timestamps else line.text for line in lines)
             if ended:
