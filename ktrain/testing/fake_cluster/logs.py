@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from ktrain.base.clock import SYSTEM_CLOCK, Clock
 from ktrain.launcher.cluster.resources import POD
 from ktrain.launcher.cluster.store import Store
+from ktrain.testing.fake_cluster.requests import number
 from ktrain.testing.fake_cluster.status import FieldError, Refusal, bad_request, invalid_value
 
 Object = dict[str, Any]
@@ -88,10 +89,12 @@ class LogQuery:
 
     @classmethod
     def of(cls, query: dict[str, str], pod: str) -> LogQuery:
-        """Raises:
-        Refusal: 422, a number that may not be.
+        """Returns the options of a request.
+
+        Raises:
+            Refusal: 422, a number that may not be.
         """
-        numbers = {key: int(query[key]) if query.get(key) else None for key in ("tailLines", "limitBytes")}
+        numbers = {key: number(query, key) for key in ("tailLines", "limitBytes")}
         for key, value in numbers.items():
             least = 0 if key == "tailLines" else 1
             if value is not None and value < least:

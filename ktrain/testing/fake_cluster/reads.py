@@ -15,14 +15,14 @@ from ktrain.launcher.cluster.resources import EVENT, JOB, NAMESPACE, NODE, POD, 
 from ktrain.launcher.cluster.store import Event, ExpiredError, Store, Watch
 from ktrain.launcher.cluster.watch import ADDED, DELETED, MODIFIED
 from ktrain.testing.fake_cluster import bodies
-from ktrain.testing.fake_cluster.requests import Request, Response, Target
+from ktrain.testing.fake_cluster.requests import Request, Response, Target, number
 from ktrain.testing.fake_cluster.status import FORBIDDEN, FieldError, Refusal, bad_request, invalid_options, not_found
 
 Object = dict[str, Any]
 
 BOOKMARK, ERROR = "BOOKMARK", "ERROR"
 INITIAL_END = "k8s.io/initial-events-end"
-_DEFAULT_WATCH_S = 3600.0
+_DEFAULT_WATCH_S = 3600
 _LOOK_AGAIN_S = 0.5  # how long a quiet watch does not look whether its reader is still there
 _COMMON_FIELDS = ("metadata.name", "metadata.namespace")
 _FIELDS: Mapping[tuple[str, str], tuple[str, ...]] = {
@@ -105,7 +105,7 @@ class Reads:
         except ConfigError as error:
             raise bad_request(str(error)) from error
         items = [obj for obj in found.items if page is None or _key(obj) > page.after]
-        limit = int(query.get("limit") or 0) or len(items)
+        limit = number(query, "limit") or len(items)
         metadata: Object = {"resourceVersion": found.version}
         if len(items) > limit:
             metadata["continue"] = _Page(found.version, _key(items[limit - 1])).token()
@@ -147,7 +147,7 @@ class Reads:
         stream = _Stream(resource, watch, matches, self._clock, is_gone)
         stream.sends_list_end = sends_list
         stream.bookmark_s = self._bookmark_s if query.get("allowWatchBookmarks") in ("true", "1") else None
-        return Response(200, stream=stream.lines(float(query.get("timeoutSeconds") or _DEFAULT_WATCH_S)))
+        return Response(200, stream=stream.lines(number(query, "timeoutSeconds") or _DEFAULT_WATCH_S))
 
 
 class _Stream:

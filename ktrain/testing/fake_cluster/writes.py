@@ -21,6 +21,7 @@ from ktrain.testing.fake_cluster import apply, bodies, patches
 from ktrain.testing.fake_cluster.offer import Served
 from ktrain.testing.fake_cluster.requests import (
     APPLY,
+    IGNORE,
     STRICT,
     Request,
     Response,
@@ -125,13 +126,14 @@ class Writes:
         found = bodies.strict_errors(schema, patched, [])
         if found and options.validation == STRICT:
             raise invalid_patch(before, f"strict decoding error: {', '.join(found)}")
-        return () if options.validation == "Ignore" else tuple(found)
+        return () if options.validation == IGNORE else tuple(found)
 
     def _apply(self, target: Target, request: Request, options: WriteOptions) -> Response:
         if not request.query.get("fieldManager"):
             error = FieldError(REQUIRED, "fieldManager", "", "is required for apply patch")
             raise invalid_options("PatchOptions", error)
         wanted = _parsed(request)
+        bodies.check_metadata(target.resource, wanted)
         name, namespace = wanted.get("metadata", {}).get("name", ""), wanted.get("metadata", {}).get("namespace", "")
         bodies.check_place(target, wanted)
         schema = self._served().schema(target.resource)
@@ -298,23 +300,32 @@ class _StaleError(Refusal):
 
 
 def _parsed(request: Request) -> Any:
+    """The patch of a request: a list of operations for a JSON patch, an object for the others."""
     try:
-        return parse_json(request.body.decode("utf-8", "replace"))[0]
+        patch = parse_json(request.body.decode("utf-8", "replace"))[0]
     except ConfigError as error:
         raise bad_request(f"error decoding patch: {error}") from error
+    is_list = isinstance(patch, list) and all(isinstance(operation, dict) for operation in patch)
+    if not (is_list if request.content_type == JSON_PATCH else isinstance(patch, dict)):
+        raise bad_request("error decoding patch: json: cannot unmarshal into the patch's type")
+    return patch
 
 
 def _patched(request: Request, schema: Schema | None, live: Object) -> Object:
     patch = _parsed(request)
-    if request.content_type == JSON_PATCH:
-        try:
-            return dict(patches.json_patch(live, patch))
-        except ConfigError as error:
-            message = "the server rejected our request due to an error in our request"
-            raise Refusal(422, message, "Invalid", {}) from error
-    if request.content_type == STRATEGIC_PATCH:
-        return dict(patches.strategic_merge(schema, live, patch))
-    return dict(patches.merge(live, patch))
+    try:
+        if request.content_type == JSON_PATCH:
+            patched = patches.json_patch(live, patch)
+        elif request.content_type == STRATEGIC_PATCH:
+            patched = patches.strategic_merge(schema, live, patch)
+        else:
+            patched = patches.merge(live, patch)
+    except ConfigError as error:
+        message = "the server rejected our request due to an error in our request"
+        raise Refusal(422, message, "Invalid", {}) from error
+    if not isinstance(patched, dict) or not isinstance(patched.get("metadata"), dict):
+        raise bad_request("error decoding patch: json: cannot unmarshal into an object with metadata")
+    return patched
 
 
 def _names_version(live: Object, patched: Object) -> bool:
