@@ -87,6 +87,7 @@ class Writes:
         warnings = bodies.tidy(target.resource, schema, obj, twice, options.validation)
         live = self._live(target)
         _check_uid(target, live, obj)
+        obj = _writable(target, obj, live)
         new = apply.updated(schema, live, obj, self._owner(target, request, apply.UPDATE))
         return Response(200, self._update(target, live, new, options), warnings=warnings)
 
@@ -109,24 +110,12 @@ class Writes:
         live = self._live(target)
         patched = _patched(request, schema, live)
         names_version = _names_version(live, patched)
-        warnings = self._check_patched(target.resource, schema, patched, options)
+        warnings = _check_patched(target.resource, schema, patched, options)
         bodies.check_place(target, patched)
+        patched = _writable(target, patched, live)
         new = apply.updated(schema, live, patched, self._owner(target, request, apply.UPDATE))
         stored = self._update_unless_stale(target, live, new, options, names_version=names_version)
         return Response(200, stored, warnings=warnings)
-
-    def _check_patched(
-        self, resource: Resource, schema: Schema | None, patched: Object, options: WriteOptions
-    ) -> tuple[str, ...]:
-        before = copy.deepcopy(patched)
-        if schema is not None and not resource.is_custom:
-            wrong = decode_error(schema, patched)
-            if wrong is not None:
-                raise invalid_patch(before, wrong)
-        found = bodies.strict_errors(schema, patched, [])
-        if found and options.validation == STRICT:
-            raise invalid_patch(before, f"strict decoding error: {', '.join(found)}")
-        return () if options.validation == IGNORE else tuple(found)
 
     def _apply(self, target: Target, request: Request, options: WriteOptions) -> Response:
         if not request.query.get("fieldManager"):
@@ -143,6 +132,7 @@ class Writes:
             kind = f"{target.resource.api_version}, Kind={target.resource.kind}"
             what = f"failed to create typed patch object ({namespace}/{name}; {kind})"
             raise Refusal(500, f"{what}: .{path}: field not declared in schema")
+        wanted = _applied(target, wanted)
         owner = self._owner(target, request, apply.APPLY)
         try:
             live = self._live(target)
@@ -231,8 +221,6 @@ class Writes:
             obj = apply.updated(self._served().schema(resource), {"metadata": {}}, obj, owner)
         try:
             return self._store.plan_create(resource, obj) if options.dry_run else self._store.create(resource, obj)
-        except Refusal:
-            raise
         except AlreadyExistsError as error:
             details = named(resource, obj["metadata"].get("name"))
             raise Refusal(409, str(error), "AlreadyExists", details) from error
@@ -290,6 +278,47 @@ class Writes:
         except ConflictError as error:
             details = named(target.resource, target.name, kind=target.resource.kind)
             raise Refusal(409, str(error), "Conflict", details) from error
+
+
+def _check_patched(
+    resource: Resource, schema: Schema | None, patched: Object, options: WriteOptions
+) -> tuple[str, ...]:
+    """Removes from what a patch made what the schema does not know, in place; returns the warnings.
+
+    Raises:
+        Refusal: 422, a field of another type (core kinds), or under Strict one that is unknown.
+    """
+    before = copy.deepcopy(patched)
+    if schema is not None and not resource.is_custom:
+        wrong = decode_error(schema, patched)
+        if wrong is not None:
+            raise invalid_patch(before, wrong)
+    found = bodies.strict_errors(schema, patched, [])
+    if found and options.validation == STRICT:
+        raise invalid_patch(before, f"strict decoding error: {', '.join(found)}")
+    return () if options.validation == IGNORE else tuple(found)
+
+
+def _writable(target: Target, obj: Object, live: Object) -> Object:
+    """The object with what the request may write; the rest is as it was: a status is written apart."""
+    if target.subresource == "status":
+        return {**live, "metadata": {**live["metadata"], **_version_of(obj)}, "status": obj.get("status", {})}
+    if "status" not in target.resource.subresources:
+        return obj
+    kept = {"status": live["status"]} if "status" in live else {}
+    return {**{key: value for key, value in obj.items() if key != "status"}, **kept}
+
+
+def _applied(target: Target, wanted: Object) -> Object:
+    """What of an applied object the request may write."""
+    if target.subresource == "status":
+        return {key: value for key, value in wanted.items() if key in ("apiVersion", "kind", "metadata", "status")}
+    written_apart = ("status",) if "status" in target.resource.subresources else ()
+    return {key: value for key, value in wanted.items() if key not in written_apart}
+
+
+def _version_of(obj: Object) -> Object:
+    return {key: obj["metadata"][key] for key in ("resourceVersion", "uid") if obj["metadata"].get(key)}
 
 
 class _StaleError(Refusal):

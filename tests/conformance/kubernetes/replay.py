@@ -34,7 +34,7 @@ _SENT = {"<time>": "2026-01-02T03:04:05Z", "<continue>": "garbage"}
 _REBOUND = ("rv", "time", "microtime", "continue", "address")  # not held to one value within a transcript
 _OTHERS = ("kube-root-ca.crt", "openshift-service-ca.crt")  # made in every namespace by controllers that are not here
 WAIT_S = 20.0
-_WATCH_S = 1.0  # a recorded watch of several seconds is over sooner here
+_WATCH_S = 1  # a recorded watch of several seconds is over sooner here
 
 
 @dataclass(slots=True)
