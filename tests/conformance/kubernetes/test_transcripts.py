@@ -26,7 +26,8 @@ from tests.conformance.kubernetes.replay import (
     watch_of,
 )
 
-SHARED = Path(__file__).parents[4] / "shared" / "kubernetes"
+ROOT = Path(__file__).parents[3]
+SHARED = ROOT.parent / "shared" / "kubernetes"
 TRANSCRIPTS, CRDS = SHARED / "transcripts", SHARED / "crds"
 NO_NAMESPACES = {"nosuch", "x"}  # named by requests that are to find nothing
 ALL_EVENTS = 10**9
@@ -112,6 +113,14 @@ def _judge(outcome: Outcome, case: Case, step: int, differences: list[str]) -> N
 
 def test_every_transcript_has_its_case() -> None:
     assert sorted(CASES) == sorted(path.stem for path in TRANSCRIPTS.glob("*.json"))
+
+
+def test_page_says_how_much_is_compared() -> None:
+    num_steps = sum(len(load(path)["steps"]) for path in TRANSCRIPTS.glob("*.json"))
+    num_compared = num_steps - sum(len(case.without) for case in CASES.values())
+    page = " ".join((ROOT / "docs" / "reference" / "fake-cluster.md").read_text("utf-8").split())
+    assert f"{len(CASES)} recorded transcripts" in page
+    assert f"whole answers: {num_compared} of their {num_steps} steps" in page
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
