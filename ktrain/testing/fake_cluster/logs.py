@@ -116,6 +116,11 @@ class LogReader:
         self._store = store
         self._source = source
         self._clock = clock
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """Ends the logs that are being followed."""
+        self._closed.set()
 
     def read(self, pod: Object, query: LogQuery) -> Iterator[bytes] | None:
         """Returns the log in pieces, to its present end or, when followed, to the container's; None without a node.
@@ -144,10 +149,10 @@ class LogReader:
                 lines = lines[:-1]
             begin += len(lines)
             yield b"".join(_stamped(line) if query.timestamps else line.text for line in lines)
-            if ended:
+            if ended or self._closed.is_set():
                 return
             if not lines:
-                self._clock.wait(threading.Event(), _LOOK_AGAIN_S)
+                self._clock.wait(self._closed, _LOOK_AGAIN_S)
 
     def _has_ended(self, pod: Object, container: str, run: int) -> bool:
         metadata = pod["metadata"]

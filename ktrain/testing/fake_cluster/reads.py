@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,15 @@ class Reads:
         self._store = store
         self._clock = clock
         self._bookmark_s = bookmark_s
+        self._open: set[Watch] = set()  # guarded by _lock
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Ends all watches. No request may come after it."""
+        with self._lock:
+            watches = list(self._open)
+        for watch in watches:
+            watch.close()
 
     def get(self, target: Target) -> Response:
         assert target.name is not None
@@ -145,9 +155,19 @@ class Reads:
         except ExpiredError as error:
             return Response(200, stream=iter([_line(ERROR, Refusal(410, str(error), "Expired").body())]))
         stream = _Stream(resource, watch, matches, self._clock, is_gone)
+        timeout_s = number(query, "timeoutSeconds") or _DEFAULT_WATCH_S
         stream.sends_list_end = sends_list
         stream.bookmark_s = self._bookmark_s if query.get("allowWatchBookmarks") in ("true", "1") else None
-        return Response(200, stream=stream.lines(number(query, "timeoutSeconds") or _DEFAULT_WATCH_S))
+        return Response(200, stream=self._while_open(watch, stream.lines(timeout_s)))
+
+    def _while_open(self, watch: Watch, lines: Iterator[bytes]) -> Iterator[bytes]:
+        with self._lock:
+            self._open.add(watch)
+        try:
+            yield from lines
+        finally:
+            with self._lock:
+                self._open.discard(watch)
 
 
 class _Stream:
