@@ -61,11 +61,14 @@ class Garbage:
     def removed(self, resource: Resource, name: Name, gone: Object) -> None:
         """Deletes what only the removed object owned, and lets go of those who waited for it."""
         uid = gone["metadata"]["uid"]
-        for entry in self._shelf.dependents(uid):
-            if any(self._shelf.holds_uid(owner["uid"]) for owner in owners(entry[2])):
-                self._disown(*entry, uid)
+        for kind, dependent, _ in self._shelf.dependents(uid):
+            if not self._shelf.holds(kind, dependent):
+                continue  # it went with another dependent, its owner too
+            obj = self._shelf.find(kind, dependent)
+            if any(self._shelf.holds_uid(owner["uid"]) for owner in owners(obj)):
+                self._disown(kind, dependent, obj, uid)
             else:
-                self._delete(entry[0], entry[1], "Background")
+                self._delete(kind, dependent, "Background")
         self.changed(gone)
         if name[0] is not None:
             self._end_namespace(name[0])

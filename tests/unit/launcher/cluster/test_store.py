@@ -230,6 +230,21 @@ def test_background_delete_takes_the_dependents_after_the_owner() -> None:
     assert events(watch, 3) == [("DELETED", "owner"), ("DELETED", "child"), ("DELETED", "grandchild")]
 
 
+def test_dependent_of_two_goes_with_the_last_of_them() -> None:
+    store = Store()
+    owner = store.create(CONFIG_MAP, config_map("owner"))
+    child = store.create(CONFIG_MAP, config_map("a-child", **owned_by(owner)))
+    other = store.create(CONFIG_MAP, config_map("other"))
+    both = [*owned_by(owner)["ownerReferences"], *owned_by(child)["ownerReferences"]]
+    store.create(CONFIG_MAP, config_map("b-grandchild", ownerReferences=both))
+    kept = [*owned_by(owner)["ownerReferences"], *owned_by(other)["ownerReferences"]]
+    store.create(CONFIG_MAP, config_map("kept", ownerReferences=kept))
+    store.delete(CONFIG_MAP, NS, "owner")
+    assert names(store) == ["kept", "other"]
+    left = store.get(CONFIG_MAP, NS, "kept")["metadata"]["ownerReferences"]
+    assert [reference["name"] for reference in left] == ["other"]
+
+
 def test_foreground_delete_waits_for_a_blocking_dependent() -> None:
     store = Store()
     owner = store.create(CONFIG_MAP, config_map("owner"))
