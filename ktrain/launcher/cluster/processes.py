@@ -66,6 +66,9 @@ class Runtime(Protocol):
     def wake(self) -> None:
         """Makes a `wait` return; safe from any thread."""
 
+    def close(self) -> None:
+        """Kills all containers."""
+
 
 class _ShimProcess:
     """One container. Its news arrive through `ProcessRuntime.wait`."""

@@ -129,6 +129,9 @@ CLUSTER_QUEUE = Resource(
 RESOURCE_FLAVOR = Resource(
     "kueue.x-k8s.io", "v1beta2", "resourceflavors", "ResourceFlavor", False, (), ("flavor",), counts_generation=True
 )
+WORKLOAD_PRIORITY_CLASS = Resource(
+    "kueue.x-k8s.io", "v1beta2", "workloadpriorityclasses", "WorkloadPriorityClass", False
+)
 TOPOLOGY = Resource("kueue.x-k8s.io", "v1beta2", "topologies", "Topology", False, counts_generation=True)
 VOLCANO_POD_GROUP = Resource(
     "scheduling.volcano.sh",

@@ -202,6 +202,24 @@ class Store:
                     raise
         raise AssertionError("unreachable")
 
+    def bind(self, namespace: str, name: str, node: str) -> Object:
+        """Puts a pod on a node and says so in its status, in one change.
+
+        Raises:
+            NotFoundError: it is not there.
+            ConflictError: it is bound already, or is being deleted.
+        """
+        with self._lock:
+            old = self._shelf.find(POD, (namespace, name))
+            if old["spec"].get("nodeName") or old["metadata"].get("deletionTimestamp"):
+                raise ConflictError(f'pod "{name}" is already assigned to a node or is being deleted')
+            status = old.get("status") or {}
+            kept = [item for item in status.get("conditions") or () if item["type"] != "PodScheduled"]
+            said = {"type": "PodScheduled", "status": "True", "lastProbeTime": None, "lastTransitionTime": self.now()}
+            spec, status = {**old["spec"], "nodeName": node}, {**status, "conditions": [*kept, said]}
+            self._replace(POD, (namespace, name), {**old, "spec": spec, "status": status})
+            return seen(POD, self._shelf.find(POD, (namespace, name)))
+
     def delete(
         self,
         resource: Resource,
