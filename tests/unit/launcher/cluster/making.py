@@ -67,11 +67,16 @@ class Made:
 
     def exit(self, prefix: str, code: int, container: str = "main") -> None:
         self.process(prefix, container).exit(code)
-        self.cluster.step()
+        self.settle()
+
+    def settle(self) -> None:
+        """Steps until nothing is left to do: a container that a step ends is seen by the next."""
+        for _ in range(2):
+            self.cluster.step()
 
     def pass_time(self, seconds: float) -> None:
         self.clock.advance(seconds)
-        self.cluster.step()
+        self.settle()
 
     def events(self) -> list[tuple[str, str]]:
         """Reasons and messages, in order."""
