@@ -20,6 +20,7 @@ from ktrain.launcher.cluster.store import AlreadyExistsError, Store
 
 _HONOURED = ("suspend", "network", "successPolicy", "failurePolicy", "replicatedJobs", "ttlSecondsAfterFinished")
 _LET_THROUGH = ("startupPolicy", "coordinator")
+_MOVABLE = ("nodeSelector", "tolerations", "schedulingGates")
 _STRATEGIES = (None, "Recreate", "BlockingRecreate")
 
 
@@ -94,13 +95,15 @@ class JobSetController:
         blocked = (
             bool(jobs.old) and (jobset["spec"].get("failurePolicy") or {}).get("restartStrategy") == "BlockingRecreate"
         )
+        wanted: dict[str, Object] = {}
         for replicated, job in jobset_jobs.jobs(jobset, status["restarts"]):
+            wanted[job["metadata"]["name"]] = job
             reached = suspended or _is_reached(replicated, status["replicatedJobsStatus"], _replicas(jobset))
             if job["metadata"]["name"] not in here and reached and not blocked:
                 self._create(JOB, job)
         for job in jobs.active:
             if bool(job["spec"].get("suspend")) != suspended:
-                self._suspend(job, suspended)
+                self._suspend(job, wanted[job["metadata"]["name"]])
         self._say_suspended(jobset, status, suspended)
         every = sum(_replicas(jobset).values())
         ready = sum(item["ready"] + item["succeeded"] for item in status["replicatedJobsStatus"])
@@ -113,9 +116,16 @@ class JobSetController:
         except AlreadyExistsError:
             return  # made before, or an older one of this name is still ending
 
-    def _suspend(self, job: Object, suspended: bool) -> None:
+    def _suspend(self, job: Object, wanted: Object) -> None:
+        """Suspends or resumes a Job; one that resumes takes over where its pods may run, which may have changed."""
+        new = wanted["spec"]["template"]
+
         def change(obj: Object) -> None:
-            obj["spec"]["suspend"] = suspended
+            obj["spec"]["suspend"] = wanted["spec"]["suspend"]
+            if not wanted["spec"]["suspend"]:
+                pod = obj["spec"]["template"]
+                pod["metadata"] = new["metadata"]
+                pod["spec"].update({key: new["spec"][key] for key in _MOVABLE if key in new["spec"]})
 
         self._store.mutate(JOB, job["metadata"]["namespace"], job["metadata"]["name"], change)
 

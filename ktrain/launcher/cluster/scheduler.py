@@ -74,7 +74,8 @@ class Scheduler:
                 return
         for pod in members:
             self._refuse(pod, _why_not(pod, rooms) or "pod group is unschedulable")
-        self._say_group(gang, "PodGroupScheduled", "False", "Unschedulable", "pod group is unschedulable")
+        if need:
+            self._say_group(gang, "PodGroupScheduled", "False", "Unschedulable", "pod group is unschedulable")
 
     def _bind(self, placement: Placement) -> None:
         for pod, room in placement:
