@@ -91,8 +91,8 @@ ROLE_BINDING = Resource("rbac.authorization.k8s.io", "v1", "rolebindings", "Role
 PRIORITY_CLASS = Resource(
     "scheduling.k8s.io", "v1", "priorityclasses", "PriorityClass", False, (), ("pc",), counts_generation=True
 )
-WORKLOAD = Resource("scheduling.k8s.io", "v1alpha2", "workloads", "Workload", counts_generation=True)
-POD_GROUP = Resource("scheduling.k8s.io", "v1alpha2", "podgroups", "PodGroup", True, _STATUS, counts_generation=True)
+WORKLOAD = Resource("scheduling.k8s.io", "v1alpha2", "workloads", "Workload")
+POD_GROUP = Resource("scheduling.k8s.io", "v1alpha2", "podgroups", "PodGroup", True, _STATUS)
 DEVICE_CLASS = Resource("resource.k8s.io", "v1", "deviceclasses", "DeviceClass", False, counts_generation=True)
 RESOURCE_CLAIM = Resource("resource.k8s.io", "v1", "resourceclaims", "ResourceClaim", True, _STATUS)
 RESOURCE_CLAIM_TEMPLATE = Resource("resource.k8s.io", "v1", "resourceclaimtemplates", "ResourceClaimTemplate")

@@ -51,11 +51,23 @@ class Shelf:
 
     def items(self, resource: Resource, namespace: str | None) -> list[Object]:
         """The objects of a kind in a namespace, or in all where it is None, by namespace and name."""
-        found = self._objects.get(resource.storage, {})
-        names = sorted(
-            (name for name in found if namespace in (None, name[0])), key=lambda name: (name[0] or "", name[1])
-        )
-        return [found[name] for name in names]
+        return _in_order(self._objects.get(resource.storage, {}), namespace)
+
+    def as_of(self, version: int, resource: Resource, namespace: str | None) -> list[Object]:
+        """What `items` was at an older version.
+
+        Raises:
+            ExpiredError: the history no longer reaches back so far.
+        """
+        then = dict(self._objects.get(resource.storage, {}))
+        for change in reversed(list(self._history.after(version))):
+            if change.storage == resource.storage:
+                name = (change.namespace, change.event.object["metadata"]["name"])
+                if change.event.previous is None:
+                    del then[name]
+                else:
+                    then[name] = change.event.previous
+        return _in_order(then, namespace)
 
     def everything(self) -> Iterator[tuple[Resource, Name, Object]]:
         for storage, objects in list(self._objects.items()):
@@ -116,6 +128,11 @@ class Shelf:
         self._history.append(change)
         for watch in self._watches:
             watch.offer(change)
+
+
+def _in_order(objects: dict[Name, Object], namespace: str | None) -> list[Object]:
+    inside = [name for name in objects if namespace in (None, name[0])]
+    return [objects[name] for name in sorted(inside, key=lambda name: (name[0] or "", name[1]))]
 
 
 def owners(obj: Object) -> list[dict[str, Any]]:

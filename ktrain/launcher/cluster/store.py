@@ -100,16 +100,22 @@ class Store:
         *,
         labels: selectors.Selector = None,
         fields: selectors.Selector = None,
+        at: str | None = None,
     ) -> Listed:
         """Returns the objects of a namespace, or of all where it is None, that match both selectors.
 
+        With `at`, they are returned as they were at that version.
+
         Raises:
             ConfigError: a selector that is none.
+            ExpiredError: the history no longer reaches back to `at`.
         """
         labels_match, fields_match = selectors.labels_match(labels), selectors.fields_match(fields)
         with self._lock:
-            found = [obj for obj in self._shelf.items(resource, namespace) if labels_match(obj) and fields_match(obj)]
-            return Listed([seen(resource, obj) for obj in found], str(self._shelf.version))
+            shelf, version = self._shelf, str(self._shelf.version) if at is None else at
+            objects = shelf.items(resource, namespace) if at is None else shelf.as_of(int(at), resource, namespace)
+            found = [obj for obj in objects if labels_match(obj) and fields_match(obj)]
+            return Listed([seen(resource, obj) for obj in found], version)
 
     def watch(self, resource: Resource, namespace: str | None = None, since: str | None = None) -> Watch:
         """Returns a watch of what happens after version `since`; without it, of what is there and of what follows.
@@ -136,21 +142,16 @@ class Store:
             AlreadyExistsError: the name is taken (a ConflictError).
             ConfigError: it has no name.
         """
-        new = untyped(obj)
-        metadata = new.setdefault("metadata", {})
-        for key in (*_SERVER_SIDE, "resourceVersion"):
-            metadata.pop(key, None)
         with self._lock:
-            namespace, name = name_of(resource, metadata.get("namespace"), metadata.get("name") or _generated(metadata))
-            if self._shelf.holds(resource, (namespace, name)):
-                raise AlreadyExistsError(f'{resource.qualified} "{name}" already exists')
-            metadata |= {"name": name, "uid": str(uuid.uuid4()), "creationTimestamp": self.now()}
-            metadata |= {"namespace": namespace} if namespace else {}
-            metadata |= {"generation": 1} if resource.counts_generation else {}
-            self._admitted(resource, None, new)
-            stored = self._shelf.put(resource, (namespace, name), new)
-            self._garbage.created(resource, (namespace, name))
+            name, new = self._planned_create(resource, obj)
+            stored = self._shelf.put(resource, name, new)
+            self._garbage.created(resource, name)
             return seen(resource, stored)
+
+    def plan_create(self, resource: Resource, obj: Mapping[str, Any]) -> Object:
+        """Returns what `create` would store, or is refused as it would be, and stores nothing."""
+        with self._lock:
+            return seen(resource, self._planned_create(resource, obj)[1])
 
     def update(self, resource: Resource, obj: Mapping[str, Any], *, status: bool = False) -> Object:
         """Replaces an object, or with `status` its status alone; without `status`, its status is kept.
@@ -162,20 +163,15 @@ class Store:
             NotFoundError: it is not there.
             ConflictError: it has another version or uid than the one that `obj` names.
         """
-        new = untyped(obj)
         with self._lock:
-            name = name_of(resource, new["metadata"].get("namespace"), new["metadata"]["name"])
-            old = self._shelf.find(resource, name)
-            _check_unchanged(resource, old, new)
-            if status:
-                new = {**copy.deepcopy(old), "status": new.get("status", {}), "metadata": _status_metadata(old, new)}
-            else:
-                _keep(old, new, resource)
-            self._admitted(resource, old, new)
-            if resource.counts_generation and _spec(new) != _spec(old):
-                new["metadata"] = {**new["metadata"], "generation": old["metadata"]["generation"] + 1}
+            name, new = self._planned_update(resource, obj, status)
             self._replace(resource, name, new)
             return seen(resource, self._shelf.find(resource, name) if self._shelf.holds(resource, name) else new)
+
+    def plan_update(self, resource: Resource, obj: Mapping[str, Any], *, status: bool = False) -> Object:
+        """Returns what `update` would store, or is refused as it would be, and stores nothing."""
+        with self._lock:
+            return seen(resource, self._planned_update(resource, obj, status)[1])
 
     def mutate(
         self,
@@ -253,7 +249,9 @@ class Store:
                 else:
                     self._garbage.marked(resource, key)
             else:
-                stored = self._remove(resource, key, new if new["metadata"].get("finalizers") else old)
+                # A pod's end is told twice: its grace is over, then it is gone.
+                last = self._shelf.put(resource, key, new) if resource.storage == POD.storage else old
+                stored = self._remove(resource, key, last)
             return seen(resource, stored)
 
     def _leave(self, watch: Watch) -> None:
@@ -266,13 +264,42 @@ class Store:
         if self._admit is not None:
             self._admit(resource, copy.deepcopy(old), new)
 
+    def _planned_create(self, resource: Resource, obj: Mapping[str, Any]) -> tuple[Name, Object]:
+        new = untyped(obj)
+        metadata = new.setdefault("metadata", {})
+        for key in (*_SERVER_SIDE, "resourceVersion"):
+            metadata.pop(key, None)
+        namespace, name = name_of(resource, metadata.get("namespace"), metadata.get("name") or _generated(metadata))
+        if self._shelf.holds(resource, (namespace, name)):
+            raise AlreadyExistsError(f'{resource.qualified} "{name}" already exists')
+        metadata |= {"name": name, "uid": str(uuid.uuid4()), "creationTimestamp": self.now()}
+        metadata |= {"namespace": namespace} if namespace else {}
+        metadata |= {"generation": 1} if resource.counts_generation else {}
+        self._admitted(resource, None, new)
+        return (namespace, name), new
+
+    def _planned_update(self, resource: Resource, obj: Mapping[str, Any], status: bool) -> tuple[Name, Object]:
+        new = untyped(obj)
+        name = name_of(resource, new["metadata"].get("namespace"), new["metadata"]["name"])
+        old = self._shelf.find(resource, name)
+        _check_unchanged(resource, old, new)
+        if status:
+            new = {**copy.deepcopy(old), "status": new.get("status", {}), "metadata": _status_metadata(old, new)}
+        else:
+            _keep(old, new, resource)
+        self._admitted(resource, old, new)
+        if resource.counts_generation and _spec(resource, new) != _spec(resource, old):
+            new["metadata"] = {**new["metadata"], "generation": old["metadata"]["generation"] + 1}
+        new["metadata"]["resourceVersion"] = old["metadata"]["resourceVersion"]
+        return name, new
+
     def _replace(self, resource: Resource, name: Name, new: Object) -> None:
         old = self._shelf.find(resource, name)
         new = {**new, "metadata": {**new["metadata"], "resourceVersion": old["metadata"]["resourceVersion"]}}
         if new == old:
             return
         if new["metadata"].get("deletionTimestamp") and not _is_held(new):
-            self._remove(resource, name, new)
+            self._remove(resource, name, old)  # watches see it with the finalizer whose removal ended it
             return
         self._shelf.put(resource, name, new)
         self._garbage.changed(old)
@@ -351,8 +378,12 @@ def _status_metadata(old: Object, new: Object) -> dict[str, Any]:
     return {**old["metadata"], **({"managedFields": fields} if fields else {})}
 
 
-def _spec(obj: Object) -> Object:
-    return {key: value for key, value in obj.items() if key not in ("apiVersion", "kind", "metadata", "status")}
+def _spec(resource: Resource, obj: Object) -> Object:
+    """What moves the generation when it changes: all but metadata and status, and but the node that a pod is bound to."""
+    counted = {key: value for key, value in obj.items() if key not in ("apiVersion", "kind", "metadata", "status")}
+    if resource.storage == POD.storage and "spec" in counted:
+        counted["spec"] = {key: value for key, value in counted["spec"].items() if key != "nodeName"}
+    return counted
 
 
 def _grace_s(resource: Resource, obj: Object, asked_s: int | None) -> int:

@@ -90,6 +90,15 @@ def test_update_counts_generations_of_the_spec_alone() -> None:
     assert changed["metadata"]["generation"] == 2
 
 
+def test_binding_of_a_pod_is_no_generation() -> None:
+    store = Store()
+    store.create(POD, bound_pod(nodeName=""))
+    store.mutate(POD, NS, "p", lambda pod: pod["spec"].update(nodeName="n1"))
+    assert store.get(POD, NS, "p")["metadata"]["generation"] == 1
+    store.mutate(POD, NS, "p", lambda pod: pod["spec"].update(activeDeadlineSeconds=1))
+    assert store.get(POD, NS, "p")["metadata"]["generation"] == 2
+
+
 def test_update_that_changes_nothing_makes_no_version() -> None:
     store = Store()
     first = store.create(CONFIG_MAP, config_map())
@@ -299,6 +308,33 @@ def test_watch_from_a_forgotten_version_is_refused() -> None:
         store.watch(CONFIG_MAP, NS, since=first["metadata"]["resourceVersion"])
     store.compact()
     assert store.watch(CONFIG_MAP, NS, since=store.version).next(0) is None
+
+
+def test_list_at_an_older_version_shows_what_was_there() -> None:
+    store = Store()
+    store.create(CONFIG_MAP, config_map("a"))
+    store.create(CONFIG_MAP, config_map("b"))
+    then = store.version
+    store.mutate(CONFIG_MAP, NS, "a", lambda obj: obj.update(data={}))
+    store.delete(CONFIG_MAP, NS, "b")
+    store.create(CONFIG_MAP, config_map("c"))
+    found = store.list(CONFIG_MAP, NS, at=then)
+    assert [(obj["metadata"]["name"], obj["data"]) for obj in found.items] == [("a", {"k": "v"}), ("b", {"k": "v"})]
+    assert found.version == then and names(store) == ["a", "c"]
+    store.compact()
+    with pytest.raises(ExpiredError):
+        store.list(CONFIG_MAP, NS, at=then)
+
+
+def test_plan_refuses_and_returns_like_the_write_and_stores_nothing() -> None:
+    store = Store()
+    planned = store.plan_create(CONFIG_MAP, config_map())
+    assert planned["metadata"]["uid"] and "resourceVersion" not in planned["metadata"] and names(store) == []
+    first = store.create(CONFIG_MAP, config_map())
+    assert store.plan_update(CONFIG_MAP, {**first, "data": {"k": "2"}})["data"] == {"k": "2"}
+    assert store.get(CONFIG_MAP, NS, "a") == first
+    with pytest.raises(AlreadyExistsError):
+        store.plan_create(CONFIG_MAP, config_map())
 
 
 def test_watch_that_is_closed_wakes_its_reader() -> None:
