@@ -78,6 +78,9 @@ class Job:
         self.wait(all_joined, what)
         return self.uids()
 
+    def jobs(self) -> list[str]:
+        return [item["metadata"]["name"] for item in self.cluster.store.list(JOB, SPACE).items]
+
     def jobset(self) -> Object:
         return self.cluster.store.get(JOB_SET, SPACE, RUN)
 
@@ -231,8 +234,8 @@ def test_job_loses_container_pod_node_and_all_each_restart_is_the_smallest(here:
 
     (here.shared / "head-exit").write_text("0")
     here.wait(lambda: has_condition(here.jobset(), "Completed"), "end of the job")
-    here.wait(lambda: not here.workers(), "end of the workers")
-    assert [item["metadata"]["name"] for item in here.cluster.store.list(JOB, SPACE).items] == [f"{RUN}-head-0"]
+    here.wait(lambda: here.jobs() == [f"{RUN}-head-0"], "end of the workers")
+    assert not here.workers()
 
 
 def test_job_all_nodes_lost_runs_again_when_they_come_back(here: Job) -> None:
