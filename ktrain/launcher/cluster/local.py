@@ -10,6 +10,7 @@ from typing import Protocol
 
 from ktrain.base.clock import Deadline
 from ktrain.errors import NotFoundError
+from ktrain.launcher.cluster.defaults import complete
 from ktrain.launcher.cluster.job import JobController
 from ktrain.launcher.cluster.jobset import JobSetController
 from ktrain.launcher.cluster.kubelet import NodeSpec
@@ -18,13 +19,13 @@ from ktrain.launcher.cluster.nodes import Nodes, Silence
 from ktrain.launcher.cluster.pod_run import PodRun
 from ktrain.launcher.cluster.pod_starter import Machine
 from ktrain.launcher.cluster.queue import QueueController
-from ktrain.launcher.cluster.resources import POD
+from ktrain.launcher.cluster.resources import POD, Resource
 from ktrain.launcher.cluster.scheduler import Scheduler
+from ktrain.launcher.cluster.shelf import Object
 from ktrain.launcher.cluster.store import Store
 
 _LOG = logging.getLogger(__name__)
 _MOST_TURNS = 200  # without an end: two controllers undo one another's work
-_LONGEST_WAIT_S = 1.0  # what the store hears from other threads is seen at least as often
 
 
 class Controller(Protocol):
@@ -57,7 +58,7 @@ class LocalCluster:
         store: Store | None = None,
     ) -> None:
         """`store` is one that others serve or fill as well; it must have the machine's clock."""
-        self.store = Store(clock=machine.clock) if store is None else store
+        self.store = Store(clock=machine.clock, admit=_complete) if store is None else store
         self._clock = machine.clock
         self._runtime = machine.runtime
         self.nodes = Nodes(nodes, self.store, machine, pace.silence)
@@ -69,6 +70,7 @@ class LocalCluster:
             self.nodes,
             Names(self.store, machine.folders),
         )
+        self.store.on_change(machine.runtime.wake)
 
     def step(self) -> float | None:
         """Lets all controllers work until none has anything to do; returns the monotonic time of what comes next."""
@@ -81,9 +83,8 @@ class LocalCluster:
         return self._clock.monotonic()
 
     def wait(self, due_s: float | None, timeout_s: float) -> None:
-        """Waits until a container has news, something is due, or the time is over."""
-        at_most_s = min(timeout_s, _LONGEST_WAIT_S)
-        left_s = at_most_s if due_s is None else min(at_most_s, due_s - self._clock.monotonic())
+        """Waits until a container has news, the store changes, something is due, or the time is over."""
+        left_s = timeout_s if due_s is None else min(timeout_s, due_s - self._clock.monotonic())
         self._runtime.wait(max(left_s, 0.0))
 
     def run_until(self, holds: Callable[[], bool], timeout_s: float, *, what: str = "cluster") -> None:
@@ -101,7 +102,7 @@ class LocalCluster:
             self.wait(due_s, deadline.remaining_s())
 
     def wake(self) -> None:
-        """Ends a wait: the store was changed from another thread."""
+        """Ends a wait; safe from any thread."""
         self._runtime.wake()
 
     def run_of(self, namespace: str, pod: str) -> PodRun:
@@ -118,7 +119,7 @@ class LocalCluster:
         return run
 
     def log(self, namespace: str, pod: str, container: str, *, previous: bool = False) -> Path:
-        """The file of a container's log: of its present run, or of the one before.
+        """The file of a container's log: of its present run, or of the one before. Safe from any thread.
 
         Raises:
             NotFoundError: there is no such pod, container or run.
@@ -134,3 +135,9 @@ class LocalCluster:
         """Kills all containers. The files stay, for who wants to look."""
         self.nodes.close()
         self._runtime.close()
+
+
+def _complete(resource: Resource, old: Object | None, new: Object) -> None:
+    """Fills in what an API server would."""
+    if old is None:
+        complete(resource, new)

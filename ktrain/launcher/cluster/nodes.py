@@ -20,10 +20,8 @@ from ktrain.launcher.cluster.store import Preconditions, Store
 
 _LOG = logging.getLogger(__name__)
 UNREACHABLE = "node.kubernetes.io/unreachable"
-NOT_READY = "node.kubernetes.io/not-ready"
 OUT_OF_SERVICE = "node.kubernetes.io/out-of-service"
 KUBELET_VERSION = "v1.37.0"
-_TOLERATED_S = 300  # what admission gives a pod that says nothing of lost nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +201,6 @@ def _delete(store: Store, pod: Object, *, grace_s: int | None = None) -> None:
 def _tolerated_until(pod: Object, taint: Mapping[str, Any], clock: Clock) -> float | None:
     """When a taint drives a pod away, monotonic; None for never."""
     matching = [item for item in pod["spec"].get("tolerations") or () if fitting.tolerates(item, taint)]
-    if not matching and taint["key"] in (UNREACHABLE, NOT_READY):
-        matching = [{"tolerationSeconds": _TOLERATED_S}]
     limits = [item["tolerationSeconds"] for item in matching if item.get("tolerationSeconds") is not None]
     if matching and not limits:
         return None

@@ -128,6 +128,11 @@ class Store:
             self._shelf.attach(watch, since)
             return watch
 
+    def on_change(self, call: Callable[[], None]) -> None:
+        """Has something called after each change, in the thread that makes it and with the store locked."""
+        with self._lock:
+            self._shelf.listeners.append(call)
+
     def compact(self) -> None:
         """Forgets all history: a watch from an older version than the newest is refused."""
         with self._lock:
@@ -379,7 +384,7 @@ def _status_metadata(old: Object, new: Object) -> dict[str, Any]:
 
 
 def _spec(resource: Resource, obj: Object) -> Object:
-    """What moves the generation when it changes: all but metadata and status, and but the node that a pod is bound to."""
+    """What moves the generation when it changes: all but metadata, status and the node that a pod is bound to."""
     counted = {key: value for key, value in obj.items() if key not in ("apiVersion", "kind", "metadata", "status")}
     if resource.storage == POD.storage and "spec" in counted:
         counted["spec"] = {key: value for key, value in counted["spec"].items() if key != "nodeName"}
