@@ -19,7 +19,7 @@ from ktrain.launcher.cluster.pod_run import Delays
 from ktrain.launcher.cluster.pod_starter import Folders, Machine
 from ktrain.launcher.cluster.processes import ProcessRuntime
 from ktrain.testing.fake_cluster.cluster import FakeCluster
-from ktrain.testing.fake_cluster.logs import LogLine
+from ktrain.testing.fake_cluster.logs import FileLogs
 from ktrain.testing.fake_cluster.offer import Offer
 
 _T = TypeVar("_T")
@@ -36,7 +36,7 @@ class RunningCluster:
     def __init__(
         self, nodes: Sequence[NodeSpec], offer: Offer | None = None, *, crds: Path | None = None, pace: Pace = QUICK
     ) -> None:
-        self.api = FakeCluster(offer, crds=crds, logs=_FileLogs(lambda: self.cluster))
+        self.api = FakeCluster(offer, crds=crds, logs=FileLogs(lambda *run: _log(self.cluster, *run)))
         self._root = Path(tempfile.mkdtemp(prefix="ktp-"))  # short: sockets lie below it
         self._memory = Path(tempfile.mkdtemp(prefix="ktp-", dir=settings.volume_root().parent))
         environment = base_environment(settings.child_environment({}))
@@ -71,20 +71,10 @@ class RunningCluster:
         self.call(lambda cluster: cluster.nodes.restore(node))
 
 
-class _FileLogs:
-    """The logs that the pod runner keeps in files; a line's time is that of the file."""
-
-    def __init__(self, cluster: Callable[[], LocalCluster]) -> None:
-        self._cluster = cluster
-
-    def lines(self, pod: dict[str, Any], container: str, run: int, begin: int) -> Sequence[LogLine]:
-        try:
-            found = self._cluster().run_of(pod["metadata"]["namespace"], pod["metadata"]["name"])
-        except NotFoundError:
-            return []
-        path = found.places.pod / "logs" / container / f"{run}.log"
-        if not path.is_file():
-            return []
-        written_s = path.stat().st_mtime
-        whole = [line for line in path.read_bytes().splitlines(keepends=True)[begin:] if line.endswith(b"\n")]
-        return [LogLine(line, written_s) for line in whole]
+def _log(cluster: LocalCluster, pod: dict[str, Any], container: str, run: int) -> Path | None:
+    """Where the pod runner has the log of a container's run."""
+    try:
+        found = cluster.run_of(pod["metadata"]["namespace"], pod["metadata"]["name"])
+    except NotFoundError:
+        return None
+    return found.places.pod / "logs" / container / f"{run}.log"

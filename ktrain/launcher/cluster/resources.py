@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -168,7 +167,16 @@ def seen(resource: Resource, obj: Mapping[str, Any]) -> dict[str, Any]:
 
 def untyped(obj: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of an object as it is stored: without its kind and version, which each reader chooses."""
-    return {key: copy.deepcopy(value) for key, value in obj.items() if key not in ("apiVersion", "kind")}
+    return {key: copied(value) for key, value in obj.items() if key not in ("apiVersion", "kind")}
+
+
+def copied(value: Any) -> Any:
+    """A copy of what JSON can say; several times as fast as a copy of anything."""
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [copied(item) for item in value]
+    return value
 
 
 def known() -> Iterator[Resource]:

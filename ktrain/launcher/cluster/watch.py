@@ -85,6 +85,7 @@ class Watch:
     ) -> None:
         self.resource = resource
         self._namespace = namespace
+        self.started_at = 0  # the version at which it was opened; what is older was there before
         self._clock = clock
         self._leave = leave
         self._lock = threading.Lock()
@@ -156,6 +157,7 @@ class Watch:
             self._events.append(event)
 
     def start(self, version: int) -> None:
-        """Says that nothing up to this version is left to be read."""
+        """Says that it was offered everything up to this version, at which it is opened."""
         with self._lock:
+            self.started_at = version
             self._version = max(self._version, version)

@@ -25,7 +25,7 @@ def decode(request: Request, resource: Resource) -> tuple[Object, list[str]]:
     Raises:
         Refusal: 415 or 400, the body is not an object of the kind.
     """
-    if request.content_type not in _ACCEPTED_CUSTOM:
+    if request.content_type and request.content_type not in _ACCEPTED_CUSTOM:
         raise unsupported_media_type(_ACCEPTED_CUSTOM if resource.is_custom else _ACCEPTED)
     text = request.body.decode("utf-8", "replace")
     try:

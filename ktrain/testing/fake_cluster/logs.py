@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Protocol
 
 from ktrain.base.clock import SYSTEM_CLOCK, Clock
@@ -29,8 +30,11 @@ class LogLine:
 class LogSource(Protocol):
     """Whoever has the containers' output: a pod runner, or a test."""
 
-    def lines(self, pod: Object, container: str, run: int, begin: int) -> Sequence[LogLine]:
-        """Returns the whole lines from number `begin` on that the container's run (0 for the first) has written."""
+    def lines(self, pod: Object, container: str, run: int, begin: int, *, ended: bool) -> Sequence[LogLine]:
+        """Returns the lines from number `begin` on that the container's run (0 for the first) has written.
+
+        A last line without its line feed is returned only with `ended`: nothing is asked for after it.
+        """
 
 
 class PodLogs:
@@ -42,16 +46,36 @@ class PodLogs:
         self._lines: dict[tuple[str, str, int], list[LogLine]] = {}  # guarded by _lock
 
     def write(self, pod: Object, container: str, text: str, *, run: int = 0) -> None:
-        """Adds lines to what a container's run has written."""
+        """Adds whole lines to what a container's run has written."""
         now_s = self._clock.wall()
         key = pod["metadata"]["uid"], container, run
         with self._lock:
             lines = self._lines.setdefault(key, [])
             lines.extend(LogLine(line, now_s) for line in text.encode().splitlines(keepends=True))
 
-    def lines(self, pod: Object, container: str, run: int, begin: int) -> Sequence[LogLine]:
+    def lines(self, pod: Object, container: str, run: int, begin: int, *, ended: bool) -> Sequence[LogLine]:
         with self._lock:
             return self._lines.get((pod["metadata"]["uid"], container, run), [])[begin:]
+
+
+class FileLogs:
+    """Logs in files, as a pod runner leaves them; all lines carry the time of the file's last change.
+
+    `path_of(pod, container, run)` is the file of a run; None where there is none (yet).
+    """
+
+    def __init__(self, path_of: Callable[[Object, str, int], Path | None]) -> None:
+        self._path_of = path_of
+
+    def lines(self, pod: Object, container: str, run: int, begin: int, *, ended: bool) -> Sequence[LogLine]:
+        path = self._path_of(pod, container, run)
+        if path is None or not path.is_file():
+            return []
+        changed_s = path.stat().st_mtime
+        found = path.read_bytes().splitlines(keepends=True)
+        if found and not ended and not found[-1].endswith(b"\n"):
+            found.pop()
+        return [LogLine(text, changed_s) for text in found[begin:]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +135,11 @@ class LogReader:
     def _pieces(self, pod: Object, container: str, run: int, query: LogQuery) -> Iterator[bytes]:
         begin = 0
         if query.tail_lines is not None:
-            begin = max(0, len(self._source.lines(pod, container, run, 0)) - query.tail_lines)
+            begin = max(0, len(self._source.lines(pod, container, run, 0, ended=True)) - query.tail_lines)
         while True:
             # Asked before reading: what was written until the end is then surely read.
             ended = not query.follow or self._has_ended(pod, container, run)
-            lines = self._source.lines(pod, container, run, begin)
+            lines = self._source.lines(pod, container, run, begin, ended=ended)
             begin += len(lines)
             yield b"".join(_stamped(line) if query.timestamps else line.text for line in lines)
             if ended:

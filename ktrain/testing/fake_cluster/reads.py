@@ -184,14 +184,21 @@ class _Stream:
                     yield _line(ERROR, Refusal(410, str(error), "Expired").body())
                     return
                 yield self._line_of(event) if event is not None else b""
-                if self.bookmark_s is not None and bookmark.expired():
-                    yield self._bookmark({})
+                version = self._watch.bookmark()
+                if self.bookmark_s is not None and bookmark.expired() and version is not None:
+                    yield self._bookmark(version, {})
                     bookmark = Deadline.after(self.bookmark_s, self._clock)
 
     def _initial(self) -> Iterator[bytes]:
-        while (event := self._watch.next(0)) is not None:
+        """What was there when the watch was opened, and the bookmark that ends it."""
+        started_at = self._watch.started_at
+        event = self._watch.next(0)
+        while event is not None and event.version <= started_at:
             yield self._line_of(event)
-        yield self._bookmark({"annotations": {INITIAL_END: "true"}})
+            event = self._watch.next(0)
+        yield self._bookmark(started_at, {"annotations": {INITIAL_END: "true"}})
+        if event is not None:
+            yield self._line_of(event)
 
     def _line_of(self, event: Event) -> bytes:
         """The line of an event as the selectors show it: to leave a selector is to be deleted, to enter to be added."""
@@ -207,10 +214,7 @@ class _Stream:
             return b""
         return _line(MODIFIED if was_in else ADDED, event.object)
 
-    def _bookmark(self, metadata: Object) -> bytes:
-        version = self._watch.bookmark()
-        if version is None:
-            return b""
+    def _bookmark(self, version: int, metadata: Object) -> bytes:
         kind = {"kind": self._resource.kind, "apiVersion": self._resource.api_version}
         return _line(BOOKMARK, {**kind, "metadata": {"resourceVersion": str(version), **metadata}})
 

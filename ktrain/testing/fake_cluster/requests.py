@@ -41,7 +41,7 @@ class Request:
         return self.headers.get("Content-Type", "").partition(";")[0].strip()
 
     @property
-    def manager(self) -> str:
+    def writer(self) -> str:
         """Who is written down as owner of what the request changes."""
         named = self.query.get("fieldManager")
         return named or self.headers.get("User-Agent", "unknown").partition("/")[0][:128]

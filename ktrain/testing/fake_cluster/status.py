@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ktrain.errors import KtrainError
 from ktrain.launcher.cluster.resources import Resource
 
 Object = dict[str, Any]
@@ -47,8 +48,11 @@ def invalid_value(path: str, value: object, why: str) -> FieldError:
 
 
 @dataclass(eq=False)
-class Refusal(Exception):  # noqa: N818 - it is an answer
-    """A request that is answered with a Status of failure. `details` are None where the server sends none."""
+class Refusal(KtrainError):
+    """A request that is answered with a Status of failure. `details` are None where the server sends none.
+
+    Controllers that write to the store of a fake cluster meet it as clients do.
+    """
 
     code: int
     message: str
@@ -57,6 +61,9 @@ class Refusal(Exception):  # noqa: N818 - it is an answer
     headers: dict[str, str] = field(default_factory=dict)
     metadata: Object = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.message
 
     def body(self) -> Object:
         status: Object = {"kind": "Status", "apiVersion": "v1", "metadata": self.metadata, "status": "Failure"}

@@ -55,7 +55,7 @@ _PATCHES = (JSON_PATCH, MERGE_PATCH, STRATEGIC_PATCH, APPLY)
 _CUSTOM_PATCHES = (JSON_PATCH, MERGE_PATCH, APPLY)
 _POLICIES = ("Foreground", "Background", "Orphan")
 _RETURNED_WHEN_DELETED = (NAMESPACE, POD, SERVICE, SERVICE_ACCOUNT, PERSISTENT_VOLUME_CLAIM)
-_MAX_TRIES = 5
+_MAX_TRIES = 20
 
 
 class Writes:
@@ -94,11 +94,10 @@ class Writes:
         accepted = _CUSTOM_PATCHES if target.resource.is_custom else _PATCHES
         if request.content_type not in accepted:
             raise unsupported_media_type(accepted)
-        if request.content_type == APPLY:
-            return self._apply(target, request, options)
+        attempt = self._apply if request.content_type == APPLY else self._patch
         for tries in range(1, _MAX_TRIES + 1):
             try:
-                return self._patch(target, request, options)
+                return attempt(target, request, options)
             except _StaleError:
                 if tries == _MAX_TRIES:
                     raise
@@ -112,12 +111,8 @@ class Writes:
         warnings = self._check_patched(target.resource, schema, patched, options)
         bodies.check_place(target, patched)
         new = apply.updated(schema, live, patched, self._owner(target, request, apply.UPDATE))
-        try:
-            return Response(200, self._update(target, live, new, options), warnings=warnings)
-        except Refusal as refusal:
-            if refusal.reason == "Conflict" and not names_version:
-                raise _StaleError(refusal) from refusal
-            raise
+        stored = self._update_unless_stale(target, live, new, options, names_version=names_version)
+        return Response(200, stored, warnings=warnings)
 
     def _check_patched(
         self, resource: Resource, schema: Schema | None, patched: Object, options: WriteOptions
@@ -153,10 +148,16 @@ class Writes:
             self._check_namespace(target)
             empty = {"metadata": {"name": target.name, "namespace": target.namespace}}
             created = apply.apply(schema, empty, wanted, owner, force=True)
-            return Response(201, self._create(target, created, None, options))
+            try:
+                return Response(201, self._create(target, created, None, options))
+            except Refusal as refusal:
+                if refusal.reason == "AlreadyExists":
+                    raise _StaleError(refusal) from refusal
+                raise
         _check_uid(target, live, wanted)
         new = apply.apply(schema, live, wanted, owner, force=options.force)
-        return Response(200, self._update(target, live, new, options))
+        names_version = bool(wanted["metadata"].get("resourceVersion"))
+        return Response(200, self._update_unless_stale(target, live, new, options, names_version=names_version))
 
     def delete(self, target: Target, request: Request) -> Response:
         options = parse_options(request)
@@ -198,7 +199,7 @@ class Writes:
     def _owner(self, target: Target, request: Request, operation: str) -> apply.Owner:
         part = target.subresource or ""
         version = target.resource.api_version
-        return apply.Owner(request.manager, operation, version, part, self._store.now(), frozenset())
+        return apply.Owner(request.writer, operation, version, part, self._store.now(), frozenset())
 
     def _live(self, target: Target) -> Object:
         assert target.name is not None
@@ -228,6 +229,8 @@ class Writes:
             obj = apply.updated(self._served().schema(resource), {"metadata": {}}, obj, owner)
         try:
             return self._store.plan_create(resource, obj) if options.dry_run else self._store.create(resource, obj)
+        except Refusal:
+            raise
         except AlreadyExistsError as error:
             details = named(resource, obj["metadata"].get("name"))
             raise Refusal(409, str(error), "AlreadyExists", details) from error
@@ -250,6 +253,17 @@ class Writes:
             raise not_found(target.resource, str(target.name)) from error
         except ConflictError as error:
             raise Refusal(409, str(error), "Conflict", named(target.resource, target.name)) from error
+
+    def _update_unless_stale(
+        self, target: Target, live: Object, new: Object, options: WriteOptions, *, names_version: bool
+    ) -> Object:
+        """Updates; where somebody wrote in between, a request that names no version is to be tried again."""
+        try:
+            return self._update(target, live, new, options)
+        except Refusal as refusal:
+            if refusal.reason == "Conflict" and not names_version:
+                raise _StaleError(refusal) from refusal
+            raise
 
     def _delete(self, target: Target, live: Object, options: Object, *, dry_run: bool) -> Object:
         wanted = options.get("preconditions") or {}
@@ -277,7 +291,7 @@ class Writes:
 
 
 class _StaleError(Refusal):
-    """Somebody wrote between the reading and the writing of a patch that does not care."""
+    """Somebody wrote between the reading and the writing of a request that does not care."""
 
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(refusal.code, refusal.message, refusal.reason, refusal.details)

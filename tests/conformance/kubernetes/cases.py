@@ -42,7 +42,6 @@ HIDDEN = "the placeholder hides the digits that are wrong"
 STAMPS = "time stamps of lines are the node's, in its own form"
 EVENTS_V1 = "events.k8s.io is not served"
 CLAIMS = "written by the resource claim controller"
-PRINTED = "the server prints the value from its Go types"
 
 
 @dataclass(slots=True)
@@ -199,7 +198,7 @@ def _a_node(stage: Stage) -> None:
 
 # ---------------------------------------------------------------------------- the cases
 
-_POD_STATE = {r"\.spec\.nodeName": PODS, r"\.status\.": PODS}
+_POD_STATE = {r"\.status\.": PODS}
 _JOB_STATUS = {r"\.status(\.|:)": JOBS}
 _SET_STATUS = {r"(\.items\[\d+\])?\.status(\.|:)": JOB_SETS}
 _KUEUE_PARTS = {r"\.metadata\.finalizers": KUEUE, r"\.status:": KUEUE, r"\.spec: recorded \{\}": KUEUE}
@@ -207,8 +206,9 @@ _GANG_PARTS = {
     r"\.metadata\.finalizers": "a finalizer that the controller of pod groups would have to remove",
     r"(\.items\[\d+\])?\.(status|spec\.nodeName)(\.|:)": GANGS,
 }
+_UNBOUND = {r"(\.items\[\d+\])?\.status\.(conditions|resourceClaimStatuses)": PODS}
 _PENDING_PARTS = {
-    r"(\.items\[\d+\])?\.status\.(conditions|resourceClaimStatuses)": PODS,
+    **_UNBOUND,
     r".*\.resources\.(limits|requests)\.": "quantities are stored as they were written, not in their shortest form",
 }
 _VOLCANO_PARTS = {r"\.status:": VOLCANO, r"\.metadata\.generation": VOLCANO}
@@ -222,7 +222,7 @@ CASES: dict[str, Case] = {
     "config-map-crud": Case(),
     "conflict": Case(),
     "discovery": Case(apart=_HASH, offer=WITHOUT_ALPHA),
-    "discovery-aggregated": Case(apart=_HASH),
+    "discovery-aggregated": Case(),
     "dry-run-jobset": Case(before={2: _same_jobset}),
     "dry-run-pod-scheduling-group": Case(apart=_HASH),
     "dry-run-pod-scheduling-group-gate-off": Case(offer=GATE_OFF),
@@ -258,10 +258,10 @@ CASES: dict[str, Case] = {
     "not-found": Case(),
     "patch-types": Case(before={0: _objects_to_patch}),
     "pod-delete": Case({3: _three_run, 8: _held_ends}, {3: PODS}, _POD_STATE),
-    "pod-eviction": Case({2: _one_runs, 7: _evicted_goes}, {5: PODS}, _POD_STATE),
+    "pod-eviction": Case({2: _one_runs, 7: _evicted_goes}, {5: PODS}),
     "pod-logs": Case({4: _pods_talk}, {8: STAMPS}),
     "pod-pending": Case(without={6: EVENTS, 7: EVENTS_V1}, apart=_PENDING_PARTS),
-    "resource-claim-template": Case(without={6: CLAIMS}, apart=_PENDING_PARTS),
+    "resource-claim-template": Case(without={6: CLAIMS}, apart=_UNBOUND),
     "version": Case(apart={r"\.(compiler|goVersion|platform)": "how the server was built"}),
     "volcano-pod-group": Case(without={**_all(VOLCANO, 0, 1), 6: EVENTS}, apart=_VOLCANO_PARTS),
     "watch-basics": Case(before={0: _labelled_map}),
