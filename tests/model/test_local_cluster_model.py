@@ -179,5 +179,5 @@ class JobOneAtATime(Job):
 def test_local_cluster_any_order_of_losses(machine: type[Job]) -> None:
     phases = (Phase.explicit, Phase.generate, Phase.shrink)
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        machine, settings=settings(max_examples=25, stateful_step_count=25, phases=phases, deadline=None)
+        machine, settings=settings(max_examples=12, stateful_step_count=20, phases=phases, deadline=None)
     )

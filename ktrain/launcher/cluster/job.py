@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +22,7 @@ from ktrain.launcher.cluster.job_pods import (
     make,
 )
 from ktrain.launcher.cluster.job_policy import Decision
-from ktrain.launcher.cluster.resources import JOB, POD
+from ktrain.launcher.cluster.resources import JOB, POD, copied
 from ktrain.launcher.cluster.shelf import Object
 from ktrain.launcher.cluster.store import Store
 
@@ -101,7 +100,7 @@ class JobController:
     def _drive(self, job: Object, pods: list[Object]) -> float | None:
         spec = job["spec"]
         memory = self._memory.setdefault(job["metadata"]["uid"], _Memory())
-        status: Object = copy.deepcopy(job.get("status") or {})
+        status: Object = copied(job.get("status") or {})
         suspended = bool(spec.get("suspend"))
         if "startTime" not in status and not suspended:
             status["startTime"] = self._store.now()
@@ -299,7 +298,7 @@ class JobController:
 
     def _final(self, job: Object, status: Object, decision: Decision) -> Object:
         kind = _FINAL[decision.kind]
-        conditions = copy.deepcopy(status.get("conditions") or [])
+        conditions = copied(status.get("conditions") or [])
         set_condition(conditions, self._store.now(), kind, "True", decision.reason, decision.message)
         if kind == "Complete":
             self._recorder.say(job, NORMAL, "Completed", "Job completed")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
+from ktrain.launcher.cluster.resources import copied
 from ktrain.launcher.cluster.shelf import Object
 
 PREFIX = "batch.kubernetes.io/"
@@ -62,7 +62,7 @@ def is_tracked(pod: Object) -> bool:
 
 def make(job: Object, index: int, *, failures: int) -> Object:
     """A new pod for an index of a Job that had so many failures of it."""
-    metadata, template = job["metadata"], copy.deepcopy(job["spec"]["template"])
+    metadata, template = job["metadata"], copied(job["spec"]["template"])
     name, uid = metadata["name"], metadata["uid"]
     given = template.get("metadata") or {}
     spec = template["spec"]

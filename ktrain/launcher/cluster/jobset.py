@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from ktrain.launcher.cluster.conditions import find_condition, has_condition, se
 from ktrain.launcher.cluster.events import NORMAL, WARNING, Recorder
 from ktrain.launcher.cluster.job_pods import is_deleting, owned
 from ktrain.launcher.cluster.jobset_policy import FAIL, REPLICATED_JOB, RESTART
-from ktrain.launcher.cluster.resources import JOB, JOB_SET, SERVICE
+from ktrain.launcher.cluster.resources import JOB, JOB_SET, SERVICE, copied
 from ktrain.launcher.cluster.shelf import Object
 from ktrain.launcher.cluster.store import AlreadyExistsError, Store
 
@@ -64,7 +63,7 @@ class JobSetController:
     def _sync(self, jobset: Object, owned_jobs: list[Object]) -> float | None:
         if is_deleting(jobset):
             return None
-        status: Object = copy.deepcopy(jobset.get("status") or {})
+        status: Object = copied(jobset.get("status") or {})
         status.setdefault("restarts", 0)
         jobs = _Jobs.of(owned_jobs, status["restarts"])
         status["replicatedJobsStatus"] = [_tally(item, jobs) for item in jobset["spec"]["replicatedJobs"]]

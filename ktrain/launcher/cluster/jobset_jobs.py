@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ktrain.launcher.cluster.job_pods import owner
 from ktrain.launcher.cluster.jobset_policy import REPLICATED_JOB
+from ktrain.launcher.cluster.resources import copied
 from ktrain.launcher.cluster.shelf import Object
 
 PREFIX = "jobset.sigs.k8s.io/"
@@ -92,7 +92,7 @@ def _job(jobset: Object, replicated: Mapping[str, Any], index: int, places: Mapp
         REPLICATED_JOB: replicated["name"],
         **_coordinator(jobset),
     }
-    template = copy.deepcopy(replicated["template"])
+    template = copied(replicated["template"])
     pod = template["spec"]["template"]
     for part in (template, pod):
         given = part.get("metadata") or {}

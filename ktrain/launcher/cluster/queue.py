@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import secrets
 from typing import Any
 
@@ -21,6 +20,7 @@ from ktrain.launcher.cluster.resources import (
     PRIORITY_CLASS,
     RESOURCE_FLAVOR,
     WORKLOAD_PRIORITY_CLASS,
+    copied,
 )
 from ktrain.launcher.cluster.shelf import Object
 from ktrain.launcher.cluster.store import Store
@@ -86,7 +86,7 @@ class QueueController:
             {
                 "name": item["name"],
                 "count": jobset_jobs.num_replicas(item) * int(item["template"]["spec"].get("parallelism") or 1),
-                "template": copy.deepcopy(item["template"]["spec"]["template"]),
+                "template": copied(item["template"]["spec"]["template"]),
             }
             for item in jobset["spec"]["replicatedJobs"]
         ]

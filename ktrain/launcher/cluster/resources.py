@@ -159,6 +159,8 @@ COMPUTE_DOMAIN = Resource(
     "resource.nvidia.com", "v1beta1", "computedomains", "ComputeDomain", True, _STATUS, (), counts_generation=True
 )
 
+_LEAVES = frozenset({str, int, bool, type(None), float})
+
 
 def seen(resource: Resource, obj: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a stored object for its reader, in the version that the reader asked for."""
@@ -173,9 +175,9 @@ def untyped(obj: Mapping[str, Any]) -> dict[str, Any]:
 def copied(value: Any) -> Any:
     """A copy of what JSON can say; several times as fast as a copy of anything."""
     if isinstance(value, dict):
-        return {key: copied(item) for key, item in value.items()}
+        return {key: item if type(item) in _LEAVES else copied(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [copied(item) for item in value]
+        return [item if type(item) in _LEAVES else copied(item) for item in value]
     return value
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -13,7 +12,7 @@ from ktrain.launcher.cluster.events import WARNING, Recorder
 from ktrain.launcher.cluster.fitting import Room
 from ktrain.launcher.cluster.gangs import Gang, GangName, Mechanism
 from ktrain.launcher.cluster.job_pods import is_deleting, is_terminal
-from ktrain.launcher.cluster.resources import NODE, POD
+from ktrain.launcher.cluster.resources import NODE, POD, copied
 from ktrain.launcher.cluster.shelf import Object
 from ktrain.launcher.cluster.store import Store
 
@@ -126,7 +125,7 @@ class Scheduler:
         if gang.group is None or gang.resource is None:
             return
         old = gang.group.get("status") or {}
-        new = {**copy.deepcopy(old), **({"phase": phase} if phase else {})}
+        new = {**copied(old), **({"phase": phase} if phase else {})}
         set_meta_condition(new.setdefault("conditions", []), self._store.now(), kind, status, reason, message)
         if new != old:
             own = "status" in gang.resource.subresources

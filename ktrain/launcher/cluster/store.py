@@ -5,7 +5,6 @@ Versions are one counter for all kinds, so that their order is the order of what
 
 from __future__ import annotations
 
-import copy
 import secrets
 import threading
 import uuid
@@ -18,7 +17,7 @@ from ktrain.base.clock import SYSTEM_CLOCK, Clock
 from ktrain.errors import ConfigError, ConflictError
 from ktrain.launcher.cluster import selectors
 from ktrain.launcher.cluster.garbage import FINALIZERS, Garbage
-from ktrain.launcher.cluster.resources import NAMESPACE, POD, Resource, seen, untyped
+from ktrain.launcher.cluster.resources import NAMESPACE, POD, Resource, copied, seen, untyped
 from ktrain.launcher.cluster.shelf import Name, Object, Shelf, name_of
 from ktrain.launcher.cluster.watch import Event, ExpiredError, Watch
 
@@ -267,7 +266,7 @@ class Store:
 
     def _admitted(self, resource: Resource, old: Object | None, new: Object) -> None:
         if self._admit is not None:
-            self._admit(resource, copy.deepcopy(old), new)
+            self._admit(resource, copied(old), new)
 
     def _planned_create(self, resource: Resource, obj: Mapping[str, Any]) -> tuple[Name, Object]:
         new = untyped(obj)
@@ -289,7 +288,7 @@ class Store:
         old = self._shelf.find(resource, name)
         _check_unchanged(resource, old, new)
         if status:
-            new = {**copy.deepcopy(old), "status": new.get("status", {}), "metadata": _status_metadata(old, new)}
+            new = {**copied(old), "status": new.get("status", {}), "metadata": _status_metadata(old, new)}
         else:
             _keep(old, new, resource)
         self._admitted(resource, old, new)
