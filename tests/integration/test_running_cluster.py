@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,3 +87,11 @@ def test_running_cluster_pod_deleted_over_http_is_replaced() -> None:
         client.wait(f"{JOB}/a", lambda obj: obj["status"].get("failed") == 1 and obj["status"].get("ready") == 1)
         with pytest.raises(urllib.error.HTTPError, match="404"):
             client.wait(f"{PODS}/{old['metadata']['name']}", lambda obj: False)
+
+
+def test_running_cluster_example_of_the_guide_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "local-cluster.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(block, found)  # noqa: S102 - our own page
+    assert found["config"]["clusters"]

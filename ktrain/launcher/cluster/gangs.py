@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ktrain.errors import NotFoundError
+from ktrain.launcher.cluster import job_policy
 from ktrain.launcher.cluster.job_pods import PREFIX
 from ktrain.launcher.cluster.resources import COSCHEDULING_POD_GROUP, JOB, POD_GROUP, VOLCANO_POD_GROUP, Resource
 from ktrain.launcher.cluster.shelf import Object
@@ -77,7 +78,7 @@ def find(store: Store, name: GangName) -> Gang | None:
     try:
         if name.mechanism is Mechanism.KAI:
             job = store.get(JOB, name.namespace, name.name)
-            return Gang(name, int(job["spec"].get("parallelism") or 1))
+            return Gang(name, job_policy.parallelism(job["spec"]))
         group = store.get(_RESOURCES[name.mechanism], name.namespace, name.name)
     except NotFoundError:
         return None

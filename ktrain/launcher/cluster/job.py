@@ -43,6 +43,7 @@ class _Memory:
     num_failures: int = 0  # in a row, without a success between them
     failed_s: float = 0.0  # monotonic
     by_index: dict[int, int] = field(default_factory=dict)
+    counted: set[str] = field(default_factory=set)  # uids: a turn that came to nothing is done again
 
 
 @dataclass(slots=True)
@@ -104,8 +105,9 @@ class JobController:
         suspended = bool(spec.get("suspend"))
         if "startTime" not in status and not suspended:
             status["startTime"] = self._store.now()
+        _settle_uncounted(status, pods)
         count = self._count(job, pods, memory)
-        count.decision = _standing(job) or count.decision or self._decide(job, pods, count)
+        count.decision = _standing(job) or count.decision or self._decide(spec, status, pods, count)
         due = None
         if count.decision is not None:
             pods = self._delete_active(pods, count)
@@ -116,7 +118,7 @@ class JobController:
             pods = self._store.list(POD, job["metadata"]["namespace"], labels=_label(job)).items
         self._say_suspended(job, status, suspended)
         self._write(job, status, pods, count)
-        return min((at for at in (due, self._deadline(job, status)) if at is not None), default=None)
+        return min((at for at in (due, self._deadline(spec, status)) if at is not None), default=None)
 
     # Counting
 
@@ -142,8 +144,10 @@ class JobController:
             count.ignored.append(pod)
             return
         count.failed.append(pod)
-        memory.num_failures += 1
-        memory.failed_s = self._clock.monotonic()
+        if pod["metadata"]["uid"] not in memory.counted:
+            memory.counted.add(pod["metadata"]["uid"])
+            memory.num_failures += 1
+            memory.failed_s = self._clock.monotonic()
         failures = int((pod["metadata"].get("annotations") or {}).get(FAILURES, "0")) + 1
         memory.by_index[index] = max(failures, memory.by_index.get(index, 0))
         per_index = spec.get("backoffLimitPerIndex")
@@ -152,12 +156,13 @@ class JobController:
         elif per_index is not None and (found.action == job_policy.FAIL_INDEX or failures > per_index):
             count.failed_indexes.add(index)
 
-    def _decide(self, job: Object, pods: list[Object], count: _Count) -> Decision | None:
-        spec, status = job["spec"], job.get("status") or {}
+    def _decide(
+        self, spec: Mapping[str, Any], status: Mapping[str, Any], pods: list[Object], count: _Count
+    ) -> Decision | None:
         found = job_policy.success(spec, count.completed, count.failed_indexes)
         if found is not None:
             return found
-        deadline_s = self._deadline(job, status)
+        deadline_s = self._deadline(spec, status)
         if deadline_s is not None and self._clock.monotonic() >= deadline_s:
             words = "Job was active longer than specified deadline"
             return Decision("FailureTarget", "DeadlineExceeded", words)
@@ -170,9 +175,9 @@ class JobController:
             failed=count.failed_indexes,
         )
 
-    def _deadline(self, job: Object, status: Mapping[str, Any]) -> float | None:
-        limit_s = job["spec"].get("activeDeadlineSeconds")
-        if limit_s is None or "startTime" not in status or job["spec"].get("suspend"):
+    def _deadline(self, spec: Mapping[str, Any], status: Mapping[str, Any]) -> float | None:
+        limit_s = spec.get("activeDeadlineSeconds")
+        if limit_s is None or "startTime" not in status or spec.get("suspend"):
             return None
         return times.monotonic(status["startTime"], self._clock) + float(limit_s)
 
@@ -191,12 +196,15 @@ class JobController:
         return ended
 
     def _suspend(self, pods: list[Object]) -> list[Object]:
-        """Deletes what runs; it is counted for nothing."""
-        for pod in pods:
-            if _is_active(pod):
-                self._release([pod])
-                self._store.delete(POD, pod["metadata"]["namespace"], pod["metadata"]["name"])
+        """Deletes what runs."""
+        self._withdraw(pod for pod in pods if _is_active(pod))
         return [self._fresh(pod) for pod in pods]
+
+    def _withdraw(self, pods: Iterable[Object]) -> None:
+        """Deletes pods that are counted for nothing."""
+        for pod in pods:
+            self._release([pod])
+            self._store.delete(POD, pod["metadata"]["namespace"], pod["metadata"]["name"])
 
     def _fresh(self, pod: Object) -> Object:
         try:
@@ -205,8 +213,13 @@ class JobController:
             return {**pod, "status": {**pod.get("status", {}), "phase": "Failed"}}
 
     def _fill(self, job: Object, pods: list[Object], count: _Count, memory: _Memory) -> float | None:
-        """Makes the pods that are lacking, lowest index first; returns when a delayed one is due."""
+        """Makes the pods that are lacking, lowest index first, or takes back those that are too many, highest first.
+
+        Returns when a delayed one is due.
+        """
         spec = job["spec"]
+        active = sorted(filter(_is_active, pods), key=lambda pod: index_of(pod) or 0)
+        self._withdraw(active[job_policy.parallelism(spec) :])
         counted_now = {pod["metadata"]["uid"] for pod in (*count.failed, *count.ignored, *count.succeeded)}
         taken = {
             index_of(pod)
@@ -214,8 +227,8 @@ class JobController:
             if _is_active(pod) or (is_deleting(pod) and not is_terminal(pod) and job_policy.replaces_only_failed(spec))
         }
         settled = count.completed | count.failed_indexes
-        wanted = [index for index in range(int(spec.get("completions") or 1)) if index not in settled]
-        room = int(spec.get("parallelism") or 1) - len(taken)
+        wanted = [index for index in range(job_policy.completions(spec)) if index not in settled]
+        room = job_policy.parallelism(spec) - len(taken)
         lacking = [index for index in wanted if index not in taken][: max(room, 0)]
         if not lacking:
             return None
@@ -330,6 +343,14 @@ def _refusal(spec: Mapping[str, Any]) -> str | None:
     if spec.get("completionMode") != "Indexed":
         return "the pod runner runs Jobs of completionMode Indexed alone"
     return None
+
+
+def _settle_uncounted(status: Object, pods: Iterable[Object]) -> None:
+    """Counts what a turn that was cut off had begun to count: failed pods whose finalizer is off already."""
+    begun = set((status.get("uncountedTerminatedPods") or {}).get("failed") or ())
+    begun -= {pod["metadata"]["uid"] for pod in pods if is_tracked(pod)}
+    if begun:
+        status["failed"] = status.get("failed", 0) + len(begun)
 
 
 def _standing(job: Object) -> Decision | None:

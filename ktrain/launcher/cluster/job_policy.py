@@ -89,12 +89,12 @@ def success(spec: Mapping[str, Any], completed: set[int], failed: set[int]) -> D
     """Whether the indexes that have succeeded are enough."""
     for at, rule in enumerate((spec.get("successPolicy") or {}).get("rules") or ()):
         wanted = (
-            indexes.parse(rule["succeededIndexes"]) if "succeededIndexes" in rule else set(range(_completions(spec)))
+            indexes.parse(rule["succeededIndexes"]) if "succeededIndexes" in rule else set(range(completions(spec)))
         )
         need = rule.get("succeededCount", len(wanted))
         if len(wanted & completed) >= need:
             return Decision("SuccessCriteriaMet", "SuccessPolicy", f"Matched rules at index {at}")
-    if len(completed) >= _completions(spec) and not failed:
+    if len(completed) >= completions(spec) and not failed:
         words = "Reached expected number of succeeded pods"
         return Decision("SuccessCriteriaMet", "CompletionsReached", words)
     return None
@@ -116,10 +116,21 @@ def failure(
     if most is not None and len(failed) > most:
         words = "Job has exceeded the specified maximal number of failed indexes"
         return Decision("FailureTarget", "MaxFailedIndexesExceeded", words)
-    if failed and len(completed | failed) >= _completions(spec):
+    if failed and len(completed | failed) >= completions(spec):
         return Decision("FailureTarget", "FailedIndexes", "Job has failed indexes")
     return None
 
 
-def _completions(spec: Mapping[str, Any]) -> int:
-    return int(spec.get("completions") or 1)
+def completions(spec: Mapping[str, Any]) -> int:
+    """How many indexes a Job has."""
+    return _number(spec, "completions")
+
+
+def parallelism(spec: Mapping[str, Any]) -> int:
+    """How many pods a Job may have at a time."""
+    return _number(spec, "parallelism")
+
+
+def _number(spec: Mapping[str, Any], key: str) -> int:
+    value = spec.get(key)
+    return 1 if value is None else int(value)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ktrain.base.clock import Clock
 from ktrain.errors import ConflictError, NotFoundError
-from ktrain.launcher.cluster import jobset_jobs, jobset_policy, times
+from ktrain.launcher.cluster import job_policy, jobset_jobs, jobset_policy, times
 from ktrain.launcher.cluster.conditions import find_condition, has_condition, set_meta_condition
 from ktrain.launcher.cluster.events import NORMAL, WARNING, Recorder
 from ktrain.launcher.cluster.job_pods import is_deleting, owned
@@ -213,7 +213,7 @@ def _tally(replicated: Mapping[str, Any], jobs: _Jobs) -> Object:
 def _is_ready(job: Object) -> bool:
     """Whether all its pods are ready or have succeeded."""
     spec, status = job["spec"], job.get("status", {})
-    need = min(int(spec.get("parallelism") or 1), int(spec.get("completions") or 1))
+    need = min(job_policy.parallelism(spec), job_policy.completions(spec))
     return int(status.get("ready", 0)) + int(status.get("succeeded", 0)) >= need
 
 

@@ -114,6 +114,8 @@ class Kubelet:
         if old.get("phase") not in ENDED_PHASES:
             now = timestamp(self._machine.clock.wall())
             self._write(pod, pod_status.render(run, old, now=now, pod_ip=address, host_ip=HOST_IP))
+            if run.stage is Stage.ENDED:
+                volumes.tear_down(run.places)
         if run.stage is Stage.ENDED and metadata.get("deletionTimestamp"):
             self._confirm(metadata)
 

@@ -25,6 +25,7 @@ from ktrain.launcher.cluster.shelf import Object
 from ktrain.launcher.cluster.store import Store
 
 _LOG = logging.getLogger(__name__)
+_LOOK_AGAIN_S = 0.05  # at what `run_until` waits for: no event tells of it
 _MOST_TURNS = 200  # without an end: two controllers undo one another's work
 
 
@@ -88,7 +89,7 @@ class LocalCluster:
         self._runtime.wait(max(left_s, 0.0))
 
     def run_until(self, holds: Callable[[], bool], timeout_s: float, *, what: str = "cluster") -> None:
-        """Drives the cluster until something holds.
+        """Drives the cluster until something holds, which may depend on files that containers write.
 
         Raises:
             DeadlineError: it does not hold in time.
@@ -99,7 +100,7 @@ class LocalCluster:
             if holds():
                 return
             deadline.check(what)
-            self.wait(due_s, deadline.remaining_s())
+            self.wait(due_s, min(deadline.remaining_s(), _LOOK_AGAIN_S))
 
     def wake(self) -> None:
         """Ends a wait; safe from any thread."""

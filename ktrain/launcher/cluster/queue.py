@@ -7,7 +7,7 @@ from typing import Any
 
 from ktrain.base.clock import Clock
 from ktrain.errors import ConflictError, NotFoundError
-from ktrain.launcher.cluster import jobset_jobs, quantity, quota
+from ktrain.launcher.cluster import job_policy, jobset_jobs, quantity, quota
 from ktrain.launcher.cluster.conditions import find_condition, has_condition, set_meta_condition
 from ktrain.launcher.cluster.events import NORMAL, WARNING, Recorder
 from ktrain.launcher.cluster.job_pods import owned, owner
@@ -85,7 +85,7 @@ class QueueController:
         pod_sets = [
             {
                 "name": item["name"],
-                "count": jobset_jobs.num_replicas(item) * int(item["template"]["spec"].get("parallelism") or 1),
+                "count": jobset_jobs.num_replicas(item) * job_policy.parallelism(item["template"]["spec"]),
                 "template": copied(item["template"]["spec"]["template"]),
             }
             for item in jobset["spec"]["replicatedJobs"]

@@ -91,6 +91,12 @@ def mount(container: Mapping[str, Any], volumes: Mapping[str, Path], root: Path)
     return Mounts(root, tuple(paths))
 
 
+def tear_down(places: Places) -> None:
+    """Removes the volumes of a pod that has ended; its logs stay until the pod itself is deleted."""
+    for folder in (places.memory, places.pod / "v", places.pod / "c"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def remove(places: Places) -> None:
     """Removes what belonged to the pod alone."""
     for folder in (places.pod, places.memory):

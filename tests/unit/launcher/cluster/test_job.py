@@ -177,3 +177,23 @@ def test_job_that_is_not_honoured_fails_by_name(made: Made, spec: dict[str, obje
     status, reason, message = conditions(made.get(JOB, "a"))["Failed"]
     assert (status, reason) == ("True", "NotHonoured")
     assert words.replace("\\", "") in message
+
+
+def test_job_parallelism_lowered_takes_back_the_highest_indexes(made: Made) -> None:
+    made.create(JOB, "a", job_spec(3))
+    made.store.mutate(JOB, SPACE, "a", lambda job: job["spec"].update(parallelism=1))
+    made.settle()
+    assert [pod["spec"]["hostname"] for pod in made.pods()] == ["a-0"]
+    made.store.mutate(JOB, SPACE, "a", lambda job: job["spec"].update(parallelism=0))
+    made.settle()
+    assert not made.pods()
+    assert "failed" not in made.get(JOB, "a")["status"]
+
+
+def test_job_failure_whose_count_was_cut_off_is_counted_once(made: Made) -> None:
+    made.create(JOB, "a", job_spec(1, backoffLimit=9))
+    status = {**made.get(JOB, "a")["status"], "uncountedTerminatedPods": {"failed": ["uid-of-a-pod-that-is-gone"]}}
+    made.store.mutate(JOB, SPACE, "a", lambda job: job.update(status=status), status=True)
+    made.settle()
+    found = made.get(JOB, "a")["status"]
+    assert (found["failed"], found["uncountedTerminatedPods"]) == (1, {})

@@ -213,3 +213,19 @@ def test_pods_have_addresses_of_their_own(made: Made) -> None:
     addresses = {pod["status"]["podIP"] for pod in made.pods()}
     assert len(addresses) == 2
     assert all(address.startswith("127.77.") for address in addresses)
+
+
+def test_pod_that_has_ended_keeps_its_log_and_frees_its_memory(made: Made) -> None:
+    mounts = [{"name": "m", "mountPath": "/m"}]
+    volumes = [{"name": "m", "emptyDir": {"medium": "Memory"}}]
+    made.create(POD, "p", pod_spec(container={"volumeMounts": mounts}, volumes=volumes))
+    command = made.process("p").command
+    command.log.parent.mkdir(parents=True, exist_ok=True)
+    command.log.write_text("words\n")
+    memory = (Path(command.environment["KTRAIN_ROOT"]) / "m").resolve()
+    assert memory.is_dir()
+    made.exit("p", 0)
+    assert not memory.exists()
+    assert made.cluster.log(SPACE, "p", "main").read_text() == "words\n"
+    with pytest.raises(NotFoundError, match="previous terminated container"):
+        made.cluster.log(SPACE, "p", "main", previous=True)
