@@ -74,7 +74,7 @@ PERSISTENT_VOLUME_CLAIM = Resource("", "v1", "persistentvolumeclaims", "Persiste
 POD = Resource("", "v1", "pods", "Pod", True, _POD_PARTS, ("po",), _ALL, counts_generation=True)
 SECRET = Resource("", "v1", "secrets", "Secret")
 SERVICE = Resource("", "v1", "services", "Service", True, _STATUS, ("svc",), _ALL)
-SERVICE_ACCOUNT = Resource("", "v1", "serviceaccounts", "ServiceAccount", True, ("token",), ("sa",))
+SERVICE_ACCOUNT = Resource("", "v1", "serviceaccounts", "ServiceAccount", short_names=("sa",))
 
 JOB = Resource("batch", "v1", "jobs", "Job", True, _STATUS, (), _ALL, counts_generation=True)
 LEASE = Resource("coordination.k8s.io", "v1", "leases", "Lease")
@@ -184,12 +184,3 @@ def copied(value: Any) -> Any:
 def known() -> Iterator[Resource]:
     """Every kind named in this module."""
     return (value for value in globals().values() if isinstance(value, Resource))
-
-
-def of_object(obj: dict[str, Any]) -> Resource | None:
-    """The kind that an object says it is, in the version that it names; None for one that this module lacks."""
-    group, _, version = str(obj.get("apiVersion", "")).rpartition("/")
-    for resource in known():
-        if (resource.group, resource.kind) == (group, obj.get("kind")):
-            return resource.at(version)
-    return None

@@ -76,8 +76,10 @@ class Access:
         return user == ADMIN or any(rule.allows(ask) for rule in self.rules.get(user, ()))
 
     def check(self, user: str, ask: Ask, resource: Resource) -> None:
-        """Raises:
-        Refusal: 403 in the server's words.
+        """Checks that a user may do what a request would do to the resource.
+
+        Raises:
+            Refusal: 403 in the server's words.
         """
         if self.allows(user, ask):
             return

@@ -70,21 +70,21 @@ class Api:
             return Response(
                 200, discovery.legacy_versions(self._address) if path == "/api" else discovery.groups(served)
             )
-        return self._group(served, path.split("/")[1:])
+        return self._group(served, path.split("/")[1:]) if path else _page()
 
-    def _group(self, served: Served, parts: list[str]) -> Response | None:
-        if parts[0] == "api" and len(parts) == 2:
-            return Response(200, discovery.resources(served, parts[1])) if parts[1] == "v1" else _page()
-        if parts[0] != "apis" or len(parts) not in (2, 3):
+    def _group(self, served: Served, names: list[str]) -> Response | None:
+        if names[0] == "api" and len(names) == 2:
+            return Response(200, discovery.resources(served, names[1])) if names[1] == "v1" else _page()
+        if names[0] != "apis" or len(names) not in (2, 3):
             return None
-        versions = served.versions(parts[1])
+        versions = served.versions(names[1])
         if not versions:
             return _page()
-        if len(parts) == 2:
-            return Response(200, discovery.group(served, parts[1]))
-        if parts[2] not in versions:
+        if len(names) == 2:
+            return Response(200, discovery.group(served, names[1]))
+        if names[2] not in versions:
             raise no_such_resource()
-        return Response(200, discovery.resources(served, f"{parts[1]}/{parts[2]}"))
+        return Response(200, discovery.resources(served, f"{names[1]}/{names[2]}"))
 
     def _objects(self, request: Request, user: str, is_gone: Callable[[], bool]) -> Response:
         target = parse_target(self._served(), request.path)
@@ -103,6 +103,8 @@ class Api:
     def _part(self, target: Target, request: Request) -> Response:
         if target.subresource == "eviction" and request.method == "POST":
             return parts.evict(self._store, target, request)
+        if target.subresource == "binding" and request.method == "POST":
+            return parts.bind(self._store, target, request)
         if target.subresource == "log" and request.method == "GET":
             return parts.log(self._store, self._logs, target, request)
         raise method_not_allowed()

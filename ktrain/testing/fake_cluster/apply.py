@@ -78,14 +78,15 @@ def apply(schema: Schema | None, live: Object, wanted: Object, owner: Owner, *, 
     applied = _fields(schema, wanted)
     before = next((known.fields for known in owners(live) if known.same_as(owner)), frozenset())
     others = [known for known in owners(live) if not known.same_as(owner)]
-    changed = {path for path in applied if _value(schema, live, path) != _value(schema, wanted, path)}
+    changed = {path for path in applied if _changes(_value(schema, live, path), _value(schema, wanted, path))}
     if not force:
         _check(others, changed)
     others = [known.without(changed) for known in others]
     kept = frozenset().union(*(known.fields for known in others))
     merged = _merged(schema, live, wanted)
-    for path in sorted(before - applied - kept, key=len, reverse=True):
-        _remove(merged, path)
+    owned = applied | kept
+    for path in sorted(before - owned, key=len):  # an item of a list before the fields that name it
+        _remove(merged, path, owned)
     return with_owners(merged, [*others, owner.with_fields(applied)])
 
 
@@ -98,6 +99,11 @@ def updated(schema: Schema | None, old: Object, new: Object, owner: Owner) -> Ob
     if not changed and mine:
         owner = next(known for known in owners(old) if known.same_as(owner))
     return with_owners(new, [*found, owner.with_fields(mine | changed)])
+
+
+def _changes(live: Any, wanted: Any) -> bool:
+    """Whether an apply changes a value; an empty object takes nothing from one that is there."""
+    return bool(live != wanted and not (wanted == {} and isinstance(live, Mapping)))
 
 
 def _check(others: list[Owner], changed: set[Path]) -> None:
@@ -196,19 +202,25 @@ def _merged(schema: Schema | None, live: Any, wanted: Any) -> Any:
     return list(there.values())
 
 
-def _remove(value: Any, path: Path) -> None:
-    *parents, last = path
-    for step in parents:
-        value = _inside(value, step)
-        if value is None:
+def _remove(value: Any, path: Path, owned: Fields) -> None:
+    """Removes what lies at a path, and what is left empty above it, but for what is owned or holds what is owned."""
+    if not path or any(other[: len(path)] == path for other in owned):
+        return
+    *above, last = path
+    holder = value
+    for step in above:
+        holder = _inside(holder, step)
+        if holder is None:
             return
     if last.startswith("f:"):
-        if isinstance(value, dict):
-            value.pop(last[2:], None)
-    elif isinstance(value, list):
-        found = _inside(value, last)
+        if isinstance(holder, dict):
+            holder.pop(last[2:], None)
+    elif isinstance(holder, list):
+        found = _inside(holder, last)
         if found is not None:
-            value.remove(found)
+            holder.remove(found)
+    if not holder and above and above[0] != "f:metadata":
+        _remove(value, tuple(above), owned)
 
 
 def _inside(value: Any, step: str) -> Any:

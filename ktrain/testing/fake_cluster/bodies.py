@@ -10,7 +10,7 @@ from ktrain.launcher.cluster.resources import Resource
 from ktrain.testing.fake_cluster.requests import IGNORE, STRICT, Request, Target, parse_json
 from ktrain.testing.fake_cluster.schemas import Schema
 from ktrain.testing.fake_cluster.status import Refusal, bad_request, cannot_decode, unsupported_media_type
-from ktrain.testing.fake_cluster.structural import decode_error, prune
+from ktrain.testing.fake_cluster.structural import decode_error, json_type, prune
 
 Object = dict[str, Any]
 
@@ -35,7 +35,20 @@ def decode(request: Request, resource: Resource) -> tuple[Object, list[str]]:
     if not isinstance(obj, dict):
         raise _unrecognised(resource, ConfigError("json: cannot unmarshal into an object"), text)
     _check_kind(resource, obj)
+    check_metadata(resource, obj)
     return obj, twice
+
+
+def check_metadata(resource: Resource, obj: Object) -> None:
+    """Checks that an object's metadata is an object.
+
+    Raises:
+        Refusal: 400, it is something else.
+    """
+    metadata = obj.get("metadata", {})
+    if not isinstance(metadata, dict):
+        where = f"Go struct field {resource.kind}.metadata of type v1.ObjectMeta"
+        raise cannot_decode(resource, f"json: cannot unmarshal {json_type(metadata)} into {where}")
 
 
 def _unrecognised(resource: Resource, error: ConfigError, text: str) -> Refusal:

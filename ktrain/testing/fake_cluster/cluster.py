@@ -66,12 +66,14 @@ class FakeCluster:
         self._faults = Faults()
         self._seen: deque[Request] = deque(maxlen=_MAX_SEEN)
         self._server = Server(self._faults)
+        self._reads = Reads(self.store, pace.clock, bookmark_s=pace.bookmark_s)
+        self._log_reader = LogReader(self.store, logs or self.logs, pace.clock)
         self._api = Api(
             self.store,
             lambda: self._served,
             access or Access(),
-            Reads(self.store, pace.clock, bookmark_s=pace.bookmark_s),
-            LogReader(self.store, logs or self.logs, pace.clock),
+            self._reads,
+            self._log_reader,
             self._server.address,
         )
         for name in _NAMESPACES:
@@ -83,6 +85,9 @@ class FakeCluster:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._server.stop_listening()
+        self._reads.close()
+        self._log_reader.close()
         self._server.close()
 
     @property

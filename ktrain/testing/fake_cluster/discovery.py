@@ -18,7 +18,6 @@ _SUBRESOURCE_VERBS = {"status": ["get", "patch", "update"], "log": ["get"]}
 _SUBRESOURCE_KINDS = {
     "binding": ("", "v1", "Binding"),
     "eviction": ("policy", "v1", "Eviction"),
-    "token": ("authentication.k8s.io", "v1", "TokenRequest"),
 }
 
 

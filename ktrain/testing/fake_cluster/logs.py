@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from ktrain.base.clock import SYSTEM_CLOCK, Clock
 from ktrain.launcher.cluster.resources import POD
 from ktrain.launcher.cluster.store import Store
+from ktrain.testing.fake_cluster.requests import number
 from ktrain.testing.fake_cluster.status import FieldError, Refusal, bad_request, invalid_value
 
 Object = dict[str, Any]
@@ -21,7 +22,7 @@ _LOOK_AGAIN_S = 0.05
 
 @dataclass(frozen=True, slots=True)
 class LogLine:
-    """A line with its line feed, and when it was written (UTC seconds)."""
+    """A line with its line feed, if it has one yet, and when it was written (UTC seconds)."""
 
     text: bytes
     wall_s: float
@@ -30,10 +31,10 @@ class LogLine:
 class LogSource(Protocol):
     """Whoever has the containers' output: a pod runner, or a test."""
 
-    def lines(self, pod: Object, container: str, run: int, begin: int, *, ended: bool) -> Sequence[LogLine]:
+    def lines(self, pod: Object, container: str, run: int, begin: int) -> Sequence[LogLine]:
         """Returns the lines from number `begin` on that the container's run (0 for the first) has written.
 
-        A last line without its line feed is returned only with `ended`: nothing is asked for after it.
+        The last may lack its line feed: it is then asked for again until it has one, or the container has ended.
         """
 
 
@@ -46,14 +47,14 @@ class PodLogs:
         self._lines: dict[tuple[str, str, int], list[LogLine]] = {}  # guarded by _lock
 
     def write(self, pod: Object, container: str, text: str, *, run: int = 0) -> None:
-        """Adds whole lines to what a container's run has written."""
+        """Adds lines to what a container's run has written."""
         now_s = self._clock.wall()
         key = pod["metadata"]["uid"], container, run
         with self._lock:
             lines = self._lines.setdefault(key, [])
             lines.extend(LogLine(line, now_s) for line in text.encode().splitlines(keepends=True))
 
-    def lines(self, pod: Object, container: str, run: int, begin: int, *, ended: bool) -> Sequence[LogLine]:
+    def lines(self, pod: Object, container: str, run: int, begin: int) -> Sequence[LogLine]:
         with self._lock:
             return self._lines.get((pod["metadata"]["uid"], container, run), [])[begin:]
 
@@ -67,15 +68,12 @@ class FileLogs:
     def __init__(self, path_of: Callable[[Object, str, int], Path | None]) -> None:
         self._path_of = path_of
 
-    def lines(self, pod: Object, container: str, run: int, begin: int, *, ended: bool) -> Sequence[LogLine]:
+    def lines(self, pod: Object, container: str, run: int, begin: int) -> Sequence[LogLine]:
         path = self._path_of(pod, container, run)
         if path is None or not path.is_file():
             return []
         changed_s = path.stat().st_mtime
-        found = path.read_bytes().splitlines(keepends=True)
-        if found and not ended and not found[-1].endswith(b"\n"):
-            found.pop()
-        return [LogLine(text, changed_s) for text in found[begin:]]
+        return [LogLine(text, changed_s) for text in path.read_bytes().splitlines(keepends=True)[begin:]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +89,12 @@ class LogQuery:
 
     @classmethod
     def of(cls, query: dict[str, str], pod: str) -> LogQuery:
-        """Raises:
-        Refusal: 422, a number that may not be.
+        """Returns the options of a request.
+
+        Raises:
+            Refusal: 422, a number that may not be.
         """
-        numbers = {key: int(query[key]) if query.get(key) else None for key in ("tailLines", "limitBytes")}
+        numbers = {key: number(query, key) for key in ("tailLines", "limitBytes")}
         for key, value in numbers.items():
             least = 0 if key == "tailLines" else 1
             if value is not None and value < least:
@@ -116,6 +116,11 @@ class LogReader:
         self._store = store
         self._source = source
         self._clock = clock
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """Ends the logs that are being followed."""
+        self._closed.set()
 
     def read(self, pod: Object, query: LogQuery) -> Iterator[bytes] | None:
         """Returns the log in pieces, to its present end or, when followed, to the container's; None without a node.
@@ -135,17 +140,19 @@ class LogReader:
     def _pieces(self, pod: Object, container: str, run: int, query: LogQuery) -> Iterator[bytes]:
         begin = 0
         if query.tail_lines is not None:
-            begin = max(0, len(self._source.lines(pod, container, run, 0, ended=True)) - query.tail_lines)
+            begin = max(0, len(self._source.lines(pod, container, run, 0)) - query.tail_lines)
         while True:
             # Asked before reading: what was written until the end is then surely read.
             ended = not query.follow or self._has_ended(pod, container, run)
-            lines = self._source.lines(pod, container, run, begin, ended=ended)
+            lines = self._source.lines(pod, container, run, begin)
+            if lines and not ended and not lines[-1].text.endswith(b"\n"):
+                lines = lines[:-1]
             begin += len(lines)
             yield b"".join(_stamped(line) if query.timestamps else line.text for line in lines)
-            if ended:
+            if ended or self._closed.is_set():
                 return
             if not lines:
-                self._clock.wait(threading.Event(), _LOOK_AGAIN_S)
+                self._clock.wait(self._closed, _LOOK_AGAIN_S)
 
     def _has_ended(self, pod: Object, container: str, run: int) -> bool:
         metadata = pod["metadata"]

@@ -1,13 +1,14 @@
-"""Parts of objects that are more than a field: evictions, logs, reviews of access."""
+"""Parts of objects that are more than a field: bindings, evictions, logs, reviews of access."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from ktrain.errors import NotFoundError
 from ktrain.launcher.cluster import selectors
-from ktrain.launcher.cluster.resources import POD, POD_DISRUPTION_BUDGET
+from ktrain.launcher.cluster.resources import BINDING, POD, POD_DISRUPTION_BUDGET
 from ktrain.launcher.cluster.store import Store
 from ktrain.testing.fake_cluster import bodies
 from ktrain.testing.fake_cluster.access import Access, Ask
@@ -37,6 +38,23 @@ def evict(store: Store, target: Target, request: Request) -> Response:
         name = str(target.name)
         store.mutate(POD, target.namespace, name, lambda obj: _disrupt(obj, store.now()), status=True)
         store.delete(POD, target.namespace, name)
+    return Response(201, success(code=201))
+
+
+def bind(store: Store, target: Target, request: Request) -> Response:
+    """Binds a pod to a node, as a scheduler does.
+
+    Raises:
+        Refusal: 404 without the pod, 409 where it is bound already.
+    """
+    pod, (body, _) = _pod(store, target), bodies.decode(request, BINDING)
+    node = (body.get("target") or {}).get("name", "")
+    if pod["spec"].get("nodeName"):
+        what = f"pod {target.name} is already assigned to node {json.dumps(pod['spec']['nodeName'])}"
+        message = f'Operation cannot be fulfilled on pods/binding "{target.name}": {what}'
+        raise Refusal(409, message, "Conflict", {"name": target.name, "kind": "pods/binding"})
+    if not write_options(request, "CreateOptions").dry_run:
+        store.mutate(POD, target.namespace, str(target.name), lambda obj: obj["spec"].update(nodeName=node))
     return Response(201, success(code=201))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +16,14 @@ from ktrain.launcher.cluster.resources import EVENT, JOB, NAMESPACE, NODE, POD, 
 from ktrain.launcher.cluster.store import Event, ExpiredError, Store, Watch
 from ktrain.launcher.cluster.watch import ADDED, DELETED, MODIFIED
 from ktrain.testing.fake_cluster import bodies
-from ktrain.testing.fake_cluster.requests import Request, Response, Target
+from ktrain.testing.fake_cluster.requests import Request, Response, Target, number
 from ktrain.testing.fake_cluster.status import FORBIDDEN, FieldError, Refusal, bad_request, invalid_options, not_found
 
 Object = dict[str, Any]
 
 BOOKMARK, ERROR = "BOOKMARK", "ERROR"
 INITIAL_END = "k8s.io/initial-events-end"
-_DEFAULT_WATCH_S = 3600.0
+_DEFAULT_WATCH_S = 3600
 _LOOK_AGAIN_S = 0.5  # how long a quiet watch does not look whether its reader is still there
 _COMMON_FIELDS = ("metadata.name", "metadata.namespace")
 _FIELDS: Mapping[tuple[str, str], tuple[str, ...]] = {
@@ -85,6 +86,15 @@ class Reads:
         self._store = store
         self._clock = clock
         self._bookmark_s = bookmark_s
+        self._open: set[Watch] = set()  # guarded by _lock
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Ends all watches. No request may come after it."""
+        with self._lock:
+            watches = list(self._open)
+        for watch in watches:
+            watch.close()
 
     def get(self, target: Target) -> Response:
         assert target.name is not None
@@ -105,7 +115,7 @@ class Reads:
         except ConfigError as error:
             raise bad_request(str(error)) from error
         items = [obj for obj in found.items if page is None or _key(obj) > page.after]
-        limit = int(query.get("limit") or 0) or len(items)
+        limit = number(query, "limit") or len(items)
         metadata: Object = {"resourceVersion": found.version}
         if len(items) > limit:
             metadata["continue"] = _Page(found.version, _key(items[limit - 1])).token()
@@ -145,9 +155,19 @@ class Reads:
         except ExpiredError as error:
             return Response(200, stream=iter([_line(ERROR, Refusal(410, str(error), "Expired").body())]))
         stream = _Stream(resource, watch, matches, self._clock, is_gone)
+        timeout_s = number(query, "timeoutSeconds") or _DEFAULT_WATCH_S
         stream.sends_list_end = sends_list
         stream.bookmark_s = self._bookmark_s if query.get("allowWatchBookmarks") in ("true", "1") else None
-        return Response(200, stream=stream.lines(float(query.get("timeoutSeconds") or _DEFAULT_WATCH_S)))
+        return Response(200, stream=self._while_open(watch, stream.lines(timeout_s)))
+
+    def _while_open(self, watch: Watch, lines: Iterator[bytes]) -> Iterator[bytes]:
+        with self._lock:
+            self._open.add(watch)
+        try:
+            yield from lines
+        finally:
+            with self._lock:
+                self._open.discard(watch)
 
 
 class _Stream:

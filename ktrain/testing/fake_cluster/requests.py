@@ -110,8 +110,10 @@ class WriteOptions:
 
 
 def write_options(request: Request, kind: str) -> WriteOptions:
-    """Raises:
-    Refusal: 422, an option with a value that it may not have.
+    """Returns the options of a request that writes; `kind` is what the server calls them.
+
+    Raises:
+        Refusal: 422, an option with a value that it may not have.
     """
     dry_run = request.query.get("dryRun", "")
     if dry_run not in ("", "All"):
@@ -121,6 +123,21 @@ def write_options(request: Request, kind: str) -> WriteOptions:
         supported = 'supported values: "Ignore", "Warn", "Strict"'
         raise invalid_options(kind, FieldError(UNSUPPORTED, "fieldValidation", f'"{validation}"', supported))
     return WriteOptions(dry_run == "All", validation, request.query.get("force") in ("true", "1"))
+
+
+def number(query: Mapping[str, str], key: str) -> int | None:
+    """Returns an option that is a number; None where it is not given.
+
+    Raises:
+        Refusal: 400, it is no number.
+    """
+    text = query.get(key)
+    if not text:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise bad_request(f'strconv.ParseInt: parsing "{text}": invalid syntax') from None
 
 
 def parse_json(text: str) -> tuple[Any, list[str]]:
@@ -152,8 +169,9 @@ def parse_options(request: Request) -> Object:
         if isinstance(body, dict):
             return body
     options: Object = {}
-    if "gracePeriodSeconds" in request.query:
-        options["gracePeriodSeconds"] = int(request.query["gracePeriodSeconds"])
+    grace_s = number(request.query, "gracePeriodSeconds")
+    if grace_s is not None:
+        options["gracePeriodSeconds"] = grace_s
     if "propagationPolicy" in request.query:
         options["propagationPolicy"] = request.query["propagationPolicy"]
     return options

@@ -127,10 +127,11 @@ def _core_definitions(minor: int) -> Mapping[str, Node]:
     if package is None or package.origin is None:
         raise ConfigError("fake cluster: it needs the schemas of kubernetes-validate; pip install 'ktrain[test]'")
     folder = Path(package.origin).parent / "kubernetes-json-schema"
-    path = folder / f"v1.{minor}.0-local" / "_definitions.json"
-    if not path.is_file():
-        found = sorted(entry.name for entry in folder.glob("v1.*-local"))
-        raise ConfigError(f"fake cluster: kubernetes-validate has no schemas of 1.{minor}; it has {', '.join(found)}")
+    known = sorted(int(entry.name.split(".")[1]) for entry in folder.glob("v1.*-local"))
+    if minor not in [*known, known[-1] + 1]:
+        raise ConfigError(f"fake cluster: no schemas of 1.{minor}; expected 1.{known[0]} to 1.{known[-1] + 1}")
+    # The next version, which is not out yet, is the newest one under another number.
+    path = folder / f"v1.{min(minor, known[-1])}.0-local" / "_definitions.json"
     definitions: Mapping[str, Node] = json.loads(path.read_text("utf-8"))["$defs"]
     return definitions
 

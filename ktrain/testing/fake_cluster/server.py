@@ -22,7 +22,7 @@ _MAX_BODY = 32 * 1024 * 1024
 
 
 class Server:
-    """Serves an answering function on an ephemeral port. `close` ends its connections and joins its threads."""
+    """Serves an answering function on an ephemeral port. `stop_listening`, then `close`."""
 
     def __init__(self, faults: Faults) -> None:
         self._faults = faults
@@ -40,10 +40,13 @@ class Server:
         self._answer = answer
         self._thread.start()
 
-    def close(self) -> None:
-        """Ends the server. Call once, after `start`."""
+    def stop_listening(self) -> None:
+        """Takes no new connections; what is being answered goes on."""
         self._http.closing = True
         self._http.shutdown()
+
+    def close(self) -> None:
+        """Ends the connections and joins the threads. Call once, after `stop_listening`."""
         self._http.end_connections()
         self._http.server_close()
         self._thread.join()

@@ -79,7 +79,7 @@ def _decode_errors(schema: Schema, value: Any, struct: str, path: str) -> Iterat
         return
     if schema.type and not _fits(schema.type, value):
         where = f"{struct}.{path}" if path else struct
-        yield f"json: cannot unmarshal {_json_type(value)} into Go struct field {where} of type {_go_type(schema)}"
+        yield f"json: cannot unmarshal {json_type(value)} into Go struct field {where} of type {_go_type(schema)}"
     elif isinstance(value, dict):
         own = schema.go_type or struct
         for key, entry in value.items():
@@ -108,7 +108,8 @@ def _fits(kind: str, value: Any) -> bool:
     return isinstance(value, expected[kind])
 
 
-def _json_type(value: Any) -> str:
+def json_type(value: Any) -> str:
+    """What Go calls the type of a JSON value."""
     kinds = {str: "string", bool: "bool", dict: "object", list: "array"}
     return kinds.get(type(value), "number")
 
@@ -140,7 +141,7 @@ def _violations(schema: Schema, value: Any, path: str) -> Iterator[FieldError]:
     if value is None:
         return
     if schema.type and not _fits(schema.type, value):
-        kind = _json_type(value)
+        kind = json_type(value)
         yield FieldError(INVALID, path, json.dumps(kind), f'{path} in body must be of type {schema.type}: "{kind}"')
         return
     yield from _bounds(schema, value, path)

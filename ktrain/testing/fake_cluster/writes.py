@@ -21,6 +21,7 @@ from ktrain.testing.fake_cluster import apply, bodies, patches
 from ktrain.testing.fake_cluster.offer import Served
 from ktrain.testing.fake_cluster.requests import (
     APPLY,
+    IGNORE,
     STRICT,
     Request,
     Response,
@@ -86,6 +87,7 @@ class Writes:
         warnings = bodies.tidy(target.resource, schema, obj, twice, options.validation)
         live = self._live(target)
         _check_uid(target, live, obj)
+        obj = _writable(target, obj, live)
         new = apply.updated(schema, live, obj, self._owner(target, request, apply.UPDATE))
         return Response(200, self._update(target, live, new, options), warnings=warnings)
 
@@ -108,30 +110,19 @@ class Writes:
         live = self._live(target)
         patched = _patched(request, schema, live)
         names_version = _names_version(live, patched)
-        warnings = self._check_patched(target.resource, schema, patched, options)
+        warnings = _check_patched(target.resource, schema, patched, options)
         bodies.check_place(target, patched)
+        patched = _writable(target, patched, live)
         new = apply.updated(schema, live, patched, self._owner(target, request, apply.UPDATE))
         stored = self._update_unless_stale(target, live, new, options, names_version=names_version)
         return Response(200, stored, warnings=warnings)
-
-    def _check_patched(
-        self, resource: Resource, schema: Schema | None, patched: Object, options: WriteOptions
-    ) -> tuple[str, ...]:
-        before = copy.deepcopy(patched)
-        if schema is not None and not resource.is_custom:
-            wrong = decode_error(schema, patched)
-            if wrong is not None:
-                raise invalid_patch(before, wrong)
-        found = bodies.strict_errors(schema, patched, [])
-        if found and options.validation == STRICT:
-            raise invalid_patch(before, f"strict decoding error: {', '.join(found)}")
-        return () if options.validation == "Ignore" else tuple(found)
 
     def _apply(self, target: Target, request: Request, options: WriteOptions) -> Response:
         if not request.query.get("fieldManager"):
             error = FieldError(REQUIRED, "fieldManager", "", "is required for apply patch")
             raise invalid_options("PatchOptions", error)
         wanted = _parsed(request)
+        bodies.check_metadata(target.resource, wanted)
         name, namespace = wanted.get("metadata", {}).get("name", ""), wanted.get("metadata", {}).get("namespace", "")
         bodies.check_place(target, wanted)
         schema = self._served().schema(target.resource)
@@ -141,6 +132,7 @@ class Writes:
             kind = f"{target.resource.api_version}, Kind={target.resource.kind}"
             what = f"failed to create typed patch object ({namespace}/{name}; {kind})"
             raise Refusal(500, f"{what}: .{path}: field not declared in schema")
+        wanted = _applied(target, wanted)
         owner = self._owner(target, request, apply.APPLY)
         try:
             live = self._live(target)
@@ -229,8 +221,6 @@ class Writes:
             obj = apply.updated(self._served().schema(resource), {"metadata": {}}, obj, owner)
         try:
             return self._store.plan_create(resource, obj) if options.dry_run else self._store.create(resource, obj)
-        except Refusal:
-            raise
         except AlreadyExistsError as error:
             details = named(resource, obj["metadata"].get("name"))
             raise Refusal(409, str(error), "AlreadyExists", details) from error
@@ -290,6 +280,47 @@ class Writes:
             raise Refusal(409, str(error), "Conflict", details) from error
 
 
+def _check_patched(
+    resource: Resource, schema: Schema | None, patched: Object, options: WriteOptions
+) -> tuple[str, ...]:
+    """Removes from what a patch made what the schema does not know, in place; returns the warnings.
+
+    Raises:
+        Refusal: 422, a field of another type (core kinds), or under Strict one that is unknown.
+    """
+    before = copy.deepcopy(patched)
+    if schema is not None and not resource.is_custom:
+        wrong = decode_error(schema, patched)
+        if wrong is not None:
+            raise invalid_patch(before, wrong)
+    found = bodies.strict_errors(schema, patched, [])
+    if found and options.validation == STRICT:
+        raise invalid_patch(before, f"strict decoding error: {', '.join(found)}")
+    return () if options.validation == IGNORE else tuple(found)
+
+
+def _writable(target: Target, obj: Object, live: Object) -> Object:
+    """The object with what the request may write; the rest is as it was: a status is written apart."""
+    if target.subresource == "status":
+        return {**live, "metadata": {**live["metadata"], **_version_of(obj)}, "status": obj.get("status", {})}
+    if "status" not in target.resource.subresources:
+        return obj
+    kept = {"status": live["status"]} if "status" in live else {}
+    return {**{key: value for key, value in obj.items() if key != "status"}, **kept}
+
+
+def _applied(target: Target, wanted: Object) -> Object:
+    """What of an applied object the request may write."""
+    if target.subresource == "status":
+        return {key: value for key, value in wanted.items() if key in ("apiVersion", "kind", "metadata", "status")}
+    written_apart = ("status",) if "status" in target.resource.subresources else ()
+    return {key: value for key, value in wanted.items() if key not in written_apart}
+
+
+def _version_of(obj: Object) -> Object:
+    return {key: obj["metadata"][key] for key in ("resourceVersion", "uid") if obj["metadata"].get(key)}
+
+
 class _StaleError(Refusal):
     """Somebody wrote between the reading and the writing of a request that does not care."""
 
@@ -298,23 +329,32 @@ class _StaleError(Refusal):
 
 
 def _parsed(request: Request) -> Any:
+    """The patch of a request: a list of operations for a JSON patch, an object for the others."""
     try:
-        return parse_json(request.body.decode("utf-8", "replace"))[0]
+        patch = parse_json(request.body.decode("utf-8", "replace"))[0]
     except ConfigError as error:
         raise bad_request(f"error decoding patch: {error}") from error
+    is_list = isinstance(patch, list) and all(isinstance(operation, dict) for operation in patch)
+    if not (is_list if request.content_type == JSON_PATCH else isinstance(patch, dict)):
+        raise bad_request("error decoding patch: json: cannot unmarshal into the patch's type")
+    return patch
 
 
 def _patched(request: Request, schema: Schema | None, live: Object) -> Object:
     patch = _parsed(request)
-    if request.content_type == JSON_PATCH:
-        try:
-            return dict(patches.json_patch(live, patch))
-        except ConfigError as error:
-            message = "the server rejected our request due to an error in our request"
-            raise Refusal(422, message, "Invalid", {}) from error
-    if request.content_type == STRATEGIC_PATCH:
-        return dict(patches.strategic_merge(schema, live, patch))
-    return dict(patches.merge(live, patch))
+    try:
+        if request.content_type == JSON_PATCH:
+            patched = patches.json_patch(live, patch)
+        elif request.content_type == STRATEGIC_PATCH:
+            patched = patches.strategic_merge(schema, live, patch)
+        else:
+            patched = patches.merge(live, patch)
+    except ConfigError as error:
+        message = "the server rejected our request due to an error in our request"
+        raise Refusal(422, message, "Invalid", {}) from error
+    if not isinstance(patched, dict) or not isinstance(patched.get("metadata"), dict):
+        raise bad_request("error decoding patch: json: cannot unmarshal into an object with metadata")
+    return patched
 
 
 def _names_version(live: Object, patched: Object) -> bool:

@@ -6,11 +6,13 @@ answer that shows one binds it; requests that follow are sent with the bound val
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import re
+import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,6 @@ _SENT = {"<time>": "2026-01-02T03:04:05Z", "<continue>": "garbage"}
 _REBOUND = ("rv", "time", "microtime", "continue", "address")  # not held to one value within a transcript
 _OTHERS = ("kube-root-ca.crt", "openshift-service-ca.crt")  # made in every namespace by controllers that are not here
 WAIT_S = 20.0
-_WATCH_S = 1.0  # a recorded watch of several seconds is over sooner here
 
 
 @dataclass(slots=True)
@@ -163,14 +164,18 @@ class Follower:
             self._ended = True
             self._changed.notify_all()
 
-    def end(self, count: int) -> list[dict[str, Any]]:
-        """Waits for so many events, or for the server's end, closes, and returns what came."""
+    def wait(self, enough: Callable[[list[dict[str, Any]]], bool]) -> None:
+        """Waits for what holds of the events, or for the server's end."""
         deadline = Deadline.after(WAIT_S)
         with self._changed:
-            self._changed.wait_for(lambda: self._ended or len(self._events) >= count, deadline.remaining_s())
+            self._changed.wait_for(lambda: self._ended or enough(self._events), deadline.remaining_s())
+
+    def end(self) -> list[dict[str, Any]]:
+        """Closes, and returns what came."""
         sock = self._connection.sock
         if sock is not None:
-            sock.shutdown(2)
+            with contextlib.suppress(OSError):  # the server was faster
+                sock.shutdown(socket.SHUT_RDWR)
         self._thread.join(WAIT_S)
         self._connection.close()
         return self._events
@@ -188,10 +193,7 @@ def request_of(step: Mapping[str, Any], bindings: Bindings, unknown_version: str
 
 
 def watch_of(step: Mapping[str, Any], bindings: Bindings) -> dict[str, Any]:
-    query = dict(bindings.fill(step["watch"]["query"]))
-    if "timeoutSeconds" in query:
-        query["timeoutSeconds"] = _WATCH_S
-    return {"path": bindings.fill(step["watch"]["path"]), "query": query}
+    return {"path": bindings.fill(step["watch"]["path"]), "query": bindings.fill(step["watch"]["query"])}
 
 
 def compare_answer(step: Mapping[str, Any], answer: Answer, bindings: Bindings) -> list[str]:
@@ -209,9 +211,9 @@ def compare_answer(step: Mapping[str, Any], answer: Answer, bindings: Bindings) 
 
 def compare_events(recorded: list[Any], found: list[Any], bindings: Bindings, num: int | None = None) -> list[str]:
     """Where the events of a watch differ, the first `num` of them; bookmarks come at their own times."""
-    bookmarks = [sum(event["type"] == "BOOKMARK" for event in events) for events in (recorded, found)]
-    if bool(bookmarks[0]) != bool(bookmarks[1]):
-        return [f"bookmarks: recorded {bookmarks[0]}, found {bookmarks[1]}"]
+    bookmarks = [_has_bookmark(events) for events in (recorded, found)]
+    if bookmarks[0] != bookmarks[1]:
+        return [f"a bookmark: recorded {bookmarks[0]}, found {bookmarks[1]}"]
     left, right = ([event for event in events if _counts(event)][:num] for events in (recorded, found))
     if [event["type"] for event in left] != [event["type"] for event in right]:
         return [f"events: recorded {_short(left)}, found {_short(right)}"]
@@ -220,6 +222,15 @@ def compare_events(recorded: list[Any], found: list[Any], bindings: Bindings, nu
 
 def counted(events: list[Any]) -> int:
     return sum(_counts(event) for event in events)
+
+
+def bookmarked(recorded: list[Any], found: list[Any]) -> bool:
+    """Whether a bookmark came, if one was recorded."""
+    return not _has_bookmark(recorded) or _has_bookmark(found)
+
+
+def _has_bookmark(events: list[Any]) -> bool:
+    return any(event["type"] == "BOOKMARK" and not _counts(event) for event in events)
 
 
 def _counts(event: Mapping[str, Any]) -> bool:

@@ -35,6 +35,7 @@ class Answer:
     status: int
     headers: Mapping[str, str]
     body: Any
+    warnings: list[str]
 
 
 class Client:
@@ -49,7 +50,9 @@ class Client:
         try:
             text = response.read()
             is_json = (response.getheader("Content-Type") or "").startswith("application/json")
-            return Answer(response.status, dict(response.getheaders()), json.loads(text) if is_json else text.decode())
+            body = json.loads(text) if is_json else text.decode()
+            warnings = response.headers.get_all("Warning") or []
+            return Answer(response.status, dict(response.getheaders()), body, warnings)
         finally:
             connection.close()
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from ktrain.errors import ConfigError
+from ktrain.launcher.cluster.resources import POD
 from ktrain.testing.fake_cluster import FakeCluster, Offer
 from tests.unit.testing.fake_cluster.clusters import BARE, CRDS, JOB_SETS, JOBS, PODS, Client, jobset, needs_crds, pod
 
@@ -42,6 +43,15 @@ def test_version_tells_what_is_emulated_from_1_33_on() -> None:
 def test_version_that_is_not_known_is_refused(version: str) -> None:
     with pytest.raises(ConfigError, match="version|schemas"):
         FakeCluster(replace(BARE, version=version))
+
+
+def test_every_version_from_1_31_to_the_one_after_the_newest_takes_a_job() -> None:
+    job = {"metadata": {"generateName": "j-"}, "spec": {"template": {"spec": pod()["spec"]}}}
+    with FakeCluster(BARE) as cluster:
+        for minor in range(31, 39):
+            cluster.offer = replace(BARE, version=f"1.{minor}")
+            assert Client(cluster).get("/version")["minor"] == str(minor)
+            assert Client(cluster).post(JOBS, job, fieldValidation="Strict")["spec"]["backoffLimit"] == 6
 
 
 def test_alpha_version_is_served_where_it_is_switched_on_and_known() -> None:
@@ -96,9 +106,7 @@ def test_field_of_a_later_version_is_unknown() -> None:
         assert answer.body["message"].endswith('unknown field "spec.containers[0].restartPolicyRules"')
 
 
-def test_gate_drops_the_field_of_a_job_that_a_controller_writes() -> None:
-    from ktrain.launcher.cluster.resources import POD
-
+def test_gate_drops_the_field_of_a_pod_that_a_controller_writes() -> None:
     with FakeCluster(BARE) as cluster:
         body = pod(schedulingGroup={"podGroupName": "g"})
         stored = cluster.store.create(POD, {**body, "metadata": {"name": "p", "namespace": "default"}})

@@ -153,6 +153,20 @@ def test_patch_of_the_status_leaves_the_rest() -> None:
         assert found["status"]["phase"] == "Running"
 
 
+def test_owners_of_the_status_own_nothing_else() -> None:
+    with FakeCluster(BARE) as cluster:
+        client = Client(cluster)
+        client.apply(f"{PODS}/p", {**pod(), "status": {"phase": "Failed"}}, "one")
+        body = {"spec": {"activeDeadlineSeconds": 9}, "status": {"phase": "Running"}}
+        client.send("PATCH", f"{PODS}/p/status", body, MERGE, fieldManager="two")
+        found = client.apply(f"{PODS}/p/status", {**pod(), "status": {"message": "m"}}, "three").body
+        assert found["status"]["phase"] == "Running" and found["status"]["message"] == "m"
+        assert "activeDeadlineSeconds" not in found["spec"]
+        mine = owners(found)
+        assert "f:status" not in mine["one"] and mine["two"] == {"f:status": {"f:phase": {}}}
+        assert mine["three"] == {"f:status": {"f:message": {}}}
+
+
 def test_namespace_that_is_being_deleted_takes_nothing_new() -> None:
     with FakeCluster(BARE) as cluster:
         client = Client(cluster)
