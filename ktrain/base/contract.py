@@ -17,6 +17,8 @@ ENV_FAULTS = "KTRAIN_FAULTS"  # fault points to fire in this process (tests)
 ENV_DRAIN_RATE = "KTRAIN_DRAIN_BYTES_PER_S"  # what one node's drains may send to the bucket; unset means no limit
 ENV_SPREAD = "KTRAIN_RESTORE_SPREAD"  # whether a restore reads the bucket once a job: auto, always, never
 ENV_DISK = "KTRAIN_DISK"  # node directory of the disk tier; unset means no disk tier
+ENV_ROOT = "KTRAIN_ROOT"  # in a pod that runs as processes: the folder that stands for `/` (ADR 0036)
+ENV_HOSTS = "KTRAIN_HOSTS"  # in a pod that runs as processes: names of pods and their addresses, as in /etc/hosts
 
 # Environment of the containers of a pod, beside those above (ADR 0030).
 ENV_HEAD = "KTRAIN_HEAD"  # address of the head, "tcp:HOST:PORT"

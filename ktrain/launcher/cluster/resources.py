@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -129,6 +128,9 @@ CLUSTER_QUEUE = Resource(
 RESOURCE_FLAVOR = Resource(
     "kueue.x-k8s.io", "v1beta2", "resourceflavors", "ResourceFlavor", False, (), ("flavor",), counts_generation=True
 )
+WORKLOAD_PRIORITY_CLASS = Resource(
+    "kueue.x-k8s.io", "v1beta2", "workloadpriorityclasses", "WorkloadPriorityClass", False
+)
 TOPOLOGY = Resource("kueue.x-k8s.io", "v1beta2", "topologies", "Topology", False, counts_generation=True)
 VOLCANO_POD_GROUP = Resource(
     "scheduling.volcano.sh",
@@ -157,6 +159,8 @@ COMPUTE_DOMAIN = Resource(
     "resource.nvidia.com", "v1beta1", "computedomains", "ComputeDomain", True, _STATUS, (), counts_generation=True
 )
 
+_LEAVES = frozenset({str, int, bool, type(None), float})
+
 
 def seen(resource: Resource, obj: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a stored object for its reader, in the version that the reader asked for."""
@@ -165,7 +169,16 @@ def seen(resource: Resource, obj: Mapping[str, Any]) -> dict[str, Any]:
 
 def untyped(obj: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of an object as it is stored: without its kind and version, which each reader chooses."""
-    return {key: copy.deepcopy(value) for key, value in obj.items() if key not in ("apiVersion", "kind")}
+    return {key: copied(value) for key, value in obj.items() if key not in ("apiVersion", "kind")}
+
+
+def copied(value: Any) -> Any:
+    """A copy of what JSON can say; several times as fast as a copy of anything."""
+    if isinstance(value, dict):
+        return {key: item if type(item) in _LEAVES else copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [item if type(item) in _LEAVES else copied(item) for item in value]
+    return value
 
 
 def known() -> Iterator[Resource]:

@@ -6,7 +6,7 @@ Not safe for threads: its owner locks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ktrain.errors import NotFoundError
@@ -31,6 +31,7 @@ class Shelf:
         self._uids: set[str] = set()
         self._history = History(history)
         self._watches: list[Watch] = []
+        self.listeners: list[Callable[[], None]] = []  # called after each change
 
     def find(self, resource: Resource, name: Name) -> Object:
         """Returns what lies on the shelf, not a copy.
@@ -128,6 +129,8 @@ class Shelf:
         self._history.append(change)
         for watch in self._watches:
             watch.offer(change)
+        for call in self.listeners:
+            call()
 
 
 def _in_order(objects: dict[Name, Object], namespace: str | None) -> list[Object]:

@@ -5,7 +5,6 @@ Versions are one counter for all kinds, so that their order is the order of what
 
 from __future__ import annotations
 
-import copy
 import secrets
 import threading
 import uuid
@@ -18,7 +17,7 @@ from ktrain.base.clock import SYSTEM_CLOCK, Clock
 from ktrain.errors import ConfigError, ConflictError
 from ktrain.launcher.cluster import selectors
 from ktrain.launcher.cluster.garbage import FINALIZERS, Garbage
-from ktrain.launcher.cluster.resources import NAMESPACE, POD, Resource, seen, untyped
+from ktrain.launcher.cluster.resources import NAMESPACE, POD, Resource, copied, seen, untyped
 from ktrain.launcher.cluster.shelf import Name, Object, Shelf, name_of
 from ktrain.launcher.cluster.watch import Event, ExpiredError, Watch
 
@@ -128,6 +127,11 @@ class Store:
             self._shelf.attach(watch, since)
             return watch
 
+    def on_change(self, call: Callable[[], None]) -> None:
+        """Has something called after each change, in the thread that makes it and with the store locked."""
+        with self._lock:
+            self._shelf.listeners.append(call)
+
     def compact(self) -> None:
         """Forgets all history: a watch from an older version than the newest is refused."""
         with self._lock:
@@ -198,6 +202,24 @@ class Store:
                     raise
         raise AssertionError("unreachable")
 
+    def bind(self, namespace: str, name: str, node: str) -> Object:
+        """Puts a pod on a node and says so in its status, in one change.
+
+        Raises:
+            NotFoundError: it is not there.
+            ConflictError: it is bound already, or is being deleted.
+        """
+        with self._lock:
+            old = self._shelf.find(POD, (namespace, name))
+            if old["spec"].get("nodeName") or old["metadata"].get("deletionTimestamp"):
+                raise ConflictError(f'pod "{name}" is already assigned to a node or is being deleted')
+            status = old.get("status") or {}
+            kept = [item for item in status.get("conditions") or () if item["type"] != "PodScheduled"]
+            said = {"type": "PodScheduled", "status": "True", "lastProbeTime": None, "lastTransitionTime": self.now()}
+            spec, status = {**old["spec"], "nodeName": node}, {**status, "conditions": [*kept, said]}
+            self._replace(POD, (namespace, name), {**old, "spec": spec, "status": status})
+            return seen(POD, self._shelf.find(POD, (namespace, name)))
+
     def delete(
         self,
         resource: Resource,
@@ -244,7 +266,7 @@ class Store:
 
     def _admitted(self, resource: Resource, old: Object | None, new: Object) -> None:
         if self._admit is not None:
-            self._admit(resource, copy.deepcopy(old), new)
+            self._admit(resource, copied(old), new)
 
     def _planned_create(self, resource: Resource, obj: Mapping[str, Any]) -> tuple[Name, Object]:
         new = untyped(obj)
@@ -266,7 +288,7 @@ class Store:
         old = self._shelf.find(resource, name)
         _check_unchanged(resource, old, new)
         if status:
-            new = {**copy.deepcopy(old), "status": new.get("status", {}), "metadata": _status_metadata(old, new)}
+            new = {**copied(old), "status": new.get("status", {}), "metadata": _status_metadata(old, new)}
         else:
             _keep(old, new, resource)
         self._admitted(resource, old, new)
