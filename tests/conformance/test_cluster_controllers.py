@@ -277,8 +277,13 @@ def test_evicted_pod_that_exits_zero_completes_its_job_as_recorded(stage: Stage,
     (pod,) = stage.cluster.store.list(POD, stage.namespace).items
     main = stage.cluster.run_of(stage.namespace, pod["metadata"]["name"]).container("main")
     assert main is not None
-    # Its shell has set its trap when it has a child.
-    stage.wait(resource, name, lambda _: bool(main.pid() and psutil.Process(main.pid()).children()))
+
+    def has_trap(job: Object) -> bool:
+        """Its shell has set its trap when it has a child."""
+        del job
+        return bool(main.pid() and psutil.Process(main.pid()).children())
+
+    stage.wait(resource, name, has_trap)
     evict(stage.cluster.store, pod)
     stage.wait(resource, name, ended)
     assert facts(stage.heard(POD, f"{name}-0-*"))[-5:] == facts(stage.recorded(POD, f"{name}-0-*"))[-5:]
