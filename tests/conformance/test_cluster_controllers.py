@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from ktrain.base import settings
@@ -31,7 +32,7 @@ from ktrain.launcher.cluster.resources import (
     POD_GROUP,
     VOLCANO_POD_GROUP,
     Resource,
-    of_object,
+    known,
 )
 from ktrain.launcher.cluster.watch import Watch
 
@@ -77,8 +78,7 @@ class Stage:
             and not step["request"]["path"].endswith("eviction")
             and step["response"]["status"] == 201
         ]
-        resource = of_object(body)
-        assert resource is not None
+        resource = next(kind for kind in known() if (kind.api_version, kind.kind) == (body["apiVersion"], body["kind"]))
         self.cluster.store.create(resource, {**body, "metadata": {**body["metadata"], "namespace": self.namespace}})
         return resource
 
@@ -275,8 +275,15 @@ def test_evicted_pod_that_exits_zero_completes_its_job_as_recorded(stage: Stage,
     resource = stage.post(name)
     stage.wait(resource, name, lambda job: job.get("status", {}).get("ready") == 1)
     (pod,) = stage.cluster.store.list(POD, stage.namespace).items
-    log = stage.cluster.run_of(stage.namespace, pod["metadata"]["name"]).container("main")
-    assert log is not None
+    main = stage.cluster.run_of(stage.namespace, pod["metadata"]["name"]).container("main")
+    assert main is not None
+
+    def has_trap(job: Object) -> bool:
+        """Its shell has set its trap when it has a child."""
+        del job
+        return bool(main.pid() and psutil.Process(main.pid()).children())
+
+    stage.wait(resource, name, has_trap)
     evict(stage.cluster.store, pod)
     stage.wait(resource, name, ended)
     assert facts(stage.heard(POD, f"{name}-0-*"))[-5:] == facts(stage.recorded(POD, f"{name}-0-*"))[-5:]
