@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ktrain.launcher.cluster.defaults import complete
-from ktrain.launcher.cluster.resources import JOB_SET, Resource
+from ktrain.launcher.cluster.resources import JOB, JOB_SET, LEASE, POD, RESOURCE_CLAIM_TEMPLATE, Resource
 from ktrain.testing.fake_cluster import gates, rules, webhooks
 from ktrain.testing.fake_cluster.offer import Served
 from ktrain.testing.fake_cluster.status import invalid
@@ -14,6 +14,7 @@ from ktrain.testing.fake_cluster.structural import fill, prune, violations
 
 Object = dict[str, Any]
 
+_WITH_SPEC = {each.storage for each in (POD, JOB, LEASE, RESOURCE_CLAIM_TEMPLATE)}
 RESTART_JOB = "RestartJob"  # the gate of JobSet's controller, off by default
 
 
@@ -33,6 +34,8 @@ class Admission:
             Refusal: it is not valid, or a webhook denies it.
         """
         served = self._served()
+        if resource.storage in _WITH_SPEC:
+            new.setdefault("spec", {})  # in Go's types it is always there
         schema = served.schema(resource)
         if resource.is_custom and schema is not None:
             fill(schema, new)

@@ -10,7 +10,7 @@ from ktrain.launcher.cluster.resources import Resource
 from ktrain.testing.fake_cluster.requests import IGNORE, STRICT, Request, Target, parse_json
 from ktrain.testing.fake_cluster.schemas import Schema
 from ktrain.testing.fake_cluster.status import Refusal, bad_request, cannot_decode, unsupported_media_type
-from ktrain.testing.fake_cluster.structural import decode_error, json_type, prune
+from ktrain.testing.fake_cluster.structural import decode_error, drop_nulls, json_type, prune
 
 Object = dict[str, Any]
 
@@ -104,6 +104,7 @@ def tidy(resource: Resource, schema: Schema | None, obj: Object, twice: list[str
         wrong = decode_error(schema, obj)
         if wrong is not None:
             raise cannot_decode(resource, wrong)
+        drop_nulls(schema, obj)
     found = strict_errors(schema, obj, twice)
     if found and validation == STRICT:
         raise cannot_decode(resource, f"strict decoding error: {', '.join(found)}")

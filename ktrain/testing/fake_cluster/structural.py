@@ -11,6 +11,7 @@ from typing import Any
 from ktrain.testing.fake_cluster.schemas import Schema
 from ktrain.testing.fake_cluster.status import INVALID, REQUIRED, UNSUPPORTED, FieldError, invalid_value
 
+_EMPTY: dict[str, type] = {"string": str, "boolean": bool, "integer": int, "number": float, "array": list}
 _GO_TYPES = {"string": "string", "boolean": "bool", "integer": "int64", "number": "float64"}
 _QUANTITY = re.compile(r"^([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)$")
 _MICRO_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}(Z|[+-]\d\d:\d\d)")
@@ -121,6 +122,24 @@ def _go_type(schema: Schema) -> str:
     if schema.type == "object":
         return f"v1.{schema.go_type}" if schema.go_type else "map[string]string"
     return str(schema.node.get("format") or _GO_TYPES.get(schema.type, schema.type))
+
+
+def drop_nulls(schema: Schema, value: Any) -> None:
+    """Removes nulls, in place: Go reads a field that is null as one that is left out, an item as an empty one."""
+    if isinstance(value, dict):
+        for key in [key for key, entry in value.items() if entry is None]:
+            del value[key]
+        for key, entry in value.items():
+            child = schema.child(key)
+            if child is not None:
+                drop_nulls(child, entry)
+    elif isinstance(value, list):
+        item = schema.item()
+        if item is None:
+            return
+        value[:] = [_EMPTY.get(item.type, dict)() if entry is None else entry for entry in value]
+        for entry in value:
+            drop_nulls(item, entry)
 
 
 # ---------------------------------------------------------------------------- validation of custom resources

@@ -38,6 +38,7 @@ from ktrain.testing.fake_cluster.status import (
     FieldError,
     Refusal,
     bad_request,
+    cannot_decode,
     invalid_options,
     invalid_patch,
     named,
@@ -45,7 +46,7 @@ from ktrain.testing.fake_cluster.status import (
     success,
     unsupported_media_type,
 )
-from ktrain.testing.fake_cluster.structural import decode_error
+from ktrain.testing.fake_cluster.structural import decode_error, drop_nulls
 
 Object = dict[str, Any]
 
@@ -126,6 +127,11 @@ class Writes:
         name, namespace = wanted.get("metadata", {}).get("name", ""), wanted.get("metadata", {}).get("namespace", "")
         bodies.check_place(target, wanted)
         schema = self._served().schema(target.resource)
+        if schema is not None and not target.resource.is_custom:
+            wrong = decode_error(schema, wanted)
+            if wrong is not None:
+                raise cannot_decode(target.resource, wrong)
+            drop_nulls(schema, wanted)
         unknown = bodies.strict_errors(schema, copy.deepcopy(wanted), [])
         if unknown:
             path = unknown[0].partition('"')[2].rstrip('"')
@@ -293,6 +299,7 @@ def _check_patched(
         wrong = decode_error(schema, patched)
         if wrong is not None:
             raise invalid_patch(before, wrong)
+        drop_nulls(schema, patched)
     found = bodies.strict_errors(schema, patched, [])
     if found and options.validation == STRICT:
         raise invalid_patch(before, f"strict decoding error: {', '.join(found)}")

@@ -33,7 +33,7 @@ ANYTHING = st.recursive(
     lambda below: st.lists(below, max_size=2) | st.dictionaries(KEYS, below, max_size=3),
     max_leaves=12,
 )
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,25 @@ def client() -> Iterator[Client]:
         client.post(MAPS, config_map("target"))
         client.post(PODS, pod("target"))
         yield client
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (PODS, {"spec": None}),
+        (PODS, {"spec": {"containers": None}}),
+        (PODS, {"spec": {"containers": [None]}}),
+        (JOBS, {"spec": {"template": None}}),
+        (MAPS, {"metadata": {"labels": None}, "data": {"k": None}}),
+    ],
+)
+def test_null_is_read_as_left_out(client: Client, path: str, body: dict[str, Any]) -> None:
+    body = {**body, "metadata": {"name": "n", **body.get("metadata", {})}}
+    assert client.send("POST", path, body, dryRun="All").status in (201, 422)
+    assert client.send("PATCH", f"{MAPS if path == JOBS else path}/target", body | {"metadata": {}}, MERGE).status in (
+        200,
+        422,
+    )
 
 
 @QUICK
