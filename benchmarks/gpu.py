@@ -20,7 +20,7 @@ from ktrain.snapshot.arena import NodeVolume
 from ktrain.snapshot.pinned import PinnedSlots
 
 # A device copies some five times as fast as a processor: more bytes, so that fixed costs weigh as they do in training.
-SIZES = replace(FULL, name="gpu", nbytes=2 << 30, num_tensors=1_000, loop_nbytes=2 << 30)
+SIZES = replace(FULL, name="gpu", nbytes=2 << 30, num_tensors=1_000, loop_nbytes=512 << 20, num_saves=5)
 _CADENCES = (1, 10, 100)
 
 

@@ -94,6 +94,10 @@ class SideStream:
         """What runs here begins when the thread's current stream has done all that it was given so far."""
         self._begin = torch.accelerator.current_stream(self._device).record_event()
 
+    def mark(self) -> torch.Event:
+        """An event that has happened when all that was given to this stream so far is done."""
+        return self._stream.record_event()
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """The current stream of this thread inside; on leaving, all work is done. From any thread."""

@@ -51,7 +51,7 @@ def export_command(  # noqa: PLR0913 -- one per option of the command
     output: str,
 ) -> int:
     """Write the tensors of a checkpoint of RUN to OUT, proven byte by byte. OUT must not be there yet."""
-    from ktrain.checkpoint.export import export_run, plan_export
+    from ktrain.exchange.export import export_run, plan_export
 
     export_or_plan = plan_export if dry_run else export_run
     done = export_or_plan(run, out, form=form, step=step, part=part, max_shard_nbytes=size_nbytes(max_shard_size))
@@ -92,7 +92,7 @@ def import_command(  # noqa: PLR0913 -- one per option of the command
     output: str,
 ) -> int:
     """Make the tensors of SOURCE the first checkpoint of RUN, which must be new."""
-    from ktrain.checkpoint.importing import Selection, import_checkpoint, plan_import
+    from ktrain.exchange.importing import Selection, import_checkpoint, plan_import
 
     selection = Selection(key, exclude, dict(_tie(text) for text in ties))
     import_or_plan = plan_import if dry_run else import_checkpoint

@@ -5,7 +5,8 @@ What a copy in the background may take is decided by the caller; what it cannot 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,9 @@ LATER_NBYTES = 4096
 """Below, a tensor on the host is copied at once: watching it costs as much."""
 
 _ALONE_NBYTES = 8 << 20  # up to here one thread is done before others were given a processor, on a busy machine
+
+_BATCH_NBYTES = 64 << 20  # of a device's copies: a millisecond of them, large beside the cost of a wait
+_BATCHES_AHEAD = 2  # so that the device never waits for the next one to be told
 
 _EMPTY, _HOST, _UNEVEN, _DEVICE = range(4)
 
@@ -108,7 +112,7 @@ class Stager:
                 all_bytes=later.all_bytes,
                 num_threads=self._num_threads,
             )
-            copies.beside += witness.samples
+            copies.samples = witness.samples
         copies.start()
         return Staging(memory, rest, tensors, copies, witness, num_threads=self._num_threads)
 
@@ -133,17 +137,19 @@ class Staging:
         self._copies = copies
         self._witness = witness
         self._num_threads = num_threads
-        self._chunks: tuple[int, ...] | None = None
+        self._chunks: list[int] = []  # of the payload's beginning, as far as it was digested
         self.waits = bool(tensors)
         """Whether training must leave tensors alone until `copy` has returned."""
 
     def copy(self) -> None:
         """Brings the rest into the slot. Afterwards no tensor is read any more, except by `problem_of_tensors`."""
         if self._copies.is_empty and self.waits:
-            self._chunks = self._gather_digest()
+            self._chunks = native.gather_digest(
+                self._memory, self._columns, chunk_nbytes=CHUNK_NBYTES, num_threads=self._num_threads
+            )
             return
         native.gather(self._memory, self._columns, num_threads=self._num_threads)
-        self._copies.finish()
+        self._copies.finish(lambda end: self._digest(end - end % CHUNK_NBYTES))
 
     def problem_of_copies(self) -> str | None:
         """Why what was copied must not be used: a tensor was changed since `begin`; None where nothing shows it."""
@@ -155,10 +161,8 @@ class Staging:
 
     def digest(self) -> tuple[int, ...]:
         """The digests of the payload's chunks, after `copy`."""
-        if self._chunks is None:
-            chunks = native.digest_chunks(self._memory, chunk_nbytes=CHUNK_NBYTES, num_threads=self._num_threads)
-            self._chunks = tuple(chunks)
-        return self._chunks
+        self._digest(self._memory.nbytes)
+        return tuple(self._chunks)
 
     def release(self) -> None:
         """Lets go of all tensors; nothing is known of changes any more."""
@@ -166,10 +170,10 @@ class Staging:
         self._witness = None
         self._copies.release()
 
-    def _gather_digest(self) -> tuple[int, ...]:
-        return tuple(
-            native.gather_digest(self._memory, self._columns, chunk_nbytes=CHUNK_NBYTES, num_threads=self._num_threads)
-        )
+    def _digest(self, end: int) -> None:
+        """Digests up to there, the end of a chunk, from where it was done before."""
+        rest = self._memory[min(len(self._chunks) * CHUNK_NBYTES, end) : end]
+        self._chunks += native.digest_chunks(rest, chunk_nbytes=CHUNK_NBYTES, num_threads=self._num_threads)
 
 
 class _DeviceCopies:
@@ -177,33 +181,67 @@ class _DeviceCopies:
 
     def __init__(self, plan: SavePlan, memory: memoryview, rows: Sequence[int], waits: NDArray[numpy.bool_]) -> None:
         self.beside: list[OnDevice] = []
+        self.samples: Sequence[OnDevice] = ()
         self._streams: dict[torch.device, device.SideStream] = {}
         self.is_empty = not rows
         for row in rows:
-            tensor, entry = plan.tensors[row].detach(), plan.layout.entries[row]
-            view = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=entry.begin)
-            view = view.reshape(entry.shard.box.lengths)
-            self._streams.setdefault(tensor.device, device.side_stream(tensor.device))
+            one = OnDevice(plan.tensors[row].detach(), memory, plan.layout.entries[row].begin)
+            self._streams.setdefault(one.tensor.device, device.side_stream(one.tensor.device))
             if waits[row]:
-                self.beside.append(OnDevice(tensor, view))
+                self.beside.append(one)
             else:
-                view.copy_(tensor, non_blocking=True)
+                one.copy().copy_(one.tensor, non_blocking=True)
 
     def start(self) -> None:
         """Lets the side streams begin when the current streams have come to this point."""
         for stream in self._streams.values():
             stream.follow_current()
 
-    def finish(self) -> None:
-        """Copies what is left, and returns when all bytes are in the slot."""
+    def finish(self, arrived: Callable[[int], None]) -> None:
+        """Copies what is left, and returns when all bytes are in the slot.
+
+        Args:
+            arrived: told of offsets before which all bytes of devices are in the slot, while others are still copied.
+        """
         for used, stream in self._streams.items():
             with stream.running():
-                for one in self.beside:
-                    if one.tensor.device == used:
-                        one.copy.copy_(one.tensor, non_blocking=True)
+                on_way: deque[tuple[torch.Event, int]] = deque()
+                for batch in _batches([one for one in self.beside if one.tensor.device == used]):
+                    _copy(batch)
+                    on_way.append((stream.mark(), batch[-1].end))
+                    if len(on_way) > _BATCHES_AHEAD:
+                        _await(on_way.popleft(), arrived)
+                _copy([one for one in self.samples if one.tensor.device == used])
+                while on_way and len(self._streams) == 1:  # several devices fill the slot in no order
+                    _await(on_way.popleft(), arrived)
 
     def release(self) -> None:
-        self.beside = []
+        self.beside, self.samples = [], ()
+
+
+def _batches(found: list[OnDevice]) -> Iterator[list[OnDevice]]:
+    """In the order of their places, each at least as large as is worth a wait of its own."""
+    batch: list[OnDevice] = []
+    nbytes = 0
+    for one in sorted(found, key=lambda one: one.begin):
+        batch.append(one)
+        nbytes += one.tensor.nbytes
+        if nbytes >= _BATCH_NBYTES:
+            yield batch
+            batch, nbytes = [], 0
+    if batch:
+        yield batch
+
+
+def _await(mark: tuple[torch.Event, int], arrived: Callable[[int], None]) -> None:
+    event, end = mark
+    event.synchronize()
+    arrived(end)
+
+
+def _copy(batch: list[OnDevice]) -> None:
+    if batch:  # one call for all: it takes the interpreter's lock once
+        torch._foreach_copy_([one.copy() for one in batch], [one.tensor for one in batch], non_blocking=True)
 
 
 class _Table:

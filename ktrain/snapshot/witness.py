@@ -42,10 +42,20 @@ class HostBytes:
 
 @dataclass(frozen=True, slots=True)
 class OnDevice:
-    """A tensor on a device and the place in host memory that it is copied to, of the same shape."""
+    """A tensor on a device and where in host memory its items go, one behind the other."""
 
     tensor: torch.Tensor
-    copy: torch.Tensor
+    memory: memoryview
+    begin: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.tensor.nbytes
+
+    def copy(self) -> torch.Tensor:
+        """The copy's memory as a tensor of the same shape; made here, since a save has no time for it."""
+        flat = torch.frombuffer(self.memory, dtype=self.tensor.dtype, count=self.tensor.numel(), offset=self.begin)
+        return flat.view(self.tensor.shape)
 
 
 class Witness:
@@ -79,9 +89,9 @@ class Witness:
         self._versions = list(map(_version_of, tensors))
         self._digests = self._digest(self._live)
         chosen = _choose_on_devices(devices, turn)
-        self._copied_samples = [one.copy for one in chosen]
+        self._copied_samples = chosen
         self.samples = [
-            OnDevice(part, torch.empty_like(part, device="cpu")) for part in _join([o.tensor for o in chosen])
+            OnDevice(part, memoryview(bytearray(part.nbytes))) for part in _join([one.tensor for one in chosen])
         ]
         """Values on devices, taken in the order of the current stream; the copier brings them to the host."""
 
@@ -93,9 +103,8 @@ class Witness:
             return f"a tensor of shape {list(self._tensors[at].shape)} was written to"
         if self._digest(self._copied) != self._digests:
             return _AROUND
-        copied = [part.view(torch.uint8) for part in self._copied_samples]
-        seen = [sample.copy for sample in self.samples]
-        return _AROUND if copied and not torch.equal(torch.cat(copied), torch.cat(seen)) else None
+        copied = b"".join(one.memory[one.begin : one.end] for one in self._copied_samples)
+        return _AROUND if copied != b"".join(one.memory for one in self.samples) else None
 
     def problem_of_tensors(self) -> str | None:
         """How it is known that a tensor on the host has changed since; None where nothing shows it."""
@@ -134,8 +143,8 @@ def _choose_on_devices(found: Sequence[OnDevice], turn: int) -> list[OnDevice]:
     chosen = []
     for one in even[:_NUM_ON_DEVICES]:
         begin = int(_phase(turn) * max(1, one.tensor.numel() - _ITEMS_ON_DEVICES))
-        end = begin + _ITEMS_ON_DEVICES
-        chosen.append(OnDevice(one.tensor.detach().view(-1)[begin:end], one.copy.view(-1)[begin:end]))
+        part = one.tensor.view(-1)[begin : begin + _ITEMS_ON_DEVICES]
+        chosen.append(OnDevice(part, one.memory, one.begin + begin * part.itemsize))
     chosen.sort(key=lambda one: str(one.tensor.device))
     return chosen
 

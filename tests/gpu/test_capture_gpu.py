@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -88,8 +89,8 @@ def test_save_behind_a_step_that_the_device_has_not_begun_holds_that_step(loop: 
 
 
 @pytest.mark.skipif(device.name() != "cuda", reason="needs memory that CUDA can register")
-def test_prepared_slots_are_registered_with_the_device(loop: Loop, tmp_path: Path) -> None:
-    with rig_of(loop, tmp_path) as rig:
+def test_prepared_slots_are_registered_with_the_device(loop: Loop) -> None:
+    with TemporaryDirectory(dir="/dev/shm") as volume, rig_of(loop, Path(volume)) as rig:  # noqa: S108
         assert rig.saver.save(1) and rig.saver.finish() and rig.saver.volume is not None
         writer = rig.saver.volume.acquire(0, rig.manifest(1).nbytes, protect=(), limit=4)
         assert writer is not None

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ktrain import device
+from ktrain import device, native
+from ktrain.format.payload import CHUNK_NBYTES
 from ktrain.snapshot.staging import stage
 from ktrain.state.plan import plan_save
 from ktrain.state.rng import rng_part
@@ -36,6 +37,13 @@ class Loop:
         return loss.item()
 
 
+class Tensors(nn.Module):
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(f"tensor{name}", tensor)
+
+
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"capturable": True}], ids=str)
 def test_restore_on_a_device_continues_bit_for_bit(options: dict[str, bool]) -> None:
     loop = Loop(1, **options)
@@ -59,6 +67,23 @@ def test_stage_into_registered_memory_equals_pageable_memory() -> None:
     finally:
         if is_registered:
             device.unregister_host_memory(memory)
+
+
+def test_digests_made_while_others_are_copied_are_those_of_the_payload() -> None:
+    sizes = [1000, 9 << 20, 0, 37 << 20, 5, 1 << 20, 61 << 20, 3 << 20, 40 << 20]  # several batches, uneven ends
+    place = device.for_rank(0)
+    tensors = {
+        str(at): torch.randint(0, 255, (size,), dtype=torch.uint8, device=place) for at, size in enumerate(sizes)
+    }
+    tensors |= {"turned": torch.randn(3000, 2000, device=place).T, "half": torch.randn(4097, device=place).half()}
+    tensors |= {"eight": torch.randn(4097, device=place).to(torch.float8_e4m3fn), "host": torch.randn(1 << 20)}
+    plan = plan_save(TrainState({"all": Tensors(tensors)}), ALONE)
+    memory = memoryview(bytearray(plan.layout.nbytes))
+    digests = stage(plan, memory, num_threads=2)
+    assert list(digests) == native.digest_chunks(memory, chunk_nbytes=CHUNK_NBYTES)
+    for tensor, entry in zip(plan.tensors, plan.layout.entries, strict=True):
+        plain = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        assert memory[entry.begin : entry.end] == plain
 
 
 def test_process_group_backend_of_the_device_is_torchs_own() -> None:

@@ -87,7 +87,7 @@ def test_load_on_fewer_ranks_gives_the_values_of_the_save(world_size: int, saved
 def test_export_of_four_ranks_saves_is_the_whole_model(saved: Any, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    from ktrain.checkpoint.export import export_run
+    from ktrain.exchange.export import export_run
 
     folder, values = saved
     export_run(folder / "run", tmp_path / "x", form="safetensors", step=1)

@@ -97,8 +97,8 @@ def test_weights_of_transformers_come_in_are_trained_and_go_out(tmp_path: Path) 
     import shutil
 
     import ktrain
-    from ktrain.checkpoint.export import export_run
-    from ktrain.checkpoint.importing import Selection, import_checkpoint
+    from ktrain.exchange.export import export_run
+    from ktrain.exchange.importing import Selection, import_checkpoint
 
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 40}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}

@@ -191,7 +191,7 @@ def test_dcp_folder_of_a_pipelines_stages_has_every_stages_parameters(tmp_path: 
     import torch
     import torch.distributed.checkpoint as dcp
 
-    from ktrain.checkpoint.torch_files import write_dcp
+    from ktrain.exchange.torch_write import write_dcp
 
     ranks, abouts = [], []
     for stage in range(2):

@@ -107,32 +107,36 @@ def test_witness_of_all_bytes_finds_one_element_of_a_large_state() -> None:
     assert copying.copy() is not None
 
 
+def on_device(tensor: torch.Tensor) -> OnDevice:
+    """A device is another memory; that of the host can play it."""
+    return OnDevice(tensor, memoryview(bytearray(16 + tensor.nbytes)), 16)
+
+
+NOTHING = numpy.zeros(0, numpy.uint64)
+NO_HOST = HostBytes(NOTHING, NOTHING, NOTHING)
+
+
 @pytest.mark.parametrize("is_changed", [False, True])
 def test_witness_compares_samples_of_devices_with_their_copies(is_changed: bool) -> None:
-    # A device is another memory; that of the host can play it.
-    tensor, copy = torch.randn(50, 40), torch.empty(50, 40)
-    nothing = numpy.zeros(0, numpy.uint64)
-    host = HostBytes(nothing, nothing, nothing)
-    witness = Witness([tensor], host, [OnDevice(tensor, copy)], turn=3, all_bytes=False, num_threads=1)
+    pair = on_device(torch.randn(50, 40))
+    witness = Witness([pair.tensor], NO_HOST, [pair], turn=3, all_bytes=False, num_threads=1)
     if is_changed:
-        tensor.data.add_(1.0)
-    for one in (OnDevice(tensor, copy), *witness.samples):
-        one.copy.copy_(one.tensor)
+        pair.tensor.data.add_(1.0)
+    for one in (pair, *witness.samples):
+        one.copy().copy_(one.tensor)
     assert (witness.problem_of_copies() is not None) == is_changed
 
 
 def test_witness_of_tensors_on_two_devices_finds_good_copies_good() -> None:
     tensors = [torch.arange(400.0), torch.arange(900.0), torch.arange(600.0)]
-    copies = [torch.empty_like(tensor) for tensor in tensors]
-    nothing = numpy.zeros(0, numpy.uint64)
-    pairs = [OnDevice(tensor, copy) for tensor, copy in zip(tensors, copies, strict=True)]
-    witness = Witness(tensors, HostBytes(nothing, nothing, nothing), pairs, turn=3, all_bytes=False, num_threads=1)
+    pairs = [on_device(tensor) for tensor in tensors]
+    witness = Witness(tensors, NO_HOST, pairs, turn=3, all_bytes=False, num_threads=1)
     for one in (*pairs, *witness.samples):
-        one.copy.copy_(one.tensor)
+        one.copy().copy_(one.tensor)
     # As from two devices: the samples of each are joined by themselves.
     first = witness.samples[0]
     witness.samples[:] = [
-        OnDevice(first.tensor[:256], first.copy[:256]),
-        OnDevice(first.tensor[256:], first.copy[256:]),
+        OnDevice(first.tensor[:256], first.memory[:256]),
+        OnDevice(first.tensor[256:], first.memory[256:]),
     ]
     assert witness.problem_of_copies() is None

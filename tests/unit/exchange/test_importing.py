@@ -15,10 +15,10 @@ from torch import nn
 import ktrain
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.catalog import RunCatalog, verify_commit
-from ktrain.checkpoint.export import export_run
 from ktrain.checkpoint.holder import Holder
-from ktrain.checkpoint.importing import Selection, import_checkpoint
 from ktrain.errors import ConfigError, ConflictError, CorruptionError, NotFoundError
+from ktrain.exchange.export import export_run
+from ktrain.exchange.importing import Selection, import_checkpoint
 from tests.unit.checkpoint.exchange_runs import Tied, make_run, plain_tensors, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -12,10 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ktrain.checkpoint.export import INDEX_FILE, SINGLE_FILE
 from ktrain.errors import ConfigError, CorruptionError, NotFoundError
 from ktrain.format import dtype as dtypes
 from ktrain.format.payload import HeaderEntry, header_nbytes, read_header
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+"""How Hugging Face names the files of a model, in one file or in several."""
 
 _FILE_NAME = re.compile(r"[\w.-]+\.safetensors")  # an index must not lead a reader anywhere else
 

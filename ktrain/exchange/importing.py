@@ -24,10 +24,10 @@ from ktrain.base.job import canonical_url, local_path
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.commit import commit_drain
 from ktrain.checkpoint.drain import Drain
-from ktrain.checkpoint.foreign import Weights, below, read_hf, read_safetensors
 from ktrain.checkpoint.holder import Holder
 from ktrain.checkpoint.log import open_log
 from ktrain.errors import CapacityError, ConfigError, ConflictError, NotFoundError
+from ktrain.exchange.foreign import Weights, below, read_hf, read_safetensors
 from ktrain.format import record as records
 from ktrain.format.digest import digest_text
 from ktrain.format.manifest import IMPORTED, Identity, Manifest
@@ -182,9 +182,9 @@ def _open(form: ImportForm, path: Path, part: str, key: str | None) -> Weights:
     if form in (ImportForm.SAFETENSORS, ImportForm.HF):
         weights = read_hf(path) if form is ImportForm.HF else read_safetensors(path)
         return weights if key is None else below(weights, key)
-    from ktrain.checkpoint import torch_files
+    from ktrain.exchange import torch_read
 
-    read = torch_files.read_pt if form is ImportForm.PT else torch_files.read_dcp
+    read = torch_read.read_pt if form is ImportForm.PT else torch_read.read_dcp
     return read(path, key, part)
 
 

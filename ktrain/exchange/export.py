@@ -23,13 +23,13 @@ from ktrain.base.job import canonical_url, local_path
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.stored import ProvenRanges, StoredCheckpoint, StoredTensor, assemble, open_kept, ranges_of
 from ktrain.errors import CapacityError, ConfigError, NotFoundError, UnavailableError
+from ktrain.exchange.foreign import INDEX_FILE, SINGLE_FILE
+from ktrain.exchange.parts import kinds_of, module_names
 from ktrain.format import dtype as dtypes
 from ktrain.format.payload import lay_out
 from ktrain.format.shard import Box, Role, Shard
 
 MAX_SHARD_NBYTES = 5_000_000_000
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 _FOR_TORCH = {"format": "pt"}
 _MAX_LISTED = 10
 
@@ -111,7 +111,7 @@ def plan_export(
     with _opened(run, out, form, step) as (stored, chosen, target):
         names: Sequence[str] = []
         if chosen is ExportForm.DCP:
-            from ktrain.checkpoint.torch_files import plan_dcp
+            from ktrain.exchange.torch_write import plan_dcp
 
             plan = plan_dcp(stored, part)
             held = _Part(plan.tensors, {}, tuple(plan.left_out))
@@ -145,7 +145,7 @@ def _write(
 ) -> tuple[Sequence[str], _Part]:
     """Writes the files; returns their names and what they hold."""
     if form is ExportForm.DCP:
-        from ktrain.checkpoint.torch_files import write_dcp
+        from ktrain.exchange.torch_write import write_dcp
 
         with _new_folder(target) as folder:
             names, tensors, left_out = write_dcp(stored, part, folder)
@@ -189,29 +189,6 @@ def _module(stored: StoredCheckpoint, part: str | None) -> _Part:
     if lacking:
         raise ConfigError(f"{stored.commit.identity}: no rank stored {lacking[:_MAX_LISTED]} of part {part!r}")
     return _Part(tensors, aliases, tuple(sorted(extra)))
-
-
-def kinds_of(stored: StoredCheckpoint) -> dict[str, str]:
-    """Part -> kind, over all ranks (stages of a pipeline have parts of their own)."""
-    return {
-        name: about["kind"]
-        for manifest in stored.manifests.values()
-        for name, about in manifest.objects.items()
-        if isinstance(about, dict) and isinstance(about.get("kind"), str)
-    }
-
-
-def module_names(stored: StoredCheckpoint, part: str) -> tuple[set[str], dict[str, str], set[str]]:
-    """A module's names on all ranks: all of them, alias -> name, and those of its extra state."""
-    keys: set[str] = set()
-    aliases: dict[str, str] = {}
-    extra: set[str] = set()
-    for manifest in stored.manifests.values():
-        about = manifest.objects.get(part, {})
-        keys.update(about.get("keys", ()))
-        aliases.update(about.get("aliases", {}))
-        extra.update(about.get("extra", {}))
-    return keys, aliases, extra
 
 
 def _dcp_part(stored: StoredCheckpoint, part: str | None) -> _Part:

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from ktrain.abc.tier import Tier
 from ktrain.checkpoint.collect import Collector
-from ktrain.checkpoint.export import INDEX_FILE, Exported, export_run
 from ktrain.checkpoint.removal import Terms
 from ktrain.checkpoint.retention import Latest
 from ktrain.errors import ConfigError, CorruptionError, NotFoundError
+from ktrain.exchange.export import INDEX_FILE, Exported, export_run
 from ktrain.format.shard import Box, Role, Shard
 from ktrain.testing.fake_bucket import FakeBucket
 from ktrain.testing.fake_clock import FakeClock
@@ -257,7 +257,7 @@ def test_export_to_another_machine_is_refused(made: Any) -> None:
 
 def test_export_to_safetensors_imports_neither_torch_nor_ray(made: Any, tmp_path: Path) -> None:
     program = (
-        "import sys; from ktrain.checkpoint.export import export_run; "
+        "import sys; from ktrain.exchange.export import export_run; "
         f"export_run({made[0]!r}, {str(tmp_path / 'x')!r}, form='hf'); print(*{{'torch', 'ray'}} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
@@ -276,7 +276,7 @@ def test_export_holds_no_more_than_its_largest_tensor_and_some_windows(tmp_path:
         ckpt.restore()
         ckpt.step(1)
     program = (
-        "import resource; from ktrain.checkpoint.export import export_run; "
+        "import resource; from ktrain.exchange.export import export_run; "
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
         f"export_run({str(tmp_path / 'run')!r}, {str(tmp_path / 'x')!r}, form='safetensors'); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"

@@ -1,0 +1,1 @@
+"""Tensors from and to other programs' files: a stored checkpoint exported, foreign weights imported."""
