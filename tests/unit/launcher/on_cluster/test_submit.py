@@ -1,0 +1,112 @@
+"""A job goes to a cluster: tried, created in order, released; or nothing of it stays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ktrain.base import contract
+from ktrain.base.retry import BusyError
+from ktrain.errors import ConflictError
+from ktrain.launcher.backends.kubernetes.client import Client
+from ktrain.launcher.backends.kubernetes.submit import submit, try_job
+from ktrain.launcher.cluster import resources as known
+from ktrain.testing.fake_cluster import FakeCluster, Fault, Offer
+from tests.unit.launcher.on_cluster.clusters import CRDS, client_of, job
+
+KINDS = (
+    known.JOB_SET, known.SECRET, known.SERVICE_ACCOUNT, known.ROLE, known.ROLE_BINDING, known.NETWORK_POLICY,
+    known.CONFIG_MAP,
+)  # fmt: skip
+
+
+@pytest.fixture
+def cluster() -> Iterator[FakeCluster]:
+    with FakeCluster(Offer(version="1.36", jobset="0.12.0"), crds=CRDS) as found:
+        yield found
+
+
+@pytest.fixture
+def client(cluster: FakeCluster, tmp_path: Path) -> Client:
+    return client_of(cluster, tmp_path)
+
+
+def stored(cluster: FakeCluster) -> dict[str, list[str]]:
+    """Names of what lies in the namespace, by kind."""
+    return {
+        kind.kind: [item["metadata"]["name"] for item in cluster.store.list(kind, "default").items] for kind in KINDS
+    }
+
+
+def test_submit_creates_the_jobset_suspended_first_and_releases_it_last(cluster: FakeCluster, client: Client) -> None:
+    tried = try_job(client, job())
+    before = len(cluster.requests())
+    sent = submit(client, tried)
+    writes = [item for item in cluster.requests()[before:] if item.method != "GET"]
+    jobset = cluster.store.get(known.JOB_SET, "default", "net")
+    secret = cluster.store.get(known.SECRET, "default", "net-token")
+
+    assert writes[0].path.endswith("/jobsets") and writes[-1].method == "PATCH"
+    assert sent.uid == jobset["metadata"]["uid"] and jobset["spec"]["suspend"] is False
+    assert jobset["metadata"]["annotations"][contract.ANNOTATION_RUN] == "s3://bucket/net"
+    assert all(names for names in stored(cluster).values())
+    for kind in KINDS[1:]:
+        for item in cluster.store.list(kind, "default").items:
+            assert item["metadata"]["ownerReferences"][0]["uid"] == sent.uid
+    assert "dry-run" not in str(secret) and tried.warnings == []
+
+
+def test_objects_go_with_their_jobset(cluster: FakeCluster, client: Client) -> None:
+    submit(client, try_job(client, job()))
+    cluster.store.delete(known.JOB_SET, "default", "net")
+
+    assert not any(stored(cluster).values())
+
+
+def test_dry_run_creates_nothing(cluster: FakeCluster, client: Client) -> None:
+    try_job(client, job())
+
+    assert not any(stored(cluster).values())
+    assert all("dryRun=All" in str(item.query) or "dryRun" in item.query for item in cluster.requests(is_write))
+
+
+def is_write(request: object) -> bool:
+    return getattr(request, "method", "GET") != "GET"
+
+
+@pytest.mark.parametrize("step", range(8))
+def test_submit_undoes_what_was_made_when_a_step_is_refused(cluster: FakeCluster, client: Client, step: int) -> None:
+    tried = try_job(client, job())
+    paths = ("/jobsets", "/secrets", "/serviceaccounts", "/roles", "/rolebindings", "/networkpolicies", "/configmaps")
+    fault = (
+        Fault(status=503, method="POST", path=paths[step], times=100)
+        if step < len(paths)
+        else Fault(status=503, method="PATCH", times=100)
+    )
+    cluster.put_fault(fault)
+
+    with pytest.raises(BusyError):
+        submit(client, tried)
+    assert not any(stored(cluster).values())
+
+
+@pytest.mark.parametrize("method", ["POST", "PATCH"])
+def test_submit_goes_on_when_an_answer_was_lost(cluster: FakeCluster, client: Client, method: str) -> None:
+    tried = try_job(client, job())
+    cluster.put_fault(Fault(status=None, method=method, performed=True, times=3))
+    submit(client, tried)
+
+    assert cluster.store.get(known.JOB_SET, "default", "net")["spec"]["suspend"] is False
+    assert all(len(names) == 1 for names in stored(cluster).values())
+
+
+def test_name_that_is_taken_is_a_conflict_and_stays_as_it_was(cluster: FakeCluster, client: Client) -> None:
+    tried = try_job(client, job())
+    submit(client, tried)
+    before = stored(cluster)
+
+    with pytest.raises(ConflictError, match="ktrain delete"):
+        submit(client, tried)
+    assert stored(cluster) == before
