@@ -9,7 +9,20 @@ import click
 
 import ktrain
 from ktrain.base import contract
-from ktrain.cli import cancel, ckpt, exchange, launch, logs, quarantine, status, upgrade
+from ktrain.cli import (
+    cancel,
+    ckpt,
+    cluster_events,
+    cluster_list,
+    delete,
+    exchange,
+    launch,
+    logs,
+    quarantine,
+    status,
+    upgrade,
+    wait,
+)  # fmt: skip
 from ktrain.errors import ConfigError, ConflictError, CorruptionError, KtrainError, NotFoundError, UnavailableError
 
 _EXIT_CODES: tuple[tuple[type[KtrainError], int], ...] = (
@@ -31,6 +44,10 @@ cli.add_command(launch.launch)
 cli.add_command(status.status)
 cli.add_command(logs.logs)
 cli.add_command(cancel.cancel)
+cli.add_command(wait.wait)
+cli.add_command(cluster_events.events)
+cli.add_command(delete.delete)
+cli.add_command(cluster_list.list_command)
 cli.add_command(ckpt.ckpt)
 ckpt.ckpt.add_command(upgrade.upgrade)
 ckpt.ckpt.add_command(exchange.export_command)

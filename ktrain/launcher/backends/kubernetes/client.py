@@ -49,7 +49,7 @@ def path_of(api_version: str, plural: str, namespace: str | None = None, name: s
 
 
 class Client:
-    """Calls by verb. Use it from one thread.
+    """Calls by verb. Safe from any thread.
 
     All calls raise BusyError or UnavailableError (nothing is known), ForbiddenError, and what their Raises adds.
     """
