@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except click.Abort:
         code = contract.EXIT_STOPPED
     except KtrainError as error:
-        click.echo(f"ktrain: {error}", err=True)
+        for line in (str(error), *getattr(error, "__notes__", ())):
+            click.echo(f"ktrain: {line}", err=True)
         code = next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), contract.EXIT_FAILED)
     except BrokenPipeError:
         code = contract.EXIT_OK  # the reader of our output has seen enough

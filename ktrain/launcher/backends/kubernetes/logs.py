@@ -158,8 +158,10 @@ class _Reader:
                         last = stamp
                         self._put(text)
                 return
-            except BusyError:
-                continue  # silent for long, or cut off
+            except BusyError:  # silent for long, or cut off
+                if self._deadline.expired():
+                    return
+                self._client.clock.wait(self._stop, _LOOK_S)
             except KtrainError as error:
                 self._put(f"ktrain: {error}\n".encode())
                 return

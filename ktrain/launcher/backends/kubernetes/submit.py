@@ -88,12 +88,16 @@ def try_job(client: Client, spec: JobSpec, archive: bytes | None = None, facts: 
 
     Raises:
         ConfigError: the cluster cannot run the job, or refuses an object; the message is the server's.
+        ConflictError: a job of that name is there.
         ForbiddenError: this user may not create what the job needs.
     """
     if facts is None:
         facts = discover(client, spec)
         _expect_jobsets(facts)
-        facts = try_fields(client, spec, facts)
+        try:
+            facts = try_fields(client, spec, facts)
+        except AlreadyExistsError as error:
+            raise _taken(error, spec) from error
     rendered = render(spec, facts)
     objects = (rendered.jobset, *_carried(spec, archive), token_secret(spec, "dry-run"), *rendered.owned)
     found = [_compared(client, obj) for obj in objects]
@@ -119,11 +123,13 @@ def submit(client: Client, tried: Tried, archive: bytes | None = None) -> Submit
         if tried.rendered.gang.kind is not GangKind.KUEUE:
             client.patch(object_path(jobset), {"spec": {"suspend": False}})
     except BaseException as error:
-        if isinstance(error, AlreadyExistsError):
-            error.args = (f"{error}; `ktrain delete --namespace {spec.namespace} {spec.name}` ends what is there",)
         left = _undo(client, made)
+        if isinstance(error, BusyError) and not made:
+            left = [f"JobSet {spec.name}, if the server made it before it fell silent"]
         if left:
             error.add_note(f"left behind in namespace {spec.namespace}: {', '.join(left)}")
+        if isinstance(error, AlreadyExistsError) and not made:
+            raise _taken(error, spec) from error
         raise
     return Submitted(spec.name, spec.namespace, jobset["metadata"]["uid"], tried.rendered.released_by)
 
@@ -144,6 +150,13 @@ def _carried(spec: JobSpec, archive: bytes | None) -> tuple[Object, ...]:
 def _expect_jobsets(facts: ClusterFacts) -> None:
     if facts.serves("jobset.x-k8s.io", "jobsets") is False:
         raise ConfigError("the cluster does not serve jobset.x-k8s.io; have JobSet 0.8 or later installed")
+
+
+def _taken(error: AlreadyExistsError, spec: JobSpec) -> AlreadyExistsError:
+    """The same with what to do: a run goes on from its checkpoints when it is launched again."""
+    return AlreadyExistsError(
+        f"{error}; wait for it, or end it with `ktrain delete --namespace {spec.namespace} {spec.name}`"
+    )
 
 
 def _compared(client: Client, obj: Object) -> Found:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ from ktrain.launcher.backends.kubernetes.refusals import ExpiredError, RejectedE
 from ktrain.launcher.backends.kubernetes.submit import try_job
 from ktrain.launcher.cluster import resources as known
 from ktrain.launcher.spec import GangKind
+from ktrain.testing.fake_clock import FakeClock
 from ktrain.testing.fake_cluster import Access, FakeCluster, Fault, Offer, Rule
 from tests.unit.launcher.on_cluster.clusters import CRDS, client_of, job, needs_definitions
 
@@ -115,6 +118,46 @@ def test_given_facts_that_the_cluster_does_not_keep_are_named_with_their_cost(
     tried = try_job(client, job(), facts=facts)
 
     assert any("a suspected node is not replaced alone" in line for line in tried.warnings)
+
+
+@dataclass
+class Answer:
+    """A reply that is there at once."""
+
+    text: bytes
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def read(self) -> bytes:
+        return self.text
+
+    def pieces(self) -> Iterator[bytes]:
+        yield self.text
+
+    def close(self) -> None:
+        pass
+
+
+class OldServer:
+    """A server that knows no aggregated discovery: it answers by groups whatever is accepted."""
+
+    def send(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None, timeout_s: float) -> Answer:
+        del method, headers, body, timeout_s
+        version = {"groupVersion": "jobset.x-k8s.io/v1alpha2", "version": "v1alpha2"}
+        answers: dict[str, Any] = {
+            "/apis": {"kind": "APIGroupList", "groups": [{"name": "jobset.x-k8s.io", "versions": [version]}]},
+            "/apis/jobset.x-k8s.io/v1alpha2": {"resources": [{"name": "jobsets"}, {"name": "jobsets/status"}]},
+            "/version": {"major": "1", "minor": "31+"},
+        }
+        if path in answers:
+            return Answer(json.dumps(answers[path]).encode())
+        return Answer(b'{"reason": "NotFound", "message": "none"}', 404)
+
+
+def test_server_without_aggregated_discovery_is_asked_group_by_group() -> None:
+    facts = discover(Client(OldServer(), clock=FakeClock()), job())
+
+    assert facts.served == {"jobset.x-k8s.io/v1alpha2/jobsets"} and facts.version == (1, 31)
 
 
 # Calls

@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 
 from ktrain.base import contract
+from ktrain.base.clock import Deadline
 from ktrain.base.retry import BusyError
-from ktrain.errors import ConflictError
+from ktrain.errors import ConflictError, ForbiddenError
+from ktrain.launcher.backends.kubernetes import act
 from ktrain.launcher.backends.kubernetes.client import Client
+from ktrain.launcher.backends.kubernetes.status import State, assess
 from ktrain.launcher.backends.kubernetes.submit import submit, try_job
+from ktrain.launcher.backends.kubernetes.view import look
 from ktrain.launcher.cluster import resources as known
-from ktrain.testing.fake_cluster import FakeCluster, Fault, Offer
+from ktrain.testing.fake_cluster import Access, FakeCluster, Fault, Offer, Rule
 from tests.unit.launcher.on_cluster.clusters import CRDS, client_of, job
 
 KINDS = (
@@ -106,3 +110,70 @@ def test_name_that_is_taken_is_a_conflict_and_stays_as_it_was(cluster: FakeClust
     with pytest.raises(ConflictError, match="ktrain delete"):
         submit(client, tried)
     assert stored(cluster) == before
+
+
+# Queues
+
+
+@pytest.fixture
+def queued(cluster: FakeCluster, client: Client) -> Client:
+    """A client of a cluster with Kueue and one queue."""
+    cluster.offer = Offer(version="1.36", jobset="0.12.0", kueue=True)
+    queue = {"metadata": {"name": "team", "namespace": "default"}, "spec": {"clusterQueue": "all"}}
+    cluster.store.create(known.LOCAL_QUEUE, queue)
+    return client
+
+
+def test_submit_leaves_the_release_to_kueue(cluster: FakeCluster, queued: Client) -> None:
+    sent = submit(queued, try_job(queued, job()))
+
+    assert sent.released_by == "Kueue"
+    assert cluster.store.get(known.JOB_SET, "default", "net")["spec"]["suspend"] is True
+    assert assess(look(queued, "default", "net")).state is State.QUEUED
+
+
+def test_cancel_of_a_queued_job_deactivates_its_workload(cluster: FakeCluster, queued: Client) -> None:
+    sent = submit(queued, try_job(queued, job()))
+    owner = {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "name": "net", "uid": sent.uid}
+    about = {"name": "jobset-net-abcde", "namespace": "default", "ownerReferences": [{**owner, "controller": True}]}
+    cluster.store.create(known.KUEUE_WORKLOAD, {"metadata": about, "spec": {"active": True, "podSets": POD_SETS}})
+    found = act.cancel(queued, "default", "net", deadline=Deadline.after(60, queued.clock))
+
+    assert found.state is State.CANCELLED
+    assert cluster.store.get(known.KUEUE_WORKLOAD, "default", "jobset-net-abcde")["spec"]["active"] is False
+
+
+POD_SETS = [{"name": "worker", "count": 2, "template": {"spec": {"containers": [{"name": "a", "image": "x"}]}}}]
+
+
+# Rights
+
+
+def test_submit_that_may_not_make_roles_leaves_nothing(cluster: FakeCluster, client: Client, tmp_path: Path) -> None:
+    tried = try_job(client, job())
+    groups = ("", "jobset.x-k8s.io", "networking.k8s.io")
+    cluster.access = Access(rules={"weak": (Rule(("*",), groups, ("*",)),)}, tokens={"admin": "admin", "weak": "weak"})
+    weak = client_of(cluster, tmp_path, "weak")
+
+    with pytest.raises(ForbiddenError, match="roles"):
+        submit(weak, tried)
+    assert not any(stored(cluster).values())
+
+
+def test_undo_that_fails_names_what_is_left(cluster: FakeCluster, client: Client) -> None:
+    tried = try_job(client, job())
+    cluster.put_fault(Fault(status=503, method="POST", path="/configmaps", times=100))
+    cluster.put_fault(Fault(status=503, method="DELETE", path="/jobsets", times=100))
+
+    with pytest.raises(BusyError) as caught:
+        submit(client, tried)
+    assert "JobSet net" in "".join(getattr(caught.value, "__notes__", ()))
+
+
+def test_jobset_of_which_nothing_is_known_is_named(cluster: FakeCluster, client: Client) -> None:
+    tried = try_job(client, job())
+    cluster.put_fault(Fault(status=503, path="/jobsets", times=100))
+
+    with pytest.raises(BusyError) as caught:
+        submit(client, tried)
+    assert "if the server made it before it fell silent" in "".join(getattr(caught.value, "__notes__", ()))
