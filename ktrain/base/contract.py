@@ -38,6 +38,7 @@ EXIT_USAGE = 2  # bad input; nothing was started or changed
 EXIT_CORRUPT = 3  # `ckpt verify`: something is not proven; restore: no good copy is left
 EXIT_CONFLICT = 4  # the run is live under another holder
 EXIT_UNAVAILABLE = 5  # storage or a peer could not be reached; nothing is known to be wrong
+EXIT_UNFINISHED = 6  # `wait`, `launch --wait`: the time was over before the job was
 EXIT_BAD_NODE = 74  # supervisor in a pod: this node is suspected; replace the pod, elsewhere
 EXIT_AGAIN = 75  # head in a pod: make all pods anew, and count it
 EXIT_AGAIN_FREE = 76  # head in a pod: make all pods anew after a disruption, which is nobody's fault and not counted
@@ -48,6 +49,9 @@ EXITS_FINAL = (EXIT_FAILED, EXIT_USAGE, EXIT_CORRUPT, EXIT_CONFLICT, EXIT_UNAVAI
 # Labels of every object of a job, and where things lie in its containers (ADR 0030).
 LABEL_RUN = "ktrain.dev/run"
 LABEL_ROLE = "ktrain.dev/role"
+ANNOTATION_RUN = "ktrain.dev/run-url"
+ANNOTATION_SUBMISSION = "ktrain.dev/submission"  # who wrote the object: tells an own write whose answer was lost
+ANNOTATION_CANCELLED = "ktrain.dev/cancelled"  # of a JobSet that a user stopped
 POD_DIR = "/ktrain"
 POD_VOLUME = "/ktrain/memory"  # the memory tier
 POD_WORK = "/ktrain/work"  # sockets and logs, shared by agent and trainer

@@ -45,20 +45,34 @@ _FIELDS = {
 
 
 def launch_on_cluster(command: tuple[str, ...], given: Mapping[str, Any]) -> int:
-    """Prints what would be sent, or what it would survive. `given` has the options that were typed.
+    """Sends a job, or prints what would be sent, or what it would survive. `given` has the options that were typed.
 
     Raises:
-        ConfigError: the job cannot be, or it should be submitted, which this version does not do.
+        ConfigError: the job cannot be, or the cluster refuses it.
+        ConflictError: a job of that name is there.
     """
     refuse_local_options(given)
-    if not (given.get("dry_run") or given.get("explain")):
-        raise ConfigError(
-            "--backend kubernetes: this version renders and explains a job and does not submit it yet; "
-            "use --dry-run or --explain"
-        )
+    if given.get("wait") and given.get("detach"):
+        raise ConfigError("--wait and --detach: one says to stay, the other to go; leave one out")
     archive = pack_code(given["code"]) if given.get("code") else None
     spec = job_from_options(command, given, archive=archive)
-    facts = _read_facts(given.get("facts"))
+    facts = _read_facts(given["facts"]) if given.get("facts") else None
+    if given.get("dry_run") != "server" and (given.get("dry_run") or given.get("explain")):
+        return _show_job(spec, facts or ClusterFacts(), given, archive)
+    from ktrain.cli import cluster_run
+
+    client = cluster_run.client_of(given)
+    data = None if archive is None else archive.data
+    tried = cluster_run.try_job(client, spec, data, facts)
+    for line in tried.warnings:
+        click.echo(f"ktrain: {line}", err=True)
+    if given.get("dry_run") or given.get("explain"):
+        return _show_job(spec, tried.facts, given, archive)
+    _say_gang(tried.rendered)
+    return cluster_run.send(client, tried, data, wait=bool(given.get("wait")), timeout_s=given.get("timeout"))
+
+
+def _show_job(spec: JobSpec, facts: ClusterFacts, given: Mapping[str, Any], archive: CodeArchive | None) -> int:
     rendered = render(spec, facts)
     plan = explain(spec, facts, rendered)
     objects = _printed(spec, rendered, archive) if given.get("dry_run") else None
@@ -70,10 +84,14 @@ def launch_on_cluster(command: tuple[str, ...], given: Mapping[str, Any]) -> int
     if given.get("explain"):
         _show(plan)
     else:
-        click.echo(f"ktrain: gang {plan.gang}", err=True)
-        if rendered.gang.warning is not None:
-            click.echo(f"ktrain: {rendered.gang.warning}", err=True)
+        _say_gang(rendered)
     return contract.EXIT_OK
+
+
+def _say_gang(rendered: Rendered) -> None:
+    click.echo(f"ktrain: gang {rendered.gang.kind.value}: {rendered.gang.reason}", err=True)
+    if rendered.gang.warning is not None:
+        click.echo(f"ktrain: {rendered.gang.warning}", err=True)
 
 
 # Options to a job
@@ -160,9 +178,7 @@ def _toml_value(text: str) -> Any:
         return text
 
 
-def _read_facts(path: Path | None) -> ClusterFacts:
-    if path is None:
-        return ClusterFacts()
+def _read_facts(path: Path) -> ClusterFacts:
     try:
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:

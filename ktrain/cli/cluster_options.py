@@ -30,14 +30,24 @@ _OPTIONS = (
     ),
     click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any other field of the job file."),
     click.option("--facts", type=click.Path(path_type=Path), metavar="FILE", help="JSON of what the cluster has."),
-    click.option("--dry-run", is_flag=True, help="Print the manifests; send nothing."),
+    click.option(
+        "--dry-run",
+        type=click.Choice(["client", "server"]),
+        metavar="[=server]",
+        help="Print the manifests, with =server as this cluster would take them; create nothing.",
+    ),
     click.option("--explain", is_flag=True, help="Print what each kind of failure would cost; send nothing."),
     click.option("--output", type=click.Choice(["yaml", "json"]), help="Form of --dry-run. [default: yaml]"),
+    click.option("--wait", is_flag=True, help="Return when the job has ended, with its exit code."),
+    click.option("--timeout", type=float, metavar="SECONDS", help="With --wait: at most so long. [default: 30 days]"),
+    click.option("--kubeconfig", type=click.Path(path_type=Path), metavar="FILE", help="How the cluster is reached."),
+    click.option("--context", help="Context of the kubeconfig."),
 )
-_ONLY_LOCAL = ("faults", "detach")
+_ONLY_LOCAL = ("faults",)
 _ONLY_CLUSTER = (
     "job", "name", "namespace", "image", "accelerator", "tpu", "slices", "state", "spares", "queue", "gang", "env",
     "secrets", "volumes", "code", "settings", "facts", "dry_run", "explain", "output",
+    "wait", "timeout", "kubeconfig", "context",
 )  # fmt: skip
 
 
@@ -46,6 +56,15 @@ def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
+
+
+class LaunchCommand(click.Command):
+    """A command whose `--dry-run` may stand alone: click would take the word after it for its value."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        ours = ["--dry-run=client" if item == "--dry-run" else item for item in args[:end]]
+        return super().parse_args(ctx, [*ours, *args[end:]])
 
 
 def refuse_local_options(given: Mapping[str, Any]) -> None:

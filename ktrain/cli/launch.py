@@ -13,13 +13,13 @@ import click
 from ktrain.base import contract, settings
 from ktrain.base.job import JobSpec, WorkDir, local_path
 from ktrain.base.settings import Timeouts
-from ktrain.cli.cluster_options import cluster_options, refuse_cluster_options
+from ktrain.cli.cluster_options import LaunchCommand, cluster_options, refuse_cluster_options
 from ktrain.errors import ConfigError, KtrainError, UnavailableError
 from ktrain.launcher.backends.local import LocalLaunch, wait_for_head
 from ktrain.launcher.job import Wish, plan_job
 
 
-@click.command(context_settings={"ignore_unknown_options": False})
+@click.command(cls=LaunchCommand, context_settings={"ignore_unknown_options": False})
 @click.argument("script", required=False)
 @click.argument("script_args", nargs=-1, type=click.UNPROCESSED, metavar="-- SCRIPT ARGS")
 @click.option("--nodes", type=int, help="Number of nodes. [default: 1]")
@@ -50,7 +50,7 @@ def launch(script: str | None, script_args: tuple[str, ...], backend: str, **giv
     """Run SCRIPT on NODES x WORKERS_PER_NODE processes, through failures, until it is done.
 
     The same command again continues the run. Exit code: 0 done, 1 failed, 2 bad input, 3 no good copy left,
-    4 the run is live elsewhere, 5 storage out of reach, 130 stopped on request.
+    4 the run is live elsewhere, 5 storage or cluster out of reach, 6 --wait was over first, 130 stopped on request.
     """
     if backend == "kubernetes":
         from ktrain.cli.cluster import launch_on_cluster

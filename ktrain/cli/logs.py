@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 import click
 
 from ktrain.base import contract, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.base.job import WorkDir, canonical_url, local_path
+from ktrain.cli.run_options import either_options
 from ktrain.cli.status import live_status
-from ktrain.errors import NotFoundError
+from ktrain.errors import ConfigError, KtrainError, NotFoundError
 
 _NAME = re.compile(r"attempt-(\d+)/rank-(\d+)\.log$")
 _POLL_S = 0.3
@@ -63,8 +65,16 @@ class _Logs:
 @click.option("--rank", type=int, help="Only this rank.")
 @click.option("--attempt", type=int, help="This attempt. [default: the last]")
 @click.option("--follow", is_flag=True, help="Go on while the run is live, through new attempts.")
-def logs(run: str, rank: int | None, attempt: int | None, follow: bool) -> int:
+@click.option("--previous", is_flag=True, help="On a cluster: the containers before the last.")
+@click.option("--head", "head", is_flag=True, help="On a cluster: the head instead of the ranks.")
+@either_options
+def logs(run: str, rank: int | None, attempt: int | None, follow: bool, backend: str, **given: Any) -> int:
     """Print what RUN's ranks wrote."""
+    if backend == "kubernetes":
+        return _on_cluster(run, rank, attempt, follow, given)
+    wrong = next((name for name in ("previous", "head") if given[name]), None)
+    if wrong is not None:
+        raise ConfigError(f"--{wrong}: only --backend kubernetes has it; leave it out")
     store = _Logs(canonical_url(run))
     shown = attempt
     while True:
@@ -90,3 +100,41 @@ def logs(run: str, rank: int | None, attempt: int | None, follow: bool) -> int:
         if not live:
             return 0
         SYSTEM_CLOCK.sleep(_POLL_S)
+
+
+def _on_cluster(run: str, rank: int | None, attempt: int | None, follow: bool, given: dict[str, Any]) -> int:
+    from ktrain.cli import cluster_run
+    from ktrain.launcher.backends.kubernetes import logs as kept
+    from ktrain.launcher.backends.kubernetes.view import look
+
+    if attempt is not None:
+        raise ConfigError(
+            "--attempt: a cluster keeps a pod's last container and, with --previous, the one before; the run has its "
+            "earlier attempts: `ktrain logs --attempt N RUN` with the run's URL"
+        )
+    if (given["head"] and rank is not None) or (follow and given["previous"]):
+        raise ConfigError("--head and --rank, --follow and --previous: each excludes the other; leave one out")
+    client, name, namespace = cluster_run.client_of(given), cluster_run.job_name(run), given["namespace"]
+    choose = kept.head if given["head"] else kept.workers if rank is None else kept.of_rank(rank)
+    if follow:
+        deadline = cluster_run.deadline_of(client, None)
+        for source, line in kept.follow(client, namespace, name, choose, deadline=deadline):
+            _echo(f"[{source.pod}] ", line)
+        return contract.EXIT_OK
+    sources = choose(look(client, namespace, name))
+    if not sources:
+        raise NotFoundError(f"job {name}: no container has started; `ktrain status` says what it waits for")
+    missing: KtrainError | None = None
+    for source in sources:
+        try:
+            for line in kept.read(client, namespace, source, previous=given["previous"]):
+                _echo("" if len(sources) == 1 else f"[{source.pod}] ", line)
+        except (ConfigError, NotFoundError) as error:  # gone meanwhile, or never started again: the others are shown
+            missing = error
+            click.echo(f"ktrain: {error}", err=True)
+    return contract.EXIT_OK if missing is None else contract.EXIT_USAGE
+
+
+def _echo(prefix: str, line: bytes) -> None:
+    text = line.decode(errors="replace")
+    click.echo(prefix + text, nl=not text.endswith("\n"))

@@ -10,7 +10,20 @@ import click
 import ktrain
 from ktrain.base import contract
 from ktrain.base.exits import exit_code
-from ktrain.cli import cancel, ckpt, exchange, launch, logs, quarantine, status, upgrade
+from ktrain.cli import (
+    cancel,
+    ckpt,
+    cluster_events,
+    cluster_list,
+    delete,
+    exchange,
+    launch,
+    logs,
+    quarantine,
+    status,
+    upgrade,
+    wait,
+)  # fmt: skip
 from ktrain.errors import KtrainError, NotFoundError
 
 
@@ -24,6 +37,10 @@ cli.add_command(launch.launch)
 cli.add_command(status.status)
 cli.add_command(logs.logs)
 cli.add_command(cancel.cancel)
+cli.add_command(wait.wait)
+cli.add_command(cluster_events.events)
+cli.add_command(delete.delete)
+cli.add_command(cluster_list.list_command)
 cli.add_command(ckpt.ckpt)
 ckpt.ckpt.add_command(upgrade.upgrade)
 ckpt.ckpt.add_command(exchange.export_command)
@@ -43,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except click.Abort:
         code = contract.EXIT_STOPPED
     except KtrainError as error:
-        click.echo(f"ktrain: {error}", err=True)
+        for line in (str(error), *getattr(error, "__notes__", ())):
+            click.echo(f"ktrain: {line}", err=True)
         # What a command names and is not there is bad input; to a worker it is a failure like others.
         code = contract.EXIT_USAGE if isinstance(error, NotFoundError) else exit_code(error)
     except BrokenPipeError:

@@ -12,6 +12,7 @@ from ktrain.base.events import Event
 from ktrain.base.job import HeadCaller, WorkDir, canonical_url
 from ktrain.checkpoint.log import LogReader
 from ktrain.cli import quarantine
+from ktrain.cli.run_options import either_options
 from ktrain.errors import DeadlineError, KtrainError, NotFoundError
 
 
@@ -75,11 +76,23 @@ def describe(run: str) -> dict[str, Any]:
     }
 
 
+def _on_cluster(run: str, output: str, namespace: str, given: dict[str, Any]) -> int:
+    from ktrain.cli import cluster_run
+    from ktrain.launcher.backends.kubernetes.status import assess
+    from ktrain.launcher.backends.kubernetes.view import look
+
+    cluster_run.show(assess(look(cluster_run.client_of(given), namespace, cluster_run.job_name(run))), output)
+    return 0
+
+
 @click.command()
 @click.argument("run")
 @click.option("--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
-def status(run: str, output: str) -> int:
-    """Show RUN's attempts, steps, tiers and failures."""
+@either_options
+def status(run: str, output: str, backend: str, namespace: str, **given: Any) -> int:
+    """Show RUN's attempts, steps, tiers and failures; on a cluster its state, pods, and what it waits for."""
+    if backend == "kubernetes":
+        return _on_cluster(run, output, namespace, given)
     run = canonical_url(run)
     found = describe(run)
     if output == "json":

@@ -112,11 +112,12 @@ def test_code_is_carried_under_its_digest_and_never_printed(tmp_path: Path, ktra
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
-        ((*CLUSTER, *JOB, "train.py"), "does not submit it yet"),
+        ((*CLUSTER, *JOB, "--kubeconfig", "nope.yaml", "train.py"), "kubeconfig nope.yaml: it cannot be used"),
+        ((*CLUSTER, *JOB, "--wait", "--detach", "train.py"), "--wait and --detach"),
         ((*CLUSTER, "--dry-run", "train.py"), "run: it is missing"),
         ((*CLUSTER, "--dry-run", "--run", "s3://b/a", "train.py"), "image: it is missing"),
         ((*CLUSTER, *JOB, "--dry-run"), "command: it is missing"),
-        ((*CLUSTER, *JOB, "--dry-run", "--detach", "train.py"), "--detach: only --backend local"),
+        (("launch", "--wait", "t.py"), "--wait: only --backend kubernetes"),
         ((*CLUSTER, *JOB, "--dry-run", "--fault", "kill-head@step=1", "t.py"), "--fault: only --backend local"),
         ((*CLUSTER, *JOB, "--dry-run", "--gang", "slurm", "t.py"), "placement.gang: expected one of auto, kueue"),
         ((*CLUSTER, *JOB, "--dry-run", "--env", "A", "t.py"), "--env NAME=VALUE"),

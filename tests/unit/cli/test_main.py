@@ -18,16 +18,22 @@ from ktrain.base.job import WorkDir
 from ktrain.cli.main import cli, main
 from ktrain.errors import ConflictError, CorruptionError, DeadlineError, UnavailableError
 
+ON_CLUSTER = {"--namespace", "--kubeconfig", "--context"}
+EITHER = {"--backend", *ON_CLUSTER}
 OPTIONS = {
     "launch": {
         "--nodes", "--workers-per-node", "--run", "--backend", "--fault", "--max-restarts", "--patience", "--detach",
         "--job", "--name", "--namespace", "--image", "--accelerator", "--tpu", "--slices", "--state", "--spares",
         "--queue", "--gang", "--env", "--secret", "--volume", "--code", "--set", "--facts", "--dry-run", "--explain",
-        "--output",
+        "--output", "--wait", "--timeout", "--kubeconfig", "--context",
     },
-    "status": {"--output"},
-    "logs": {"--rank", "--attempt", "--follow"},
-    "cancel": set(),
+    "status": {"--output", *EITHER},
+    "logs": {"--rank", "--attempt", "--follow", "--previous", "--head", *EITHER},
+    "cancel": EITHER,
+    "wait": {"--timeout", "--output", *ON_CLUSTER},
+    "events": {"--output", *ON_CLUSTER},
+    "delete": {"--timeout", *ON_CLUSTER},
+    "list": {"--output", *ON_CLUSTER},
     "ckpt ls": {"--volume", "--output"},
     "ckpt verify": {"--step", "--tier", "--output"},
     "ckpt upgrade": {"--confirm", "--dry-run", "--output"},

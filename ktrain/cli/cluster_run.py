@@ -1,0 +1,100 @@
+"""Runs on a cluster, for the verbs: the options by which one is named, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ktrain.base import contract
+from ktrain.base.clock import Deadline
+from ktrain.errors import DeadlineError
+from ktrain.launcher.backends.kubernetes import act
+from ktrain.launcher.backends.kubernetes.client import Client
+from ktrain.launcher.backends.kubernetes.connect import connect
+from ktrain.launcher.backends.kubernetes.status import FINAL, Status
+from ktrain.launcher.backends.kubernetes.submit import Tried, submit, try_job
+from ktrain.launcher.spec import default_name
+
+__all__ = ["client_of", "deadline_of", "job_name", "send", "show", "try_job", "wait_for"]
+
+LONGEST_S = 30 * 86400.0  # that a command waits where nothing else was said
+
+
+def client_of(given: Mapping[str, Any]) -> Client:
+    """A client of the cluster that `--kubeconfig` and `--context` name."""
+    kubeconfig: Path | None = given.get("kubeconfig")
+    return Client(connect(kubeconfig, given.get("context")))
+
+
+def deadline_of(client: Client, timeout_s: float | None) -> Deadline:
+    return Deadline.after(LONGEST_S if timeout_s is None else timeout_s, client.clock)
+
+
+def job_name(run: str) -> str:
+    """The job of a run: its name, or the one that `ktrain launch` derives from the URL."""
+    return default_name(run) if "/" in run else run
+
+
+def send(client: Client, tried: Tried, archive: bytes | None, *, wait: bool, timeout_s: float | None) -> int:
+    """Submits a job and says how to go on, or waits for its end."""
+    sent = submit(client, tried, archive)
+    released = "" if sent.released_by == "ktrain" else f"; {sent.released_by} starts it"
+    click.echo(f"{sent.namespace}/{sent.name}: submitted{released}")
+    if not wait:
+        where = f"--backend kubernetes --namespace {sent.namespace}"
+        click.echo(f"follow it with `ktrain status {where} {sent.name}` and `ktrain logs {where} --follow {sent.name}`")
+        return contract.EXIT_OK
+    return wait_for(client, sent.namespace, sent.name, timeout_s=timeout_s, output="text")
+
+
+def wait_for(client: Client, namespace: str, name: str, *, timeout_s: float | None, output: str) -> int:
+    """Waits for a job's end, says each change, and returns its exit code."""
+    try:
+        status = act.wait(client, namespace, name, deadline=deadline_of(client, timeout_s), observe=_teller(output))
+    except DeadlineError as error:
+        click.echo(f"ktrain: {error}", err=True)
+        return contract.EXIT_UNFINISHED
+    if output == "json":
+        show(status, output)
+    return contract.EXIT_FAILED if status.exit_code is None else status.exit_code
+
+
+def show(status: Status, output: str) -> None:
+    """Prints a job: its state, what it waits for, its pods."""
+    if output == "json":
+        click.echo(json.dumps(status.to_value(), indent=1))
+        return
+    for line in _lines(status):
+        click.echo(line)
+    for pod in status.pods or ():
+        ready = ", ready" if pod.ready else ""
+        again = f", started again {pod.restarts} times" if pod.restarts else ""
+        click.echo(f"  {pod.name}: {pod.phase}{ready}{again}{f', on {pod.node}' if pod.node else ''}")
+    if status.pods is None:
+        click.echo("  its pods may not be read")
+
+
+def _lines(status: Status) -> list[str]:
+    again = f", all pods made anew {status.restarts} times" if status.restarts else ""
+    code = f" (exit code {status.exit_code})" if status.state in FINAL else ""
+    said = f": {status.message}" if status.message else ""
+    first = f"{status.namespace}/{status.name}: {status.state.value}{code}{again}{said}"
+    return [first, *(f"  {reason}" for reason in status.reasons)]
+
+
+def _teller(output: str) -> Callable[[Status], None]:
+    """Says a status whenever it is another one than before."""
+    said: list[list[str]] = []
+
+    def tell(status: Status) -> None:
+        lines = _lines(status)
+        if output == "text" and (not said or said[-1] != lines):
+            said[:] = [lines]
+            for line in lines:
+                click.echo(line)
+
+    return tell
