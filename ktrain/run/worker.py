@@ -76,6 +76,8 @@ def run_script(script: str, args: list[str]) -> int:
     sys.argv = [script, *args]
     sys.path[0] = str(Path(script).resolve().parent)
     try:
+        if not Path(script).is_file():
+            raise ConfigError(f"script {script!r}: there is no such file in {os.getcwd()}; name a Python file")
         runpy.run_path(script, run_name="__main__")
     except SystemExit:
         raise
