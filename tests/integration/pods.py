@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -246,10 +245,3 @@ def cluster(here: Place, command: Sequence[str], code: Path, **fields: Any) -> I
                 if process.poll() is None:
                     process.kill()
                     process.wait()
-
-
-def code_folder(script: Path) -> Path:
-    """A folder with the script alone, as `train.py`."""
-    folder = Path(tempfile.mkdtemp(prefix="code-", dir=script.parent if os.access(script.parent, os.W_OK) else None))
-    shutil.copy(script, folder / "train.py")
-    return folder
