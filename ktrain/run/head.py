@@ -55,8 +55,8 @@ class Roster:
         self._agents_gone_s: dict[str, float] = {}
         self._lost: set[str] = set()
 
-    def take(self, said: Mapping[str, Any]) -> None:
-        """A supervisor's report; one of a process that is known to be dead is late and does not count."""
+    def take(self, said: Mapping[str, Any]) -> bool:
+        """A supervisor's report; false for one of a process that is known to be gone, which does not count."""
         node, host = said["node"], said["host"]
         report = SupervisorReport(
             node=node,
@@ -70,9 +70,11 @@ class Roster:
             store=said["store"],
         )
         with self._lock:
-            if report.pid not in self._dead_pids.get(node, ()):
-                self._reports[node] = (report, self._clock.monotonic())
-                self._lost.discard(node)
+            if report.pid in self._dead_pids.get(node, ()):
+                return False
+            self._reports[node] = (report, self._clock.monotonic())
+            self._lost.discard(node)
+            return True
 
     def process_exited(self, node: str, role: str, pid: int) -> None:
         """The launcher saw a process end; role "node" is all of a node's processes and its volume."""
@@ -197,7 +199,8 @@ class Head:
         }
 
     def _supervise(self, said: dict[str, Any]) -> dict[str, Any]:
-        self._roster.take(said)
+        if not self._roster.take(said):
+            return {"epoch": said["epoch"], "action": "stop"}  # its pod was replaced while it still ran
         self._wake.set()
         with self._lock:
             return self._machine.desired(said["node"])

@@ -43,7 +43,7 @@ def run_as_init(command: Sequence[str]) -> Ended:
 
     old = {signum: signal.signal(signum, hand_on) for signum in _HANDED_ON}
     try:
-        pid = os.posix_spawn(command[0], command, settings.child_environment({}))
+        pid = os.posix_spawn(command[0], list(command), settings.child_environment({}))
         process = ProcessId.of(pid)
         child_fd = os.pidfd_open(pid)  # ours until it is reaped below
         for signum in list(told):  # came before there was a child; twice does no harm

@@ -14,6 +14,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ktrain.base import atomic, contract, ids, settings
 from ktrain.base.control import Client
@@ -39,6 +40,7 @@ class Container:
     work: WorkDir
     head: str  # address
     node_index: int | None  # None for the head
+    begins_pod: bool = False  # nothing of this pod ran before
 
     @property
     def node(self) -> str:
@@ -155,7 +157,9 @@ def prepare(name: str, place: PodSettings) -> Container:
         raise ConfigError(f"environment variable {contract.ENV_RUN}: expected {job.run!r}, found {place.run!r}")
     token = read_token(place.token_file)
     index = None if name == "head" else node_index(place, job)
-    made = Container(name, launch_of(job, place, token), WorkDir(place.work / "launch"), place.head, index)
+    work = WorkDir(place.work / "launch")
+    begins_pod = name == "agent" and not work.path.exists()
+    made = Container(name, launch_of(job, place, token), work, place.head, index, begins_pod)
     _write(made, place)
     return made
 
@@ -179,14 +183,25 @@ def _write(container: Container, place: PodSettings) -> None:
         raise ConfigError(f"work folder {place.work}: it cannot be written: {error}; mount a volume there") from error
 
 
-def tell_head(container: Container, ended: Ended) -> None:
-    """Spares the head the wait for a lease; where it is away it finds out by itself."""
+def tell_begin(container: Container) -> None:
+    """A pod that is new in its place says that the one before it is gone, so that nobody waits or listens for that."""
+    if container.begins_pod:
+        _tell(container, {"node": container.node, "role": "node", "pid": 0})
+
+
+def tell_end(container: Container, ended: Ended) -> None:
+    """Spares the head the wait for a lease."""
     if container.node_index is None or ended.process is None:
         return
     role = _MODULES[container.name]
     if container.name == "agent" and ended.told:
         role = "node"  # a sidecar is told to end when its pod goes, and the volume goes with it
     said = {"node": container.node, "role": role, "pid": ended.process.number, "exitcode": ended.exit_code}
+    _tell(container, said)
+
+
+def _tell(container: Container, said: dict[str, Any]) -> None:
+    """To the head; where it is away it finds out by itself."""
     try:
         caller = Client(container.head, container.work.read_token())
         caller.call("process_exited", {"processes": [said]}, timeout_s=Timeouts(container.spec.patience_s).call_s)
@@ -203,8 +218,9 @@ def main(argv: list[str]) -> int:
     except KtrainError as error:
         _LOG.error("%s", error)
         return worker.exit_code(error)
+    tell_begin(container)
     ended = run_as_init(container.command())
-    tell_head(container, ended)
+    tell_end(container, ended)
     return ended.exit_code
 
 

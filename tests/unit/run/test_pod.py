@@ -241,9 +241,7 @@ def test_main_other_words_are_bad_input(argv: list[str]) -> None:
         ("agent", True, "node"),
     ],
 )
-def test_tell_head_end_of_a_process_is_said_with_what_goes_with_it(
-    name: str, told: bool, role: str, place: PodSettings
-) -> None:
+def test_tell_end_is_said_with_what_goes_with_the_process(name: str, told: bool, role: str, place: PodSettings) -> None:
     heard: list[dict[str, Any]] = []
     server = Server(
         {"process_exited": lambda said: heard.extend(said["processes"]) or {}},  # type: ignore[func-returns-value]
@@ -253,20 +251,36 @@ def test_tell_head_end_of_a_process_is_said_with_what_goes_with_it(
     try:
         made = pod.prepare(name, replace(place, head=server.address))
         process = ProcessId(12, 345)
-        pod.tell_head(made, Ended(process, 137, told))
+        pod.tell_end(made, Ended(process, 137, told))
     finally:
         server.close()
 
     assert heard == [{"node": "node-1", "role": role, "pid": process.number, "exitcode": 137}]
 
 
-def test_tell_head_that_is_away_is_no_error(place: PodSettings) -> None:
+def test_tell_end_head_that_is_away_is_no_error(place: PodSettings) -> None:
     made = pod.prepare("agent", replace(place, head="tcp:127.0.0.1:1"))
 
-    pod.tell_head(made, Ended(ProcessId(1, 2), 0, told=False))
+    pod.tell_end(made, Ended(ProcessId(1, 2), 0, told=False))
 
 
 def test_job_spec_with_a_place_survives_its_file(place: PodSettings) -> None:
     spec = pod.launch_of(pod.read_job(place.job_file), place, "a")
 
     assert JobSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_tell_begin_new_pod_says_that_the_one_before_it_is_gone(place: PodSettings) -> None:
+    heard: list[dict[str, Any]] = []
+    server = Server(
+        {"process_exited": lambda said: heard.extend(said["processes"]) or {}},  # type: ignore[func-returns-value]
+        address="tcp:127.0.0.1:0",
+        token="0123456789abcdef",
+    )
+    try:
+        for name in ("agent", "trainer", "agent"):  # the last one is started again in the same pod
+            pod.tell_begin(pod.prepare(name, replace(place, head=server.address)))
+    finally:
+        server.close()
+
+    assert heard == [{"node": "node-1", "role": "node", "pid": 0}]
