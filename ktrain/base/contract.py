@@ -40,8 +40,8 @@ EXIT_UNAVAILABLE = 5  # storage or a peer could not be reached; nothing is known
 EXIT_BAD_NODE = 74  # supervisor in a pod: this node is suspected; replace the pod, elsewhere
 EXIT_AGAIN = 75  # head in a pod: make all pods anew, and count it
 EXIT_AGAIN_FREE = 76  # head in a pod: make all pods anew after a disruption, which is nobody's fault and not counted
-EXIT_ENDED = 143  # a pod's process that was told to end (SIGTERM): no verdict, its successor goes on
 EXIT_STOPPED = 130  # stopped on request (signal or cancel) after a save; the same command continues
+EXIT_ENDED = 143  # head in a pod: told to end (SIGTERM) before its verdict; the next head goes on
 # What a restart cannot mend: the head's verdict is final. A head that ends in any other way is started again.
 EXITS_FINAL = (EXIT_FAILED, EXIT_USAGE, EXIT_CORRUPT, EXIT_CONFLICT, EXIT_UNAVAILABLE, EXIT_STOPPED)
 
