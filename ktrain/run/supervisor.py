@@ -32,7 +32,7 @@ from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.base.job import HeadCaller, JobSpec, WorkDir, local_path
 from ktrain.base.process import ProcessId
 from ktrain.base.settings import Timeouts
-from ktrain.errors import ConfigError, ConflictError, KtrainError, UnavailableError
+from ktrain.errors import ConfigError, KtrainError
 from ktrain.run import worker
 
 _LOG = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class WorkerGroup:
         }
 
 
-def _interface(address: str) -> str:
+def interface_of(address: str) -> str:
     """The network interface that has the address; loopback has them all."""
     if ipaddress.ip_address(address).is_loopback:
         return "lo"
@@ -336,7 +336,7 @@ class Supervisor:
             "TORCHELASTIC_USE_AGENT_STORE": True,
             "TORCHELASTIC_ERROR_FILE": error_path(folder, rank),
             "OMP_NUM_THREADS": settings.env("OMP_NUM_THREADS", "1"),
-            "GLOO_SOCKET_IFNAME": settings.env("GLOO_SOCKET_IFNAME") or _interface(self._address),
+            "GLOO_SOCKET_IFNAME": settings.env("GLOO_SOCKET_IFNAME") or interface_of(self._address),
             contract.ENV_RUN: spec.run,
             contract.ENV_EPOCH: epoch,
             contract.ENV_NODE: self._node,
@@ -371,7 +371,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         return Supervisor(work.read_spec(), work, int(argv[1])).run()
-    except (ConflictError, UnavailableError) as error:
+    except KtrainError as error:
         _LOG.error("%s", error)
         return worker.exit_code(error)
 
