@@ -30,6 +30,7 @@ ENV_POD_IP = "KTRAIN_POD_IP"
 ENV_POD_NAME = "KTRAIN_POD_NAME"
 ENV_POD_NAMESPACE = "KTRAIN_POD_NAMESPACE"
 ENV_HOST = "KTRAIN_HOST"  # name of the machine below the pod
+ENV_WORK = "KTRAIN_WORK"  # folder of sockets and logs, where it is not POD_WORK: a pod that is folders of this machine
 
 # Exit codes of workers, head and command line.
 EXIT_OK = 0
@@ -43,6 +44,7 @@ EXIT_BAD_NODE = 74  # supervisor in a pod: this node is suspected; replace the p
 EXIT_AGAIN = 75  # head in a pod: make all pods anew, and count it
 EXIT_AGAIN_FREE = 76  # head in a pod: make all pods anew after a disruption, which is nobody's fault and not counted
 EXIT_STOPPED = 130  # stopped on request (signal or cancel) after a save; the same command continues
+EXIT_ENDED = 143  # head in a pod: told to end (SIGTERM) before its verdict; the next head goes on
 # What a restart cannot mend: the head's verdict is final. A head that ends in any other way is started again.
 EXITS_FINAL = (EXIT_FAILED, EXIT_USAGE, EXIT_CORRUPT, EXIT_CONFLICT, EXIT_UNAVAILABLE, EXIT_STOPPED)
 
@@ -73,6 +75,7 @@ QUARANTINE_DIR = "quarantine"  # marks: steps that are set aside, or trusted aga
 LOGS_DIR = "logs"
 RUN_FILE = "run.json"  # identity of the run: its id, made once
 HOLDER_FILE = "holder.json"  # who runs it now
+HEAD_FILE = "head.json"  # what a head in a pod leaves for the next one (ADR 0038)
 LOCAL_DIR = "local"  # files of a local launch: head address, token, status
 
 # Inside a node's volume.

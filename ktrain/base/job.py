@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ktrain.base import atomic, contract, ids
 from ktrain.base.control import Client
+from ktrain.base.settings import Timeouts
 from ktrain.base.urls import local_path as local_path
 from ktrain.base.urls import require_public
 from ktrain.errors import ConfigError, NotFoundError, UnavailableError
@@ -31,6 +33,17 @@ def canonical_url(url: str) -> str:
     """
     path = local_path(require_public(url))
     return str(path) if path is not None else url.rstrip("/")
+
+
+@dataclass(frozen=True, slots=True)
+class PodPlace:
+    """Where one process of a launch is, when every node is a pod with an address of its own (ADR 0038)."""
+
+    host: str  # name of the machine below it
+    address: str  # of this pod: what its processes listen on, and what peers reach
+    head_port: int  # on which the head listens
+    join_s: float  # for all nodes to be there, before their pods are given back
+    ready_file: str  # made by the agent once it has joined the head
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +63,7 @@ class JobSpec:
     volume_root: str
     log_dir: str
     faults: tuple[str, ...] = ()
+    pod: PodPlace | None = None  # None: all nodes are this machine
 
     @property
     def world_size(self) -> int:
@@ -58,6 +72,30 @@ class JobSpec:
     @property
     def node_names(self) -> tuple[str, ...]:
         return tuple(contract.node_name(index) for index in range(self.nodes))
+
+    @property
+    def join_s(self) -> float:
+        """Seconds that the head waits for all nodes, and a node for the head."""
+        return Timeouts(self.patience_s).start_s if self.pod is None else self.pod.join_s
+
+    @property
+    def unjoined_exit(self) -> int:
+        """The head's exit code when nodes do not come: where others can be had, all are asked for anew."""
+        return contract.EXIT_FAILED if self.pod is None else contract.EXIT_AGAIN
+
+    @property
+    def host(self) -> str:
+        """Name of the machine that this process is on."""
+        return ids.host_name() if self.pod is None else self.pod.host
+
+    @property
+    def head_address(self) -> str:
+        """What the head listens on; where that is a free port, it says in the work directory which."""
+        return "tcp:127.0.0.1:0" if self.pod is None else f"tcp:{self.pod.address}:{self.pod.head_port}"
+
+    def node_address(self, node_index: int) -> str:
+        """A node's own address: every node of a local launch has one, though they share the machine."""
+        return f"127.0.0.{2 + node_index}" if self.pod is None else self.pod.address
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,12 +106,12 @@ class JobSpec:
         if set(value) != known:
             odd = ", ".join(sorted(set(value) ^ known))
             raise ConfigError(f"job specification: fields differ from this version's: {odd}; start the job again")
-        return cls(**{**value, "args": tuple(value["args"]), "faults": tuple(value["faults"])})
+        lists = {name: tuple(value[name]) for name in ("args", "faults")}
+        return cls(**{**value, **lists, "pod": _place(value["pod"])})
 
 
-def node_address(node_index: int) -> str:
-    """A local node's own address: every node of a local launch has one, though they share the machine."""
-    return f"127.0.0.{2 + node_index}"
+def _place(value: Mapping[str, Any] | None) -> PodPlace | None:
+    return None if value is None else PodPlace(**value)
 
 
 @dataclass(frozen=True, slots=True)

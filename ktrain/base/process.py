@@ -34,6 +34,11 @@ class ProcessId:
         assert found is not None
         return found
 
+    @property
+    def number(self) -> int:
+        """Both in one, for places where pids begin anew (containers): pids end at 2^22."""
+        return self.start_ticks << 22 | self.pid
+
     def alive(self) -> bool:
         """True while this very process exists, also when it is stopped."""
         return ProcessId.of(self.pid) == self

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -142,6 +144,81 @@ def worker_settings() -> WorkerSettings:
         local_world_size=_integer("LOCAL_WORLD_SIZE", _integer("WORLD_SIZE", 1)),
         node_index=_integer("GROUP_RANK", 0),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class PodSettings:
+    """What a container of a job's pods finds in its environment (ADR 0038)."""
+
+    role: str  # of the pod: head or worker
+    run: str
+    head: str  # address, "tcp:HOST:PORT"
+    head_port: int
+    job_file: Path
+    token_file: Path
+    volume: Path
+    work: Path
+    address: str  # of the pod
+    host: str
+    job_index: int
+    pod_index: int
+
+
+def pod_settings() -> PodSettings:
+    """Reads what the rendered manifests set.
+
+    Raises:
+        ConfigError: a variable is missing, or is not what it should be.
+    """
+    head = _in_pod(contract.ENV_HEAD, "tcp:HOST:PORT")
+    found = re.fullmatch(r"tcp:[^:\s]+:(\d{1,5})", head)
+    if found is None or not 0 < int(found[1]) < 65536:
+        raise _odd_in_pod(contract.ENV_HEAD, "tcp:HOST:PORT", head)
+    return PodSettings(
+        role=_in_pod(contract.ENV_ROLE, "head or worker"),
+        run=_in_pod(contract.ENV_RUN, "the URL of the run"),
+        head=head,
+        head_port=int(found[1]),
+        job_file=Path(_in_pod(contract.ENV_JOB, "a path")),
+        token_file=Path(_in_pod(contract.ENV_TOKEN_FILE, "a path")),
+        volume=Path(_in_pod(contract.ENV_VOLUME, "a path")),
+        work=Path(env(contract.ENV_WORK) or contract.POD_WORK),
+        address=_pod_address(),
+        host=_in_pod(contract.ENV_HOST, "the name of a machine"),
+        job_index=_pod_index(contract.ENV_JOB_INDEX),
+        pod_index=_pod_index(contract.ENV_POD_INDEX),
+    )
+
+
+def _in_pod(name: str, expected: str) -> str:
+    text = env(name)
+    if text is None:
+        raise _odd_in_pod(name, expected, None)
+    return text
+
+
+def _odd_in_pod(name: str, expected: str, found: str | None) -> ConfigError:
+    said = "none" if found is None else repr(found)
+    return ConfigError(
+        f"environment variable {name}: expected {expected}, found {said}; pods of a rendered job have it (`ktrain "
+        "launch --backend kubernetes --dry-run` shows them)"
+    )
+
+
+def _pod_address() -> str:
+    """The pod's address. Of IPv4: the control channel and the store of torch listen on it by number."""
+    text = _in_pod(contract.ENV_POD_IP, "an IPv4 address")
+    try:
+        return str(ipaddress.IPv4Address(text))
+    except ValueError:
+        raise _odd_in_pod(contract.ENV_POD_IP, "an IPv4 address", text) from None
+
+
+def _pod_index(name: str) -> int:
+    text = _in_pod(name, "an index, 0 or more")
+    if not (text.isascii() and text.isdecimal()):
+        raise _odd_in_pod(name, "an index, 0 or more", text)
+    return int(text)
 
 
 def timeouts() -> Timeouts:

@@ -202,6 +202,11 @@ class NodeKeeper:
         except KtrainError as error:
             _LOG.debug("flush: %s", error)
 
+    @property
+    def joined(self) -> bool:
+        """Whether the head has answered and the volume was looked at, for better or worse."""
+        return self._volume is not None or self._volume_failure is not None or self._freed.is_set()
+
     def wait_freed(self, deadline: Deadline) -> bool:
         """Waits, bounded, until the head has had this node's memory freed; false when it has not."""
         return self._clock.wait(self._freed, deadline.remaining_s())
@@ -328,7 +333,7 @@ class NodeKeeper:
                 "instance": self._instance,
                 "epoch": int(self._view.get("epoch", 0)),
                 "wire": None if self._transport is None else self._transport.address(),
-                "has_looked": self._volume is not None or self._freed.is_set() or self._volume_failure is not None,
+                "has_looked": self.joined,
                 "held": [[entry.rank, entry.identity.to_json()] for entry in held],
                 "on_disk": _on_disk(self._carrier.on_disk),
                 "manifests": manifests,

@@ -19,7 +19,7 @@ from typing import Any
 from ktrain.base import contract
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.base.control import Caller, Server
-from ktrain.base.job import HeadCaller, JobSpec, WorkDir, node_address
+from ktrain.base.job import HeadCaller, JobSpec, WorkDir
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.node import NodeKeeper, NodePlace
 from ktrain.errors import KtrainError, UnavailableError
@@ -36,7 +36,7 @@ class Agent:
         self._spec = spec
         self._work = work
         self._node = contract.node_name(node_index)
-        self._address = node_address(node_index)
+        self._address = spec.node_address(node_index)
         self._timeouts = Timeouts(spec.patience_s)
         self._leaving = threading.Event()
         self._keeper: NodeKeeper | None = None
@@ -50,7 +50,8 @@ class Agent:
         if run_id is None:
             return contract.EXIT_OK
         transport = self._open_transport(run_id)
-        place = NodePlace(node=self._node, member=self._node, volume_root=Path(self._spec.volume_root))
+        root = Path(self._spec.volume_root)
+        place = NodePlace(node=self._node, member=self._node, volume_root=root, host=self._spec.host)
         keeper = NodeKeeper(self._spec.run, place=place, head=head, transport=transport, timeouts=self._timeouts)
         if transport is not None:
             keeper.on_wire = transport.connect
@@ -58,6 +59,7 @@ class Agent:
         address = f"unix:{self._work.agent_socket(self._node)}"
         server = Server(keeper.handlers(), address=address, token=self._work.read_token())
         keeper.start()
+        self._say_ready(keeper)
         while not self._leaving.is_set():
             SYSTEM_CLOCK.wait(self._leaving, 60.0)
         server.close()
@@ -70,7 +72,7 @@ class Agent:
 
     def _learn_run(self, head: Caller) -> str | None:
         """The run's id, as soon as the head answers; None when told to leave before."""
-        deadline = Deadline.after(self._timeouts.start_s)
+        deadline = Deadline.after(self._spec.join_s)
         while not self._leaving.is_set():
             try:
                 return str(head.call("status", {}, timeout_s=self._timeouts.call_s)["run_id"])
@@ -81,6 +83,17 @@ class Agent:
                     ) from error
             SYSTEM_CLOCK.wait(self._leaving, _POLL_S)
         return None
+
+    def _say_ready(self, keeper: NodeKeeper) -> None:
+        """In a pod the trainer's container is started by this file."""
+        if self._spec.pod is None:
+            return
+        deadline = Deadline.after(self._spec.join_s)
+        while not keeper.joined:
+            if SYSTEM_CLOCK.wait(self._leaving, _POLL_S):
+                return
+            deadline.check(f"agent of {self._node}: the head's first word")
+        Path(self._spec.pod.ready_file).touch()
 
     def _open_transport(self, run_id: str) -> Any:
         """The wire to the peers; None where there is no peer or no Ray (the head says so once)."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import threading
 from collections import Counter
@@ -32,9 +33,10 @@ from ktrain.checkpoint import log
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.coordinate import Coordinator
 from ktrain.checkpoint.holder import Holder
-from ktrain.errors import DeadlineError, KtrainError, UnavailableError
+from ktrain.errors import ConflictError, DeadlineError, KtrainError, UnavailableError
 from ktrain.run import worker
 from ktrain.run.failure import Budgets, Exit, Verdict
+from ktrain.run.notes import FileNotes, open_notes
 from ktrain.run.states import Action, Adopt, Allocate, Close, Finish, Machine, Say, State
 from ktrain.run.watch import SupervisorReport, View
 from ktrain.run.wire import WireKeeper
@@ -54,8 +56,8 @@ class Roster:
         self._agents_gone_s: dict[str, float] = {}
         self._lost: set[str] = set()
 
-    def take(self, said: Mapping[str, Any]) -> None:
-        """A supervisor's report; one of a process that is known to be dead is late and does not count."""
+    def take(self, said: Mapping[str, Any]) -> bool:
+        """A supervisor's report; false for one of a process that is known to be gone, which does not count."""
         node, host = said["node"], said["host"]
         report = SupervisorReport(
             node=node,
@@ -69,9 +71,11 @@ class Roster:
             store=said["store"],
         )
         with self._lock:
-            if report.pid not in self._dead_pids.get(node, ()):
-                self._reports[node] = (report, self._clock.monotonic())
-                self._lost.discard(node)
+            if report.pid in self._dead_pids.get(node, ()):
+                return False
+            self._reports[node] = (report, self._clock.monotonic())
+            self._lost.discard(node)
+            return True
 
     def process_exited(self, node: str, role: str, pid: int) -> None:
         """The launcher saw a process end; role "node" is all of a node's processes and its volume."""
@@ -127,44 +131,34 @@ class Head:
         self._timeouts = Timeouts(spec.patience_s)
         self._roster = Roster(clock)
         self._lock = threading.Lock()  # guards the machine and what is derived from it
+        self._save_lock = threading.Lock()  # one note at a time, the newest last
         self._wake = threading.Event()
         self._allocation: Deadline | None = None
-        self._saved = self._read_saved()
-        self._stop: str | None = self._saved.get("stop")
+        self._leaving = False
         self._catalog = RunCatalog.open(spec.run, timeouts=self._timeouts, clock=clock)
         with ExitStack() as undo:  # a store that fails in between must not leave us holding the run
             undo.callback(self._catalog.tier.close)
             holder = Holder(self._catalog.tier, local_path=local_path(spec.run), timeouts=self._timeouts, clock=clock)
             undo.callback(holder.close)
-            self._fired = self._read_fired()
+            self._notes = open_notes(spec, work, self._catalog.tier, timeouts=self._timeouts, clock=clock)
+            self._saved = self._notes.read()
+            self._stop: str | None = self._saved.get("stop")
+            self._fired = _read_fired(spec.run, self._timeouts, clock)
             self._events = log.open_log(spec.run, self._catalog.tier, timeouts=self._timeouts, clock=clock)
             undo.callback(self._events.close)
             self._coordinator = Coordinator(self._catalog, timeouts=self._timeouts, emit=self._events.emit, clock=clock)
             self._machine = self._make_machine()
             self._held = undo.pop_all()
-        self._server = Server(self._handlers(), address="tcp:127.0.0.1:0", token=work.read_token())
+        self._server = Server(self._handlers(), address=spec.head_address, token=work.read_token())
         self._wire = self._make_wire()
 
     # Start
 
-    def _read_saved(self) -> dict[str, Any]:
-        """What the last head of this launch left; empty for the first one."""
-        found = atomic.try_read_json(self._work.head_state)
-        return found if found is not None and found["launch_id"] == self._spec.launch_id else {}
-
     def _save(self) -> None:
-        value = {
-            "launch_id": self._spec.launch_id,
-            "heads": self._saved.get("heads", 0) + 1,
-            "budgets": self._machine.budgets.to_json(),
-            "stop": self._stop,
-        }
-        atomic.write_json(self._work.head_state, value)
-
-    def _read_fired(self) -> Counter[str]:
-        """Faults that were injected already in the life of the run: each fires once."""
-        with closing(log.LogReader(self._spec.run, timeouts=self._timeouts, clock=self._clock)) as reader:
-            return Counter(event.fields["spec"] for event in reader.read_new() if event.kind == "fault_injected")
+        with self._save_lock:
+            with self._lock:
+                budgets, stop = self._machine.budgets.to_json(), self._stop
+            self._notes.write({"heads": self._saved.get("heads", 0) + 1, "budgets": budgets, "stop": stop})
 
     def _make_machine(self) -> Machine:
         attempts = self._catalog.attempts()
@@ -188,6 +182,7 @@ class Head:
             set_wire=self._coordinator.set_wire,
             emit=self._emit_now,
             timeouts=self._timeouts,
+            host="127.0.0.1" if self._spec.pod is None else self._spec.pod.address,
             head_number=number,
             clock=self._clock,
         )
@@ -205,7 +200,8 @@ class Head:
         }
 
     def _supervise(self, said: dict[str, Any]) -> dict[str, Any]:
-        self._roster.take(said)
+        if not self._roster.take(said):
+            return {"epoch": said["epoch"], "action": "stop"}  # its pod was replaced while it still ran
         self._wake.set()
         with self._lock:
             return self._machine.desired(said["node"])
@@ -220,9 +216,9 @@ class Head:
 
     def _request_stop(self, said: dict[str, Any]) -> dict[str, Any]:
         with self._lock:
-            if self._stop is None:
-                self._stop = str(said["reason"])
-                self._save()
+            first, self._stop = self._stop is None, self._stop or str(said["reason"])
+        if first:
+            self._save()
         self._coordinator.request_stop(self._stop)
         self._wake.set()
         return self._status({})
@@ -269,8 +265,7 @@ class Head:
 
     def run(self) -> int:
         """Serves until the job has its verdict; returns the exit code."""
-        with self._lock:
-            self._save()
+        self._save()
         me = {**asdict(ProcessId.current()), "host": ids.host_name()}
         atomic.write_json(self._work.head, {**me, "address": self._server.address})
         if not self._saved:
@@ -287,6 +282,8 @@ class Head:
             self._wire.start()
         verdict: Verdict | None = None
         while verdict is None:
+            if self._leaving:
+                return self._leave()
             self._clock.wait(self._wake, _TICK_S)
             self._wake.clear()
             verdict = self._advance()
@@ -360,8 +357,7 @@ class Head:
 
     def _close_attempt(self, action: Close) -> None:
         self._coordinator.end_attempt()
-        with self._lock:
-            self._save()  # the failure is on the books before the next attempt begins
+        self._save()  # the failure is on the books before the next attempt begins
         fields: dict[str, Any] = asdict(action)
         del fields["epoch"]
         self._events.emit(events.make("attempt_ended", action.epoch, clock=self._clock, **fields))
@@ -380,6 +376,21 @@ class Head:
 
     # End
 
+    def leave(self) -> None:
+        """Ends `run` without a verdict; the next head of the launch goes on. Safe in a signal handler."""
+        self._leaving = True
+
+    def _leave(self) -> int:
+        self._server.close()  # nobody is answered by a head that has let go of the run
+        self._let_go()
+        return contract.EXIT_ENDED
+
+    def _let_go(self) -> None:
+        if self._wire is not None:
+            _close("the wire", self._wire.close)
+        _close("the coordinator", self._coordinator.close)
+        _close("the run", self._held.close)  # the log's last words first, the store last
+
     def _end(self, verdict: Verdict) -> int:
         with self._lock:
             self._machine.state = State.ENDED  # supervisors are told to leave from here on
@@ -393,10 +404,7 @@ class Head:
             "step": step,
         }
         self._emit_now(events.make("run_ended", clock=self._clock, **fields))
-        if self._wire is not None:
-            _close("the wire", self._wire.close)
-        _close("the coordinator", self._coordinator.close)
-        _close("the run", self._held.close)  # the log's last words first, the store last
+        self._let_go()
         atomic.write_json(self._work.verdict, {"launch_id": self._spec.launch_id, **fields})
         _close("the control channel", self._server.close)
         return verdict.exit_code
@@ -423,6 +431,12 @@ def _close(what: str, close: Callable[[], None]) -> None:
         _LOG.exception("%s could not be closed", what)
 
 
+def _read_fired(run: str, timeouts: Timeouts, clock: Clock) -> Counter[str]:
+    """Faults that were injected already in the life of the run: each fires once."""
+    with closing(log.LogReader(run, timeouts=timeouts, clock=clock)) as reader:
+        return Counter(event.fields["spec"] for event in reader.read_new() if event.kind == "fault_injected")
+
+
 def open_head(
     spec: JobSpec, work: WorkDir, *, make: Callable[[JobSpec, WorkDir], Head] = Head, clock: Clock = SYSTEM_CLOCK
 ) -> Head:
@@ -432,13 +446,15 @@ def open_head(
         KtrainError: the run cannot be used, or is held by somebody else.
     """
     timeouts = Timeouts(spec.patience_s)
-    saved = atomic.try_read_json(work.head_state)
-    first = saved is None or saved["launch_id"] != spec.launch_id
+    passing: tuple[type[KtrainError], ...] = (UnavailableError, DeadlineError)
+    first = spec.pod is None and not FileNotes(work.head_state, spec.launch_id).read()
+    if spec.pod is not None:
+        passing = (*passing, ConflictError)  # a pod cannot know that it is the first, and a dead one's hold lasts
     deadline = Deadline.after(0.0 if first else timeouts.drain_s, clock)
     while True:
         try:
             return make(spec, work)
-        except (UnavailableError, DeadlineError) as error:
+        except passing as error:
             if deadline.expired():
                 raise
             _LOG.warning("the run cannot be opened, trying again: %s", error)
@@ -456,6 +472,8 @@ def main(argv: list[str]) -> int:
         verdict = {"outcome": "failed", "exit_code": exit_code(error), "reason": str(error), "step": None}
         atomic.write_json(work.verdict, {"launch_id": spec.launch_id, **verdict})
         return exit_code(error)
+    if spec.pod is not None:
+        signal.signal(signal.SIGTERM, lambda signum, frame: head.leave())
     return head.run()
 
 

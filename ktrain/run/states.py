@@ -186,9 +186,9 @@ class Machine:
                 return adopted
         missing = watch.missing(view, self._spec.node_names, self._timeouts)
         if missing:
-            if self._in_state_s(view) > self._timeouts.start_s:
-                said = f"not joined within {self._timeouts.start_s:g} s: {', '.join(missing)}"
-                return self._finish(view, Verdict("failed", contract.EXIT_FAILED, said))
+            if self._in_state_s(view) > self._spec.join_s:
+                said = f"not joined within {self._spec.join_s:g} s: {', '.join(missing)}"
+                return self._finish(view, Verdict("failed", self._spec.unjoined_exit, said))
             return []
         actions: list[Action] = []
         if self._unended is not None:

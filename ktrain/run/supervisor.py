@@ -8,6 +8,7 @@ tells the head what is and hears what should be; while the head is away everythi
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import logging
 import os
@@ -22,15 +23,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, PContext, start_processes
 
-from ktrain.base import contract, ids, settings
+from ktrain.base import contract, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.base.exits import exit_code
-from ktrain.base.job import HeadCaller, JobSpec, WorkDir, local_path, node_address
+from ktrain.base.job import HeadCaller, JobSpec, WorkDir, local_path
+from ktrain.base.process import ProcessId
 from ktrain.base.settings import Timeouts
-from ktrain.errors import ConflictError, KtrainError, UnavailableError
+from ktrain.errors import ConfigError, KtrainError
 from ktrain.run import worker
 
 _LOG = logging.getLogger(__name__)
@@ -147,6 +150,16 @@ class WorkerGroup:
         }
 
 
+def interface_of(address: str) -> str:
+    """The network interface that has the address; loopback has them all."""
+    if ipaddress.ip_address(address).is_loopback:
+        return "lo"
+    for name, found in psutil.net_if_addrs().items():
+        if any(item.address == address for item in found):
+            return str(name)
+    raise ConfigError(f"address {address}: no network interface of this node has it; set GLOO_SOCKET_IFNAME")
+
+
 def _kill_group(pid: int) -> None:
     try:
         os.killpg(pid, signal.SIGKILL)
@@ -171,7 +184,8 @@ class Supervisor:
         self._spec = spec
         self._work = work
         self._node = contract.node_name(node_index)
-        self._address = node_address(node_index)
+        self._address = spec.node_address(node_index)
+        self._number = os.getpid() if spec.pod is None else ProcessId.current().number
         self._head = HeadCaller(work)
         self._timeouts = Timeouts(spec.patience_s)
         self._group: WorkerGroup | None = None
@@ -208,8 +222,8 @@ class Supervisor:
         current = group if group is not None and group.epoch >= self._store_epoch else None
         said = {
             "node": self._node,
-            "host": ids.host_name(),
-            "pid": os.getpid(),
+            "host": self._spec.host,
+            "pid": self._number,
             "epoch": current.epoch if current else self._store_epoch,
             "state": current.state if current else "idle",
             "ranks": current.ranks if current else [],
@@ -323,7 +337,7 @@ class Supervisor:
             "TORCHELASTIC_USE_AGENT_STORE": True,
             "TORCHELASTIC_ERROR_FILE": error_path(folder, rank),
             "OMP_NUM_THREADS": settings.env("OMP_NUM_THREADS", "1"),
-            "GLOO_SOCKET_IFNAME": settings.env("GLOO_SOCKET_IFNAME", "lo"),
+            "GLOO_SOCKET_IFNAME": settings.env("GLOO_SOCKET_IFNAME") or interface_of(self._address),
             contract.ENV_RUN: spec.run,
             contract.ENV_EPOCH: epoch,
             contract.ENV_NODE: self._node,
@@ -358,7 +372,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         return Supervisor(work.read_spec(), work, int(argv[1])).run()
-    except (ConflictError, UnavailableError) as error:
+    except KtrainError as error:
         _LOG.error("%s", error)
         return exit_code(error)
 

@@ -30,15 +30,20 @@ class WireKeeper:
         set_wire: Callable[[dict[str, Any] | None], None],
         emit: Callable[[Event], None],
         timeouts: Timeouts,
+        host: str = "127.0.0.1",
         head_number: int = 1,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        """`head_number` counts the heads of this launch, so that generations go up also across a head's death."""
+        """`host` is the address that nodes reach.
+
+        `head_number` counts the heads of this launch, so that generations go up also across a head's death.
+        """
         self._first_generation = head_number * _GENERATIONS_PER_HEAD
         self._work = work
         self._set_wire = set_wire
         self._emit = emit
         self._timeouts = timeouts
+        self._host = host
         self._clock = clock
         self._closed = threading.Event()
         self._failed = False
@@ -61,7 +66,7 @@ class WireKeeper:
             return
         folder = self._work.path / "head"
         folder.mkdir(mode=0o700, exist_ok=True)
-        head = RayHead(folder, host="127.0.0.1", token=self._work.read_token(), clock=self._clock)
+        head = RayHead(folder, host=self._host, token=self._work.read_token(), clock=self._clock)
         failures = 0
         try:
             while not self._closed.is_set():

@@ -20,7 +20,7 @@ from ktrain import native
 from ktrain.base import contract, settings
 from ktrain.base.clock import SYSTEM_CLOCK
 from ktrain.base.exits import exit_code
-from ktrain.errors import KtrainError
+from ktrain.errors import ConfigError, KtrainError
 
 
 def die_with_parent(expected_pid: int) -> None:
@@ -59,6 +59,8 @@ def run_script(script: str, args: list[str]) -> int:
     sys.argv = [script, *args]
     sys.path[0] = str(Path(script).resolve().parent)
     try:
+        if not Path(script).is_file():
+            raise ConfigError(f"script {script!r}: there is no such file in {os.getcwd()}; name a Python file")
         runpy.run_path(script, run_name="__main__")
     except SystemExit:
         raise

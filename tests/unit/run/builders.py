@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ktrain.base.job import JobSpec
+from ktrain.base.job import JobSpec, PodPlace
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.roster import RankProgress
 from ktrain.run.failure import Budgets, Exit
@@ -30,6 +30,12 @@ def job(nodes: int = 2, workers_per_node: int = 2, max_restarts: int = 3) -> Job
         volume_root="/volume",
         log_dir="/runs/a/logs",
     )
+
+
+def in_pod(join_s: float = 600.0) -> JobSpec:
+    """The same job, as a pod sees it."""
+    place = PodPlace(host="h", address="10.0.0.2", head_port=7410, join_s=join_s, ready_file="/work/ready")
+    return replace(job(), pod=place)
 
 
 def rank(step: int = 0, phase: str = "train", **changes: Any) -> RankProgress:

@@ -13,7 +13,7 @@ from ktrain.base.job import JobSpec, WorkDir
 from ktrain.errors import ConflictError, UnavailableError
 from ktrain.run.head import Head, open_head
 from ktrain.testing.fake_clock import FakeClock
-from tests.unit.run.builders import job
+from tests.unit.run.builders import in_pod, job
 
 HEAD = cast(Head, object())
 
@@ -66,3 +66,13 @@ def test_open_head_run_held_elsewhere_is_final(tmp_path: Path) -> None:
 
     with pytest.raises(ConflictError):
         open_head(job(), work, make=away(1, ConflictError("held")), clock=FakeClock())
+
+
+@pytest.mark.parametrize("error", [UnavailableError("away"), ConflictError("held by the dead one")])
+def test_open_head_in_a_pod_waits_though_it_finds_no_trace_of_another(error: Exception, tmp_path: Path) -> None:
+    assert open_head(in_pod(), WorkDir(tmp_path), make=away(5, error), clock=FakeClock()) is HEAD
+
+
+def test_open_head_in_a_pod_run_that_stays_held_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConflictError):
+        open_head(in_pod(), WorkDir(tmp_path), make=away(10**9, ConflictError("held")), clock=FakeClock())

@@ -33,11 +33,22 @@ def test_roster_report_grows_silent(roster: Roster, clock: FakeClock) -> None:
 
 
 def test_roster_late_report_of_a_dead_supervisor_does_not_count(roster: Roster) -> None:
-    roster.take(said(pid=10))
+    assert roster.take(said(pid=10))
     roster.process_exited("node-0", "supervisor", 10)
-    roster.take(said(pid=10))
 
+    assert not roster.take(said(pid=10))
     assert roster.supervisors() == {}
+
+
+def test_roster_pod_that_was_replaced_while_it_still_ran_is_not_heard(roster: Roster) -> None:
+    roster.take(said(pid=10))
+    roster.process_exited("node-0", "node", 0)
+    assert roster.lost() == {"node-0"}
+
+    assert roster.take(said(pid=11, epoch=0, state="idle"))
+    assert not roster.take(said(pid=10))
+    assert roster.supervisors()["node-0"].pid == 11
+    assert roster.lost() == frozenset()
 
 
 def test_roster_exit_of_an_older_process_leaves_the_new_one(roster: Roster) -> None:

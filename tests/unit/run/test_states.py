@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from ktrain.base import contract
+from ktrain.base.job import JobSpec
 from ktrain.checkpoint.quarantine import Trial
 from ktrain.run.states import Action, Adopt, Allocate, Close, Finish, Say, State
 from ktrain.run.watch import SupervisorReport
-from tests.unit.run.builders import TIMEOUTS, World, ended, job, rank
+from tests.unit.run.builders import TIMEOUTS, World, ended, in_pod, job, rank
 
 
 def find(actions: list[Action], kind: type) -> list:
@@ -337,3 +340,18 @@ def test_machine_failure_while_stopping_is_not_booked_on_the_step() -> None:
     wanted = world.until_settled(progress={0: rank(25)}, stop="cancel")
 
     assert not find(wanted, Close)[0].own_fault
+
+
+@pytest.mark.parametrize(("spec", "wait_s", "code"), [(job(), 120.0, 1), (in_pod(join_s=600.0), 600.0, 75)])
+def test_machine_node_that_does_not_come_ends_the_wait_as_its_place_asks(
+    spec: JobSpec, wait_s: float, code: int
+) -> None:
+    world = World(spec)
+    world.report("node-0")
+
+    assert world.tick(0.0) == world.tick(wait_s) == []
+    (finish,) = world.tick(1.0)
+
+    assert isinstance(finish, Finish)
+    assert finish.verdict.exit_code == code
+    assert finish.verdict.reason.startswith(f"not joined within {wait_s:g} s: supervisor of node-1")
