@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,3 +145,15 @@ def test_events_are_those_of_the_job_alone_in_their_order(cluster: FakeCluster, 
     _, out, _ = ktrain("events", "--output", "json", "net")
 
     assert [event["reason"] for event in json.loads(out)] == ["Reason1", "Reason2"]
+
+
+def test_json_of_a_job_has_the_documented_fields(cluster: FakeCluster, ktrain: Any) -> None:
+    ktrain("launch", *JOB, "train.py")
+    make_worker(cluster, 0, "")
+    page = (Path(__file__).parents[3] / "docs" / "reference" / "cli.md").read_text()
+    rows = dict(re.findall(r"^\| `ktrain (\w+)` \| (.+) \|$", page, re.MULTILINE))
+    status = json.loads(ktrain("status", "--output", "json", "net")[1])
+    [listed] = json.loads(ktrain("list", "--output", "json")[1])
+
+    assert {*status, *status["pods"][0]} <= set(re.findall(r"`(\w+)`", rows["wait"]))
+    assert set(listed) == set(re.findall(r"`(\w+)`", rows["list"]))

@@ -55,9 +55,12 @@ def try_fields(client: Client, spec: JobSpec, facts: ClusterFacts) -> ClusterFac
         role = pod["metadata"]["generateName"]
         sent[role] = pod
         back[role] = _told(lambda: _tried(client, path_of("v1", "pods", spec.namespace), pod))  # noqa: B023 -- called at once
-    if any(answer is None for answer in back.values()):
-        return facts  # pods may not be tried: whether the server keeps the fields is not known
     kubelet = _told(lambda: _oldest_kubelet(client))
+    if any(answer is None for answer in back.values()):
+        told = probe.answered(facts, sent["jobset"], back["jobset"], oldest_kubelet=kubelet)
+        return replace(
+            told, restart_rules=_at_most(told.restart_rules), scheduling_group=_at_most(told.scheduling_group)
+        )
     facts = probe.answered(facts, sent, back, oldest_kubelet=kubelet)
     if spec.code.image is None:
         return facts
@@ -75,6 +78,11 @@ def sample_pods(rendered: Rendered, spec: JobSpec) -> tuple[Object, ...]:
         about = {**template["metadata"], "generateName": name, "namespace": spec.namespace}
         found.append({"apiVersion": "v1", "kind": "Pod", "metadata": about, "spec": pod})
     return tuple(found)
+
+
+def _at_most(kept: bool | None) -> bool | None:
+    """What JobSet's definition alone tells of a field of pods: lost is lost, kept may still be lost by the server."""
+    return False if kept is False else None
 
 
 def _tried(client: Client, path: str, obj: Object) -> Object:

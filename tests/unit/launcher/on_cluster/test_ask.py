@@ -80,7 +80,8 @@ def test_facts_that_may_not_be_read_are_not_known_and_not_absent(cluster: FakeCl
     client = client_of(cluster, tmp_path, "weak")
     facts = try_fields(client, job(), discover(client, job()))
 
-    assert facts.csi_drivers is None and facts.restart_rules is None and facts.message_patterns is None
+    assert facts.csi_drivers is None and facts.restart_rules is None and facts.scheduling_group is None
+    assert facts.message_patterns is True  # which JobSet's definition alone decides
 
 
 @needs_definitions
