@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ktrain.abc.transport import PartialRead, Transport
+from ktrain.abc.transport import Transport
 from ktrain.base import contract, ids, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
 from ktrain.base.control import Caller, Handler
@@ -24,7 +24,6 @@ from ktrain.base.process import let_training_first
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.carry import Carrier, Ends, Wanted
 from ktrain.checkpoint.fill import WantedFills
-from ktrain.checkpoint.lineage import Copy
 from ktrain.checkpoint.replicas import WantedReplicas
 from ktrain.checkpoint.upload import DrainReports
 from ktrain.errors import ConflictError, CorruptionError, KtrainError
@@ -225,7 +224,7 @@ class NodeKeeper:
 
     def handlers(self) -> dict[str, Handler]:
         """Calls that workers of this node make."""
-        return {"pulse": self._pulse, "fetch": self._fetch, "read": self._read}
+        return {"pulse": self._pulse, **self._carrier.replicas.handlers()}
 
     def _pulse(self, said: dict[str, Any]) -> dict[str, Any]:
         """A worker's sign of life with its news; the answer is what it must know."""
@@ -277,18 +276,6 @@ class NodeKeeper:
                 mark.taken = index + 1
         if mark.taken > before:
             mark.waiting.append((mark.taken, self._events_sent + len(self.events)))
-
-    def _fetch(self, said: dict[str, Any]) -> dict[str, Any]:
-        """Brings all of a peer's copy to this node for a rank that restores."""
-        copy, wanted = Copy.from_json(said["copy"]), PartialRead.from_json(said["wanted"])
-        deadline = Deadline.after(float(said["timeout_s"]), self._clock)
-        return self._carrier.replicas.fetch(wanted, copy.place, deadline).to_json()
-
-    def _read(self, said: dict[str, Any]) -> dict[str, Any]:
-        """Brings parts of a peer's copy into a file of a rank that restores."""
-        copy, wanted = Copy.from_json(said["copy"]), PartialRead.from_json(said["wanted"])
-        deadline = Deadline.after(float(said["timeout_s"]), self._clock)
-        return {"wire_nbytes": self._carrier.replicas.read(wanted, copy.place, deadline)}
 
     # Beats
 

@@ -12,8 +12,10 @@ from ktrain.abc.source import copies_beside
 from ktrain.abc.transport import BadOwn, PartialRead, Receipt, Transport
 from ktrain.base import contract
 from ktrain.base.clock import Clock, Deadline
+from ktrain.base.control import Handler
 from ktrain.base.faults import FaultPoints
 from ktrain.base.settings import Timeouts
+from ktrain.checkpoint.lineage import Copy
 from ktrain.checkpoint.source import Fetched
 from ktrain.errors import (
     CapacityError,
@@ -153,6 +155,19 @@ class Replicas:
             self._not_kept[rank] = identity
             fields = {"rank": rank, "step": identity.step, "tier": contract.TIER_PEER}
             self._emit("save_skipped", reason=f"{self._node} cannot keep it: {error}", **fields)
+
+    def handlers(self) -> dict[str, Handler]:
+        """Calls that workers of this node make while they restore."""
+        return {"fetch": self._answer_fetch, "read": self._answer_read}
+
+    def _answer_fetch(self, said: dict[str, Any]) -> dict[str, Any]:
+        copy, wanted = Copy.from_json(said["copy"]), PartialRead.from_json(said["wanted"])
+        return self.fetch(wanted, copy.place, Deadline.after(float(said["timeout_s"]), self._clock)).to_json()
+
+    def _answer_read(self, said: dict[str, Any]) -> dict[str, Any]:
+        copy, wanted = Copy.from_json(said["copy"]), PartialRead.from_json(said["wanted"])
+        deadline = Deadline.after(float(said["timeout_s"]), self._clock)
+        return {"wire_nbytes": self.read(wanted, copy.place, deadline)}
 
     def fetch(self, wanted: PartialRead, owner: str, deadline: Deadline) -> Fetched:
         """Brings a whole snapshot of another node, which a rank restores.

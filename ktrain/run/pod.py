@@ -18,6 +18,7 @@ from typing import Any
 
 from ktrain.base import atomic, contract, ids, settings
 from ktrain.base.control import Client
+from ktrain.base.exits import exit_code
 from ktrain.base.job import JobSpec, PodPlace, WorkDir, canonical_url, local_path
 from ktrain.base.settings import PodSettings, Timeouts
 from ktrain.errors import ConfigError, KtrainError
