@@ -255,8 +255,8 @@ class NodeKeeper:
                 "format": view.get("format"),
                 "world_size": view.get("world_size"),
                 "node_sizes": view.get("node_sizes") if ready else None,
-                "committed": view.get("committed", {}),
-                "protect": view.get("protect", []),
+                "committed": view.get("committed"),  # None until the head has answered this agent, which may be new
+                "protect": view.get("protect"),
                 "draining": view.get("draining"),
                 "stop": view.get("stop") if ready else None,
                 "cadence": view.get("cadence") if ready else None,

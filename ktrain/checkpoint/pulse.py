@@ -55,6 +55,16 @@ class LogMark:
         return True
 
 
+def keep_known(answer: dict[str, Any], known: Mapping[str, Any]) -> None:
+    """Completes the answer of an agent that is new and has not heard from the head yet by what was known before.
+
+    Otherwise the next save might take the slot of a step that the peers have promised to keep.
+    """
+    for name, nothing in (("committed", {}), ("protect", [])):
+        if answer.get(name) is None:
+            answer[name] = known.get(name, nothing)
+
+
 class Pulse:
     """One rank's pulse. `note_*`, `emit` and the readers are safe from any thread."""
 
@@ -264,6 +274,7 @@ class Pulse:
         with self._answered:
             del self._events[: len(batch)]
             self._events_sent += len(batch)
+            keep_known(answer, self._answer)
             kept = self._answer.get("restore")
             new = answer.get("restore")
             if kept is not None and new is not None and new["round"] == kept["round"]:

@@ -184,6 +184,22 @@ class Replicas(RuleBasedStateMachine):
         self.cluster.drains = False
 
 
+def test_agent_that_is_new_does_not_free_the_slot_of_a_step_that_peers_keep() -> None:
+    model = Replicas()
+    try:
+        model.start()
+        model.peers_catch_up()
+        model.all_save()
+        model.newest_own_copy_is_found_bad(0)
+        model.training_is_faster_than_replication([1, 2, 0])
+        model.agent_is_replaced(2)  # the agent had not told its volume yet which step the peers hold
+        model.rank_pulses(2)  # the new one has not heard from the head
+        model.all_but_one_save(1)
+        model.any_one_node_may_be_lost()
+    finally:
+        model.teardown()
+
+
 def test_step_of_which_a_snapshot_is_gone_keeps_no_slot_from_the_next_save() -> None:
     model = Replicas()
     try:

@@ -25,6 +25,7 @@ from ktrain.checkpoint.lineage import Copy
 from ktrain.checkpoint.node import NodeKeeper, NodePlace
 from ktrain.checkpoint.packed import unpack
 from ktrain.checkpoint.policy import Every, Keep, Policies
+from ktrain.checkpoint.pulse import keep_known
 from ktrain.checkpoint.source import Fetched, NearestSource, Openers, PeerCalls
 from ktrain.errors import CorruptionError, KtrainError, UnavailableError
 from ktrain.format.manifest import Identity, Manifest
@@ -115,7 +116,9 @@ class Worker:
             "events_from": 0,
             "events": self.events,
         }
-        self.answer = self.caller.call("pulse", said, timeout_s=1.0)
+        answer = self.caller.call("pulse", said, timeout_s=1.0)
+        keep_known(answer, self.answer)
+        self.answer = answer
         if self.answer["cadence"] is not None and not self.deaf:
             self.schedule.take(self.answer["cadence"], self.step)
 
