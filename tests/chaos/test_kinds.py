@@ -83,6 +83,9 @@ def test_launch_agents_killed_while_they_remove_from_disks_train_on_and_finish_i
     here.await_that(
         "both agents' deaths", lambda: {said.fields["node"] for said in harness.of_kind(here, "agent_lost")} >= NODES
     )
+    # What a worker said while no agent was there dies with the worker, and a snapshot waits for it two seconds at most.
+    heard = harness.newest_step(here)
+    here.await_that("steps that new agents told the head", lambda: harness.newest_step(here) > heard)
     assert _kill(here.processes("ktrain.run.worker ")[0].pid), "which ends the attempt, and with it the plan"
     here.await_that("a second attempt", lambda: len(harness.of_kind(here, "restored")) == 1)
     begun_at = harness.newest_step(here)
