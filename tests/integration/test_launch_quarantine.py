@@ -13,6 +13,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 SCRIPT = """
 import os
+import time
 import torch
 import ktrain
 
@@ -29,8 +30,11 @@ for step in range(ckpt.restore() + 1, 21):
     if step == 8 and os.environ["KTRAIN_EPOCH"] == "1":
         health.poisoned = True
     if step == 13 and health.poisoned:
+        time.sleep(1)  # what was said before is on its way: a crash in the same moment would leave it unsaid
         raise ValueError("the weights have diverged")
     ckpt.step(step, loss=1.0 / step)
+    while step % 5 == 0 and ckpt.committed.get("memory") != step:  # these steps take no time, a save takes some
+        time.sleep(0.01)
 ckpt.close()
 """
 
