@@ -12,10 +12,23 @@ from tests.integration.launching import Place, place
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 SCRIPT = """
+import json
 import os
 import time
+from pathlib import Path
 import torch
 import ktrain
+
+def await_that(holds):
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+def is_logged():
+    events = map(json.loads, (Path(os.environ["KTRAIN_RUN"]) / "events.jsonl").read_text().splitlines())
+    mine = [event for event in events if event["attempt"] == int(os.environ["KTRAIN_EPOCH"])]
+    return any(event["kind"] == "step" and event["step"] == 12 for event in mine)
 
 class Health:
     poisoned = False
@@ -30,11 +43,11 @@ for step in range(ckpt.restore() + 1, 21):
     if step == 8 and os.environ["KTRAIN_EPOCH"] == "1":
         health.poisoned = True
     if step == 13 and health.poisoned:
-        time.sleep(1)  # what was said before is on its way: a crash in the same moment would leave it unsaid
+        await_that(is_logged)  # a crash in the moment of a step can leave it unsaid
         raise ValueError("the weights have diverged")
     ckpt.step(step, loss=1.0 / step)
-    while step % 5 == 0 and ckpt.committed.get("memory") != step:  # these steps take no time, a save takes some
-        time.sleep(0.01)
+    if step % 5 == 0:  # these steps take no time, a save takes some
+        await_that(lambda: ckpt.committed.get("memory") == step)
 ckpt.close()
 """
 
