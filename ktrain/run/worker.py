@@ -6,15 +6,21 @@ stacks on a crash, maps ktrain's errors to the exit codes of the contract, and l
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import faulthandler
+import gc
+import io
 import json
 import os
 import runpy
 import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 from ktrain import native
 from ktrain.base import contract, settings
@@ -72,6 +78,37 @@ def run_script(script: str, args: list[str]) -> int:
     return contract.EXIT_OK
 
 
+def _code_of(stop: SystemExit) -> int:
+    """What the interpreter would make of it: a text is for people, and a failure."""
+    if stop.code is None or isinstance(stop.code, int):
+        return stop.code or contract.EXIT_OK
+    print(stop.code, file=sys.stderr)
+    return contract.EXIT_FAILED
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process in order, but does not take the interpreter down.
+
+    Taking it down can abort a process whose work is done: up to Python 3.13 a thread that then wants the interpreter is
+    ended by unwinding its stack, and C++ code on it ends the process by SIGABRT. So do threads of gloo that let go of a
+    tensor, and others that come back from native code (pytorch/pytorch#38228 and #190489, python/cpython#87135).
+
+    Threads that are not daemons are waited for, exit handlers run, what was dropped is finalised, and open files are
+    written out. Objects that still live are not finalised, which Python promises to nobody.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # both as multiprocessing ends its children
+    atexit._run_exitfuncs()
+    gc.collect()
+    for each in gc.get_objects():
+        if issubclass(type(each), io.TextIOWrapper | io.BufferedWriter | io.BufferedRandom):  # __class__ runs code
+            try:
+                each.flush()
+            except (OSError, ValueError):  # closed, detached, or nobody reads it any more
+                pass
+    ctypes.CDLL(None).fflush(None)
+    os._exit(code)
+
+
 def main(argv: list[str]) -> int:
     option, parent, script, *args = argv
     assert option == "--parent", option
@@ -79,8 +116,11 @@ def main(argv: list[str]) -> int:
     os.dup2(1, 2)  # one log for both streams: torch's redirection would open the file twice and overwrite itself
     faulthandler.enable()
     faulthandler.register(signal.SIGQUIT, all_threads=True)  # the supervisor asks for stacks before it ends a hang
-    return run_script(script, args)
+    try:
+        return run_script(script, args)
+    except SystemExit as stop:
+        return _code_of(stop)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

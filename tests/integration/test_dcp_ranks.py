@@ -228,6 +228,8 @@ def main(mode: str, folder: Path) -> None:
     run = str(folder / "run")
     print(json.dumps({"save": save, "load": load, "process": save_by_process}[mode](run)))
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # fully_shard keeps gloo's threads, which can abort the interpreter's end (see ktrain.run.worker.leave)
 
 
 if __name__ == "__main__":

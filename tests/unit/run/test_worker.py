@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -64,3 +66,53 @@ def test_run_script_sys_exit_passes_through(tmp_path: Path) -> None:
 
 def test_run_script_syntax_error_is_a_failure(tmp_path: Path) -> None:
     assert worker.run_script(script(tmp_path, "def (:\n"), []) == contract.EXIT_FAILED
+
+
+def ended_by(tmp_path: Path, text: str) -> tuple[int, str]:
+    """Exit code and log of a worker of its own."""
+    command = [sys.executable, "-u", "-m", "ktrain.run.worker", "--parent", str(os.getpid()), script(tmp_path, text)]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    return ended.returncode, ended.stdout
+
+
+def test_threads_in_native_code_do_not_abort_a_worker_that_has_finished(tmp_path: Path) -> None:
+    text = """
+import threading, torch
+def add(a):
+    while True:
+        a + a
+for _ in range(3):
+    threading.Thread(target=add, args=(torch.ones(100),), daemon=True).start()
+print("last words")
+"""
+    assert ended_by(tmp_path, text) == (contract.EXIT_OK, "last words\n")
+
+
+@pytest.mark.parametrize(("end", "code"), [("None", 0), ("3", 3), ("'no data'", contract.EXIT_FAILED)])
+def test_worker_leaves_in_order(tmp_path: Path, end: str, code: int) -> None:
+    text = f"""
+import atexit, sys, threading
+class Circle:
+    def __init__(self):
+        self.me = self
+    def __del__(self):
+        print("finalised")
+Circle()
+left = open("left", "w")
+left.write("whole")
+sys.kept = left
+started = threading.Event()
+def work():
+    started.wait()
+    threading.main_thread().join(0.01)
+    print("thread")
+threading.Thread(target=work).start()
+atexit.register(print, "handler")
+started.set()
+sys.exit({end})
+"""
+    found, log = ended_by(tmp_path, text)
+
+    assert found == code
+    assert log.splitlines() == [*(["no data"] if end == "'no data'" else []), "thread", "handler", "finalised"]
+    assert (tmp_path / "left").read_text() == "whole"
