@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ktrain.base.clock import SYSTEM_CLOCK, Clock
 from ktrain.base.control import Handler
-from ktrain.base.events import Event, make
+from ktrain.base.events import make
 from ktrain.base.faults import FaultPoints
 from ktrain.base.process import let_training_first
 from ktrain.base.settings import Timeouts
@@ -25,6 +25,7 @@ from ktrain.checkpoint.commits import Commits
 from ktrain.checkpoint.direct import Desk, RestoreDirector
 from ktrain.checkpoint.disks import view_of
 from ktrain.checkpoint.drain import Drain, DrainSchedule
+from ktrain.checkpoint.intake import Intake
 from ktrain.checkpoint.pacer import Pacer, write_last
 from ktrain.checkpoint.policy import Policies
 from ktrain.checkpoint.quarantine import Trial, review
@@ -48,12 +49,12 @@ class Coordinator:
         catalog: RunCatalog,
         *,
         timeouts: Timeouts,
-        emit: Callable[[Event], None],
+        intake: Intake,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._catalog = catalog
         self._timeouts = timeouts
-        self._emit_event = emit
+        self._intake = intake
         self._clock = clock
         self._lock = threading.RLock()  # guards everything below; never held across storage calls
         self._wake = threading.Event()
@@ -176,7 +177,7 @@ class Coordinator:
 
     def _emit(self, kind: str, **fields: Any) -> None:
         event = make(kind, self._attempt.epoch, clock=self._clock, **fields)
-        self._emit_event(event)
+        self._intake.emit(event)
         self._pacer.take([event])
 
     # One beat of one node
@@ -188,9 +189,11 @@ class Coordinator:
                 raise ConflictError(
                     f"beat of {said['member']}: it is in epoch {said['epoch']}, this head is in epoch {epoch}"
                 )
-            member, fresh = self._roster.take(said, self._clock.monotonic())
+            member, brought = self._roster.take(said, self._clock.monotonic(), self._intake.room)
+            fresh = self._intake.take(brought)
+            self._intake.note(member.written, member.inbox.taken)
             for event in fresh:
-                self._emit_event(event)
+                self._faults.reached("events.logged", step=event.fields.get("step"), rank=event.fields.get("rank"))
                 self._sweeps.take(event)
             self._pacer.draining = self._drains.current is not None
             self._pacer.take(fresh)
@@ -250,7 +253,8 @@ class Coordinator:
             "refusal": None if restore is None else restore.refusal,
             "wire": self._wire,
             "free": self._free,
-            "events_taken": member.events_taken,
+            "events_taken": member.inbox.taken,
+            "events_logged": self._intake.num_written(member.written),
         }
 
     # The thread that talks to storage

@@ -33,6 +33,8 @@ from ktrain.checkpoint import log
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.coordinate import Coordinator
 from ktrain.checkpoint.holder import Holder
+from ktrain.checkpoint.intake import Intake
+from ktrain.checkpoint.relay import newest_numbers
 from ktrain.errors import ConflictError, DeadlineError, KtrainError, UnavailableError
 from ktrain.run import worker
 from ktrain.run.failure import Budgets, Exit, Verdict
@@ -143,10 +145,12 @@ class Head:
             self._notes = open_notes(spec, work, self._catalog.tier, timeouts=self._timeouts, clock=clock)
             self._saved = self._notes.read()
             self._stop: str | None = self._saved.get("stop")
-            self._fired = _read_fired(spec.run, self._timeouts, clock)
+            logged = _read_log(spec.run, self._timeouts, clock)
+            self._fired = Counter(event.fields["spec"] for event in logged if event.kind == "fault_injected")
             self._events = log.open_log(spec.run, self._catalog.tier, timeouts=self._timeouts, clock=clock)
             undo.callback(self._events.close)
-            self._coordinator = Coordinator(self._catalog, timeouts=self._timeouts, emit=self._events.emit, clock=clock)
+            intake = Intake(self._events, known=newest_numbers(logged))
+            self._coordinator = Coordinator(self._catalog, timeouts=self._timeouts, intake=intake, clock=clock)
             self._machine = self._make_machine()
             self._held = undo.pop_all()
         self._server = Server(self._handlers(), address=spec.head_address, token=work.read_token())
@@ -431,10 +435,10 @@ def _close(what: str, close: Callable[[], None]) -> None:
         _LOG.exception("%s could not be closed", what)
 
 
-def _read_fired(run: str, timeouts: Timeouts, clock: Clock) -> Counter[str]:
-    """Faults that were injected already in the life of the run: each fires once."""
+def _read_log(run: str, timeouts: Timeouts, clock: Clock) -> list[Event]:
+    """What the log has: faults that were injected, each of which fires once, and events not to be logged again."""
     with closing(log.LogReader(run, timeouts=timeouts, clock=clock)) as reader:
-        return Counter(event.fields["spec"] for event in reader.read_new() if event.kind == "fault_injected")
+        return reader.read_new()
 
 
 def open_head(
