@@ -196,7 +196,7 @@ class Coordinator:
                 self._faults.reached("events.logged", step=event.fields.get("step"), rank=event.fields.get("rank"))
                 self._sweeps.take(event)
             self._pacer.draining = self._drains.current is not None
-            self._pacer.take(fresh)
+            self._pacer.take(event for event in fresh if event.attempt == epoch)
             if self._restore is not None:
                 self._restore.take_events(fresh)
             if int(said["epoch"]) == epoch:

@@ -9,6 +9,7 @@ would stand in every step. It is taken along within a tenth of a second.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 from collections.abc import Mapping
@@ -101,7 +102,8 @@ class Pulse:
         self._thread = threading.Thread(target=self._run, name="ktrain-pulse", daemon=True)
 
     def start(self) -> None:
-        """Starts the thread."""
+        """Starts the thread. A script that ends by an error, too, has its last news sent."""
+        atexit.register(self.end)
         self._thread.start()
 
     def end(self) -> None:
@@ -110,6 +112,7 @@ class Pulse:
             self._ended.set()
             self._wake.set()
             self._thread.join(self._timeouts.call_s * 2)
+            atexit.unregister(self.end)
 
     # News out
 
