@@ -201,7 +201,7 @@ class NodeKeeper:
     def _pulse(self, said: dict[str, Any]) -> dict[str, Any]:
         """A worker's sign of life with its news; the answer is what it must know."""
         rank, now = int(said["rank"]), self._clock.monotonic()
-        self._relay.take(said)  # also of a worker that is fenced below
+        events = self._relay.take(said)  # also of a worker that is fenced below
         with self._lock:
             view = self._view
             epoch = int(view.get("epoch", 0))
@@ -222,7 +222,7 @@ class NodeKeeper:
             ready = epoch == int(said["epoch"]) and opened
             return {
                 "ready": ready,
-                **self._relay.answer(said),
+                **events,
                 "run": view.get("run"),
                 "format": view.get("format"),
                 "world_size": view.get("world_size"),

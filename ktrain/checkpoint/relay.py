@@ -149,10 +149,13 @@ class Relay:
         if self._outbox.add(event.with_origin(self._own, self._num_own)):
             self._num_own += 1
 
-    def take(self, said: Mapping[str, Any]) -> None:
-        """Takes the events of a pulse that are new: a pulse whose answer was lost comes again."""
+    def take(self, said: Mapping[str, Any]) -> dict[str, int]:
+        """Takes the events of a pulse that are new: a pulse whose answer was lost comes again.
+
+        Returns what the worker is to know of its events: how many are here, with a head, and in the log.
+        """
         with self._lock:
-            name = _stream_of(said)
+            name = f"rank-{said['rank']}/{said['epoch']}/{said['instance']}"
             stream = self._streams.setdefault(name, _Stream(int(said["epoch"]), Inbox()))
             stream.logged = max(stream.logged, int(said["events_logged"]))
             stream.heard = max(stream.heard, stream.logged)
@@ -161,13 +164,6 @@ class Relay:
                 self._outbox.add(Event.from_json(value).with_origin(name, number))
             if taken:
                 self._faults.reached("events.taken", step=taken[-1][1].get("step"), rank=int(said["rank"]))
-
-    def answer(self, said: Mapping[str, Any]) -> dict[str, int]:
-        """What a worker is to know of its events: how many are here, with a head, and in the log."""
-        with self._lock:
-            stream = self._streams.get(_stream_of(said))
-            if stream is None:
-                return {}
             return {"events_taken": stream.inbox.taken, "events_heard": stream.heard, "events_logged": stream.logged}
 
     def message(self) -> dict[str, Any]:
@@ -190,10 +186,6 @@ class Relay:
             if lost := self._outbox.take_lost():
                 message = f"{self._member}: {lost} of its own events were lost while the head was away"
                 self._add_own(make("notice", clock=self._clock, message=message))
-
-
-def _stream_of(said: Mapping[str, Any]) -> str:
-    return f"rank-{said['rank']}/{said['epoch']}/{said['instance']}"
 
 
 def newest_numbers(events: Sequence[Event]) -> dict[str, int]:

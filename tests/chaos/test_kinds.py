@@ -74,7 +74,7 @@ def test_launch_fault_beside_training_does_not_end_the_attempt(here: Place, spec
 
 @pytest.mark.parametrize(
     ("fault", "said"),
-    [("kill@events.taken,step=20,rank=0", "agent_lost"), ("kill@events.logged,step=20", "head_adopted")],
+    [("kill@events.taken,step=18,rank=0", "agent_lost"), ("kill@events.logged,step=18", "head_adopted")],
 )
 def test_launch_killed_with_events_on_their_way_has_each_in_its_log_once(here: Place, fault: str, said: str) -> None:
     """The agent of rank 0, which says the losses, dies before it passes one on; the head, before it confirms one."""
