@@ -173,7 +173,6 @@ class Coordinator:
         self._wake.set()
         if self._thread is not None:
             self._thread.join(self._timeouts.storage_s)
-            self._thread = None
 
     def _emit(self, kind: str, **fields: Any) -> None:
         event = make(kind, self._attempt.epoch, clock=self._clock, **fields)
@@ -190,10 +189,9 @@ class Coordinator:
                     f"beat of {said['member']}: it is in epoch {said['epoch']}, this head is in epoch {epoch}"
                 )
             member, brought = self._roster.take(said, self._clock.monotonic(), self._intake.room)
-            fresh = self._intake.take(brought)
+            fresh = self._intake.take(brought, self._faults)
             self._intake.note(member.written, member.inbox.taken)
             for event in fresh:
-                self._faults.reached("events.logged", step=event.fields.get("step"), rank=event.fields.get("rank"))
                 self._sweeps.take(event)
             self._pacer.draining = self._drains.current is not None
             self._pacer.take(event for event in fresh if event.attempt == epoch)
@@ -201,8 +199,7 @@ class Coordinator:
                 self._restore.take_events(fresh)
             if int(said["epoch"]) == epoch:
                 self._take_ranks(member, said)
-            restored = None if self._restore is None else self._restore.restored
-            self._commits.follow(self._roster, restored)
+            self._commits.follow(self._roster, None if self._restore is None else self._restore.restored)
             if len(self._roster.wires().keys() & self._attempt.nodes.keys()) > 1:
                 self._commits.replication.choose(self._commits.memory, self._commits.peer)
             answer = self._answer(member, said)

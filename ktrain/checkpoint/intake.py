@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ktrain.base.events import Event
+from ktrain.base.faults import FaultPoints
 from ktrain.checkpoint.log import EventLog
 
 _MOST_WAITING = 5_000  # events that the log could not write yet, with which the head takes no more from the keepers
@@ -53,11 +54,12 @@ class Intake:
         """How many events may be taken now."""
         return max(0, _MOST_WAITING - self._log.num_waiting())
 
-    def take(self, events: Iterable[Event]) -> list[Event]:
+    def take(self, events: Iterable[Event], faults: FaultPoints) -> list[Event]:
         """Logs those that the log has not got yet, and returns them."""
         fresh = [event for event in events if self._is_new(event)]
         for event in fresh:
             self._log.emit(event)
+            faults.reached("events.logged", step=event.fields.get("step"), rank=event.fields.get("rank"))
         return fresh
 
     def _is_new(self, event: Event) -> bool:

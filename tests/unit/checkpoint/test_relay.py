@@ -10,6 +10,7 @@ import pytest
 
 from ktrain.base.clock import SYSTEM_CLOCK
 from ktrain.base.events import Event, FileSink, make, parse_lines
+from ktrain.base.faults import FaultPoints
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint import intake, relay
 from ktrain.checkpoint.intake import Intake, Written
@@ -21,6 +22,7 @@ from ktrain.testing.fake_bucket import FakeBucket
 from ktrain.testing.fake_clock import FakeClock
 from ktrain.testing.faulty_tier import Fault, FaultyTier, TierFault
 
+NO_FAULTS = FaultPoints([], epoch=1)
 NOBODY = {"events_taken": 0, "events_heard": 0, "events_logged": 0}
 
 
@@ -112,21 +114,21 @@ def test_intake_logs_each_once_and_counts_what_is_written(tmp_path: Path) -> Non
     said = [make("log", 1, step=step).with_origin("rank-0/1/abc", step) for step in range(4)]
     log = FileLog(tmp_path / "events.jsonl")
     first, written = Intake(log), Written()
-    assert first.take(said[:2]) == said[:2] and first.take(said[:3]) == said[2:3]
+    assert first.take(said[:2], NO_FAULTS) == said[:2] and first.take(said[:3], NO_FAULTS) == said[2:3]
     first.note(written, 5)
     assert first.num_written(written) == 5
     log.close()
     found = parse_lines((tmp_path / "events.jsonl").read_bytes().splitlines())
     assert found == said[:3]
     with closing(FileLog(tmp_path / "events.jsonl")) as log:
-        assert Intake(log, known=newest_numbers(found)).take(said) == said[3:]
+        assert Intake(log, known=newest_numbers(found)).take(said, NO_FAULTS) == said[3:]
 
 
 def test_intake_takes_no_more_while_the_file_is_full_and_confirms_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(intake, "_MOST_WAITING", 3)
     with closing(FileLog(Path("/dev/full"))) as log:  # every write gives ENOSPC
         head, written = Intake(log), Written()
-        head.take([make("log", 1, step=step) for step in range(3)])
+        head.take([make("log", 1, step=step) for step in range(3)], NO_FAULTS)
         head.note(written, 3)
         assert head.room == 0 and head.num_written(written) == 0
 
