@@ -1,7 +1,8 @@
 """Typed events: the one record of what happened; log lines, progress and reports are renderings of it.
 
 An event is a JSON object with `time` (wall seconds, UTC), `attempt` (the epoch, 0 before there is one) and `kind`,
-and the fields of its kind. Kinds are append-only; the list below is golden.
+and the fields of its kind; `origin`, where a worker or a node's keeper said it, tells it from all others. Kinds are
+append-only; the list below is golden.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,23 +56,43 @@ KINDS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One thing that happened."""
+    """One thing that happened.
+
+    Attributes:
+        origin: (name of who said it, number among all that one said), by which the log has it once; None where the
+            log's own writer said it.
+    """
 
     kind: str
     fields: dict[str, Any] = field(default_factory=dict)
     time: float = field(default_factory=SYSTEM_CLOCK.wall)
     attempt: int = 0
+    origin: tuple[str, int] | None = None
 
     def __post_init__(self) -> None:
         assert self.kind in KINDS, self.kind
 
     def to_json(self) -> dict[str, Any]:
-        return {"time": self.time, "attempt": self.attempt, "kind": self.kind, **self.fields}
+        said = {"time": self.time, "attempt": self.attempt, "kind": self.kind, **self.fields}
+        return said if self.origin is None else {**said, "origin": list(self.origin)}
+
+    def with_origin(self, name: str, number: int) -> Event:
+        """The same with who said it."""
+        return replace(self, origin=(name, number))
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Event:
-        rest = {key: item for key, item in value.items() if key not in ("time", "attempt", "kind")}
-        return cls(kind=value["kind"], fields=rest, time=value["time"], attempt=value["attempt"])
+        rest = {key: item for key, item in value.items() if key not in ("time", "attempt", "kind", "origin")}
+        origin = _origin(value.get("origin"))
+        return cls(kind=value["kind"], fields=rest, time=value["time"], attempt=value["attempt"], origin=origin)
+
+
+def _origin(value: Any) -> tuple[str, int] | None:
+    """As `to_json` wrote it; None for anything else, which nobody here wrote."""
+    match value:
+        case [str(name), int(number)]:
+            return name, number
+    return None
 
 
 _LOG = logging.getLogger(__name__)
@@ -83,38 +104,13 @@ class EventSink(Protocol):
     def emit(self, event: Event) -> None: ...
 
 
-class ListSink:
-    """Keeps events in memory until taken; what a process holds until it can hand them on. Safe from any thread."""
-
-    def __init__(self, limit: int = 100_000) -> None:
-        self._events: list[Event] = []  # guarded by _lock
-        self._lock = threading.Lock()
-        self._limit = limit
-
-    def emit(self, event: Event) -> None:
-        with self._lock:
-            if len(self._events) < self._limit:  # a head that is away for ever must not fill this process's memory
-                self._events.append(event)
-
-    def peek(self, limit: int = 1000) -> list[Event]:
-        """The oldest events; they stay until `drop`."""
-        with self._lock:
-            return self._events[:limit]
-
-    def __len__(self) -> int:
-        with self._lock:
-            return len(self._events)
-
-    def drop(self, count: int) -> None:
-        """Forgets the oldest `count` events, after they were handed on."""
-        with self._lock:
-            del self._events[:count]
-
-
 class FileSink:
     """Appends one JSON line per event to a local file. Safe from any thread.
 
     A file that cannot take a line now (the disk is full) gets it later; what is over the limit is lost, and counted.
+
+    Attributes:
+        num_emitted: how many events came in; those that do not wait are written, or lost.
     """
 
     def __init__(self, path: Path, limit: int = 10_000) -> None:
@@ -123,17 +119,26 @@ class FileSink:
         self._lock = threading.Lock()
         self._limit = limit
         self._waiting: list[bytes] = []  # guarded by _lock
+        self.num_emitted = 0
         self.num_lost = 0
         self._torn = _ends_in_a_torn_line(self._file.fileno())
 
     def emit(self, event: Event) -> None:
         line = json.dumps(event.to_json(), separators=(",", ":")).encode() + b"\n"
         with self._lock:
+            self.num_emitted += 1
             self._waiting.append(line)
             if len(self._waiting) > self._limit:
                 del self._waiting[0]
                 self.num_lost += 1
             self._write_waiting()
+
+    def write_waiting(self) -> int:
+        """Tries again to write what waits; returns how many events still do."""
+        with self._lock:
+            if not self._file.closed:
+                self._write_waiting()
+            return len(self._waiting)
 
     def close(self) -> None:
         """Tries once more to write what waits. Closing twice is fine."""

@@ -28,6 +28,8 @@ POINTS = (
     "commit.record",  # the record is written, nothing knows of it
     "disk.doomed",  # a node has marked a step of its disk for removal
     "disk.manifest",  # its manifests are gone, its payloads are not
+    "events.taken",  # a node's agent has a worker's events, the head has not; step is that of the newest one
+    "events.logged",  # the head has logged an event, and has not said so
     "restore.fill",  # before a node's agent brings a payload from the bucket into its volume for all nodes
     "replica.pull",  # before a node's agent brings a replica of a peer's snapshot into its volume
     "read.parts",  # before a node's agent reads parts of a peer's snapshot for a rank

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ktrain.base.clock import SYSTEM_CLOCK, Clock
 from ktrain.base.control import Handler
-from ktrain.base.events import Event, make
+from ktrain.base.events import make
 from ktrain.base.faults import FaultPoints
 from ktrain.base.process import let_training_first
 from ktrain.base.settings import Timeouts
@@ -25,6 +25,7 @@ from ktrain.checkpoint.commits import Commits
 from ktrain.checkpoint.direct import Desk, RestoreDirector
 from ktrain.checkpoint.disks import view_of
 from ktrain.checkpoint.drain import Drain, DrainSchedule
+from ktrain.checkpoint.intake import Intake
 from ktrain.checkpoint.pacer import Pacer, write_last
 from ktrain.checkpoint.policy import Policies
 from ktrain.checkpoint.quarantine import Trial, review
@@ -48,12 +49,12 @@ class Coordinator:
         catalog: RunCatalog,
         *,
         timeouts: Timeouts,
-        emit: Callable[[Event], None],
+        intake: Intake,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._catalog = catalog
         self._timeouts = timeouts
-        self._emit_event = emit
+        self._intake = intake
         self._clock = clock
         self._lock = threading.RLock()  # guards everything below; never held across storage calls
         self._wake = threading.Event()
@@ -172,11 +173,10 @@ class Coordinator:
         self._wake.set()
         if self._thread is not None:
             self._thread.join(self._timeouts.storage_s)
-            self._thread = None
 
     def _emit(self, kind: str, **fields: Any) -> None:
         event = make(kind, self._attempt.epoch, clock=self._clock, **fields)
-        self._emit_event(event)
+        self._intake.emit(event)
         self._pacer.take([event])
 
     # One beat of one node
@@ -188,18 +188,18 @@ class Coordinator:
                 raise ConflictError(
                     f"beat of {said['member']}: it is in epoch {said['epoch']}, this head is in epoch {epoch}"
                 )
-            member, fresh = self._roster.take(said, self._clock.monotonic())
+            member, brought = self._roster.take(said, self._clock.monotonic(), self._intake.room)
+            fresh = self._intake.take(brought, self._faults)
+            self._intake.note(member.written, member.inbox.taken)
             for event in fresh:
-                self._emit_event(event)
                 self._sweeps.take(event)
             self._pacer.draining = self._drains.current is not None
-            self._pacer.take(fresh)
+            self._pacer.take(event for event in fresh if event.attempt == epoch)
             if self._restore is not None:
                 self._restore.take_events(fresh)
             if int(said["epoch"]) == epoch:
                 self._take_ranks(member, said)
-            restored = None if self._restore is None else self._restore.restored
-            self._commits.follow(self._roster, restored)
+            self._commits.follow(self._roster, None if self._restore is None else self._restore.restored)
             if len(self._roster.wires().keys() & self._attempt.nodes.keys()) > 1:
                 self._commits.replication.choose(self._commits.memory, self._commits.peer)
             answer = self._answer(member, said)
@@ -250,7 +250,8 @@ class Coordinator:
             "refusal": None if restore is None else restore.refusal,
             "wire": self._wire,
             "free": self._free,
-            "events_taken": member.events_taken,
+            "events_taken": member.inbox.taken,
+            "events_logged": self._intake.num_written(member.written),
         }
 
     # The thread that talks to storage

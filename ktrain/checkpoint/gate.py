@@ -133,6 +133,8 @@ def recorded_losses(
                 losses[step] = (float(loss), event.attempt == maker)
             if event.attempt == maker and step < steps.start:
                 return losses  # what comes now was made before the restored state
-        if len(losses) == len(steps) or any(0 < event.attempt < maker for event in block):
+        # Not where older attempts speak: what was said in them may be logged late.
+        begins = any(event.kind == "attempt_started" and event.attempt <= maker for event in block)
+        if begins or len(losses) == len(steps):
             return losses
     return losses

@@ -29,6 +29,7 @@ from ktrain.base.urls import require_public
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.coordinate import Coordinator
 from ktrain.checkpoint.holder import Holder
+from ktrain.checkpoint.intake import Intake
 from ktrain.checkpoint.log import open_log
 from ktrain.checkpoint.node import NodeKeeper, NodePlace
 from ktrain.checkpoint.quarantine import is_own_fault
@@ -137,7 +138,7 @@ class _Head:
             self._log = open_log(run, self._catalog.tier, timeouts=timeouts)
             undo.callback(self._log.close)
             self._held = undo.pop_all()
-        self._coordinator = Coordinator(self._catalog, timeouts=timeouts, emit=self._log.emit)
+        self._coordinator = Coordinator(self._catalog, timeouts=timeouts, intake=Intake(self._log))
         self.handlers = {**self._coordinator.handlers(), "failed": self.note_failure}
         self._failed = False  # a rank's failure is recorded: the first word on the end of this attempt
         local = topology.local_world_size

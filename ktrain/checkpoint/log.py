@@ -22,11 +22,19 @@ _LOG = logging.getLogger(__name__)
 _BATCH_S = 1.0
 _BLOCK_NBYTES = 1 << 18
 _BLOCKS_BACK = 256  # read backwards at most
-_KEPT_BATCHES = 1000  # of a store that is away; the oldest are dropped beyond
+_MOST_WAITING = 100_000  # of a store that is away; the oldest are lost beyond
 
 
 class EventLog(EventSink, Protocol):
     """A sink with an end."""
+
+    @property
+    def num_emitted(self) -> int:
+        """How many events came in."""
+        ...
+
+    def num_waiting(self) -> int:
+        """How many of them, the newest, are not written yet."""
 
     def flush(self) -> None:
         """Returns once everything emitted so far is written, or its bounded wait is over."""
@@ -40,6 +48,14 @@ class FileLog:
 
     def __init__(self, path: Path) -> None:
         self._sink = FileSink(path)
+
+    @property
+    def num_emitted(self) -> int:
+        return self._sink.num_emitted
+
+    def num_waiting(self) -> int:
+        """How many events the file could not take yet; they are tried again here."""
+        return self._sink.write_waiting()
 
     def emit(self, event: Event) -> None:
         self._sink.emit(event)
@@ -61,7 +77,9 @@ class ObjectLog:
         self._lock = threading.Lock()
         self._writing = threading.Lock()  # held across a write: batches stay in order
         self._waiting: list[Event] = []  # guarded by _lock
-        self._batches: list[tuple[str, bytes]] = []  # guarded by _writing
+        self._num_writing = 0  # events of `_batch`; guarded by _lock
+        self._batch: tuple[str, bytes] | None = None  # the same name until the store has it; guarded by _writing
+        self.num_emitted = 0
         self._writer = ids.random_id(3)
         self._sequence = self._last_sequence() + 1
         self._closed = threading.Event()
@@ -70,7 +88,14 @@ class ObjectLog:
 
     def emit(self, event: Event) -> None:
         with self._lock:
+            self.num_emitted += 1
             self._waiting.append(event)
+            del self._waiting[:-_MOST_WAITING]
+
+    def num_waiting(self) -> int:
+        """How many events no object has yet."""
+        with self._lock:
+            return len(self._waiting) + self._num_writing
 
     def flush(self) -> None:
         self._write_batches()
@@ -93,22 +118,30 @@ class ObjectLog:
 
     def _write_batches(self) -> None:
         with self._writing:
-            with self._lock:
-                taken, self._waiting = self._waiting, []
-            if taken:
-                name = f"{contract.EVENTS_DIR}/{taken[-1].attempt:06d}-{self._sequence:08d}-{self._writer}.jsonl"
-                self._sequence += 1
-                lines = [json.dumps(event.to_json(), separators=(",", ":")).encode() + b"\n" for event in taken]
-                self._batches.append((name, b"".join(lines)))
-                del self._batches[:-_KEPT_BATCHES]
-            while self._batches:
-                name, data = self._batches[0]
+            while self._cut_batch():
+                assert self._batch is not None
                 try:
-                    self._tier.write(name, data, deadline=self._deadline())
+                    self._tier.write(*self._batch, deadline=self._deadline())
                 except KtrainError as error:
                     _LOG.warning("events: %s; they are kept and tried again", error)
                     return
-                del self._batches[0]
+                self._batch = None
+                with self._lock:
+                    self._num_writing = 0
+
+    def _cut_batch(self) -> bool:
+        """Makes one batch of what waits where there is none; false when there is nothing to write."""
+        if self._batch is not None:
+            return True
+        with self._lock:
+            taken, self._waiting = self._waiting, []
+            self._num_writing = len(taken)
+        if taken:
+            name = f"{contract.EVENTS_DIR}/{taken[-1].attempt:06d}-{self._sequence:08d}-{self._writer}.jsonl"
+            self._sequence += 1
+            lines = [json.dumps(event.to_json(), separators=(",", ":")).encode() + b"\n" for event in taken]
+            self._batch = name, b"".join(lines)
+        return bool(taken)
 
 
 def _sequence(name: str) -> int:

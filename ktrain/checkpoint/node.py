@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +18,11 @@ from ktrain.abc.transport import Transport
 from ktrain.base import contract, ids, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
 from ktrain.base.control import Caller, Handler
-from ktrain.base.events import Event, ListSink, make
 from ktrain.base.process import let_training_first
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.carry import Carrier, Ends, Wanted
 from ktrain.checkpoint.fill import WantedFills
+from ktrain.checkpoint.relay import Relay
 from ktrain.checkpoint.replicas import WantedReplicas
 from ktrain.checkpoint.upload import DrainReports
 from ktrain.errors import ConflictError, CorruptionError, KtrainError
@@ -32,7 +31,6 @@ from ktrain.snapshot.arena import NodeVolume, ProblemKind
 from ktrain.tier.disk import NodeDisk, open_disk
 
 _LOG = logging.getLogger(__name__)
-_EVENTS_PER_BEAT = 500
 _PASSED_ON = ("step", "phase", "closed", "stop_ack", "stop_wanted", "restore", "policies")  # of a pulse, to the head
 _MEMORY_TIERS = (contract.TIER_MEMORY, contract.TIER_PEER)
 _DAMAGED = (ProblemKind.UNREADABLE, ProblemKind.FOREIGN, ProblemKind.SHORT)
@@ -54,29 +52,6 @@ class _Rank:
             "silent_s": now_s - self.heard_s,
             "moved_s": now_s - self.moved_s,
         }
-
-
-@dataclass(slots=True)
-class _EventMark:
-    """How far a rank's events have come.
-
-    Attributes:
-        instance: of the rank's pulse, which numbers them.
-        taken: how many this keeper has taken.
-        waiting: (how many of the rank's, index after the last of them among this keeper's own), oldest first.
-        logged: how many the head has taken.
-    """
-
-    instance: str
-    taken: int = 0
-    waiting: deque[tuple[int, int]] = field(default_factory=deque)
-    logged: int = 0
-
-    def look(self, num_sent: int) -> int:
-        """How many the head has taken, when it has taken the first `num_sent` of this keeper's."""
-        while self.waiting and self.waiting[0][1] <= num_sent:
-            self.logged = self.waiting.popleft()[0]
-        return self.logged
 
 
 @dataclass(slots=True)
@@ -142,17 +117,15 @@ class NodeKeeper:
         self._timeouts = timeouts
         self._clock = clock
         self._instance = ids.random_id()
-        self.events = ListSink()
+        self._relay = Relay(place.member, clock)
         self.on_wire: Callable[[dict[str, Any]], None] | None = None
         """Called with each word of the head on the Ray cluster (address, generation); set by the agent."""
-        self._events_sent = 0  # index of the first event in `events`
         self._lock = threading.RLock()  # guards the fields below; never held across I/O
         self._view: dict[str, Any] = {}  # the head's last answer
         self._ranks: dict[int, _Rank] = {}
         self._drained = DrainReports()
         self._wanted_manifests: list[dict[str, Any]] = []
         self._restore = _RestoreWord()
-        self._event_marks: dict[int, _EventMark] = {}
         self._freed = threading.Event()
         self._volume: NodeVolume | None = None
         self._disk: NodeDisk | None = None
@@ -212,8 +185,7 @@ class NodeKeeper:
 
     def emit(self, kind: str, **fields: Any) -> None:
         """An event of this node, on its way to the head."""
-        epoch = int(self._view.get("epoch", 0))
-        self.events.emit(make(kind, epoch, clock=self._clock, **fields))
+        self._relay.emit(kind, int(self._view.get("epoch", 0)), **fields)
         self._wake.set()
 
     def _note_drained(self, report: dict[str, Any]) -> None:
@@ -229,8 +201,8 @@ class NodeKeeper:
     def _pulse(self, said: dict[str, Any]) -> dict[str, Any]:
         """A worker's sign of life with its news; the answer is what it must know."""
         rank, now = int(said["rank"]), self._clock.monotonic()
+        events = self._relay.take(said)  # also of a worker that is fenced below
         with self._lock:
-            self._take_events(rank, said)
             view = self._view
             epoch = int(view.get("epoch", 0))
             if epoch > int(said["epoch"]):
@@ -250,7 +222,7 @@ class NodeKeeper:
             ready = epoch == int(said["epoch"]) and opened
             return {
                 "ready": ready,
-                "events_logged": self._event_marks[rank].look(self._events_sent),
+                **events,
                 "run": view.get("run"),
                 "format": view.get("format"),
                 "world_size": view.get("world_size"),
@@ -263,19 +235,6 @@ class NodeKeeper:
                 "refusal": view.get("refusal") if ready else None,
                 "restore": self._restore.of(said["restore"]) if ready else None,
             }
-
-    def _take_events(self, rank: int, said: dict[str, Any]) -> None:
-        """Takes the events that are new: a pulse whose answer was lost comes again."""
-        mark = self._event_marks.get(rank)
-        if mark is None or mark.instance != said["instance"]:
-            mark = self._event_marks[rank] = _EventMark(said["instance"])
-        before = mark.taken
-        for index, value in enumerate(said["events"], start=int(said["events_from"])):
-            if index >= mark.taken:
-                self.events.emit(Event.from_json(value))
-                mark.taken = index + 1
-        if mark.taken > before:
-            mark.waiting.append((mark.taken, self._events_sent + len(self.events)))
 
     # Beats
 
@@ -296,15 +255,11 @@ class NodeKeeper:
 
     def _beat(self) -> None:
         with self._beat_lock:
-            batch = self.events.peek(_EVENTS_PER_BEAT)
-            answer = self._head.call("beat", self._beat_message(batch), timeout_s=self._timeouts.call_s)
-            with self._lock:  # both at once, for those who count
-                taken = min(max(0, int(answer["events_taken"]) - self._events_sent), len(batch))
-                self.events.drop(taken)
-                self._events_sent += taken
+            answer = self._head.call("beat", self._beat_message(), timeout_s=self._timeouts.call_s)
+            self._relay.settle(answer)
             self._take(answer)
 
-    def _beat_message(self, batch: list[Event]) -> dict[str, Any]:
+    def _beat_message(self) -> dict[str, Any]:
         held = [] if self._volume is None else self._volume.scan()
         wanted, now = self._wanted_manifests, self._clock.monotonic()
         manifests = [text for want in wanted if (text := _manifest_text(want, self._volume, self._disk)) is not None]
@@ -329,8 +284,7 @@ class NodeKeeper:
                 "drained": self._drained.newest(),
                 "filled": list(self._carrier.fills),
                 "freed": self._freed.is_set(),
-                "events_from": self._events_sent,
-                "events": [event.to_json() for event in batch],
+                **self._relay.message(),
             }
         if have_read:
             self._carrier.replicas.end_loans()  # before the head can know, and let anybody train
@@ -343,6 +297,7 @@ class NodeKeeper:
             is_new = answer["epoch"] != self._view.get("epoch")
             if is_new:
                 self._ranks, self._restore = {}, _RestoreWord()
+                self._relay.begin(int(answer["epoch"]))
             fresh_manifests = answer["want_manifests"] != self._wanted_manifests
             self._wanted_manifests = answer["want_manifests"]
             moved = [rank for rank in answer["ranks"] if rank not in self._view.get("ranks", [])]

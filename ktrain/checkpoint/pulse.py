@@ -9,6 +9,7 @@ would stand in every step. It is taken along within a tenth of a second.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from ktrain.base.process import let_training_first
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.cadence import Schedule
 from ktrain.checkpoint.policy import Policies
+from ktrain.checkpoint.relay import Outbox
 from ktrain.errors import ConflictError, DeadlineError, KtrainError
 
 _LOG = logging.getLogger(__name__)
@@ -29,7 +31,6 @@ _LOG_POLL_S = 0.01  # between two pulses of a rank that waits for its events to 
 _NEWS_S = 0.1  # what need not be known at once is told within this time
 _PATIENT = frozenset({"step", "log"})  # kinds of such events
 _EVENTS_PER_PULSE = 500
-_MOST_EVENTS = 100_000  # a head that is away for ever must not fill this process's memory; the newest are lost then
 
 
 class LogMark:
@@ -37,21 +38,21 @@ class LogMark:
 
     Attributes:
         num_said: how many this rank has said.
-        num_logged: how many of them, from the first on, the head has put into the log.
+        num_heard: how many of them, from the first on, a head has got, which puts them into the log.
     """
 
     def __init__(self, wake: threading.Event, clock: Clock) -> None:
         self._wake = wake
         self._clock = clock
         self.num_said = 0
-        self.num_logged = 0
+        self.num_heard = 0
 
     def wait(self, count: int, deadline: Deadline, is_hurried: threading.Event) -> bool:
-        """Waits until the first `count` events are in the log; false when that was not so in time, or it is hurried."""
-        while self.num_logged < count:
+        """Waits until a head has the first `count` events; false when that was not so in time, or it is hurried."""
+        while self.num_heard < count:
             self._wake.set()
             if self._clock.wait(is_hurried, min(_LOG_POLL_S, deadline.remaining_s())) or deadline.expired():
-                return self.num_logged >= count
+                return self.num_heard >= count
         return True
 
 
@@ -78,10 +79,9 @@ class Pulse:
         self._timeouts = timeouts
         self._clock = clock
         self._instance = ids.random_id()
-        self._events_sent = 0  # index of the first event in `_events`; used by the thread alone
         self._lock = threading.Lock()  # guards the fields below
         self._answered = threading.Condition(self._lock)
-        self._events: list[dict[str, Any]] = []  # as they are sent
+        self._outbox: Outbox[dict[str, Any]] = Outbox()
         self._has_news = False  # that may wait
         self._answer: dict[str, Any] = {}
         self._answers = 0
@@ -102,7 +102,8 @@ class Pulse:
         self._thread = threading.Thread(target=self._run, name="ktrain-pulse", daemon=True)
 
     def start(self) -> None:
-        """Starts the thread."""
+        """Starts the thread. A script that ends by an error, too, has its last news sent."""
+        atexit.register(self.end)
         self._thread.start()
 
     def end(self) -> None:
@@ -111,17 +112,17 @@ class Pulse:
             self._ended.set()
             self._wake.set()
             self._thread.join(self._timeouts.call_s * 2)
+            atexit.unregister(self.end)
 
     # News out
 
     def emit(self, kind: str, **fields: Any) -> None:
-        """An event, on its way to the run's log."""
+        """An event, on its way to the run's log; kept here until it is there."""
         assert kind in KINDS, kind
         event = {"time": self._clock.wall(), "attempt": self._epoch, "kind": kind, **fields}
         with self._lock:
-            if len(self._events) < _MOST_EVENTS:
-                self._events.append(event)
-                self.log.num_said += 1
+            self._outbox.add(event)
+            self.log.num_said = self._outbox.num_said
             self._has_news = True
         if kind not in _PATIENT:
             self._wake.set()
@@ -208,8 +209,8 @@ class Pulse:
             return self._answer
 
     def flush(self, deadline: Deadline) -> bool:
-        """Waits, bounded, until all events so far were handed on; false when they could not be."""
-        while self._events:
+        """Waits, bounded, until the keeper has all events so far; false when it could not be given them."""
+        while self._outbox.num_taken < self._outbox.num_said:
             try:
                 self.wait_answer(deadline, "hand over events")
             except KtrainError:
@@ -246,8 +247,8 @@ class Pulse:
 
     def _beat(self, news: bool) -> None:
         with self._lock:
-            batch = self._events[:_EVENTS_PER_PULSE]
-            self._has_news = len(batch) < len(self._events)
+            batch = self._outbox.batch(_EVENTS_PER_PULSE)
+            self._has_news = self._outbox.num_taken + len(batch) < self._outbox.num_said
             stop = self._stop
             if stop is not None and not stop["confirmed"]:
                 # A promise: this rank had not reached the step when it answered, and `note_step` will see it.
@@ -266,14 +267,14 @@ class Pulse:
                 "policies": self._policies.to_json(),
                 "news": news,
                 "instance": self._instance,
-                "events_from": self._events_sent,
+                "events_from": self._outbox.num_taken,
+                "events_logged": self._outbox.num_logged,
                 "events": batch,
             }
         answer = self._caller.call("pulse", message, timeout_s=self._timeouts.call_s)
         self._unreachable = None
         with self._answered:
-            del self._events[: len(batch)]
-            self._events_sent += len(batch)
+            self._settle_events(answer)
             keep_known(answer, self._answer)
             kept = self._answer.get("restore")
             new = answer.get("restore")
@@ -288,8 +289,18 @@ class Pulse:
                 self._wake.set()
             if answer.get("refusal"):
                 self._fenced = KtrainError(answer["refusal"])
-            self.log.num_logged = answer.get("events_logged", 0)
             self._answers += 1
             self._answered.notify_all()
             if self._stop is not None and (self._stop_ack or [None])[0] != self._stop["step"]:
                 self._wake.set()
+
+    def _settle_events(self, answer: Mapping[str, Any]) -> None:
+        before = self._outbox.num_taken
+        self._outbox.settle(answer["events_taken"], answer["events_logged"])
+        self.log.num_heard = answer["events_heard"]
+        if lost := self._outbox.take_lost():
+            message = f"rank {self._rank}: {lost} of its events were lost while they could not be handed on"
+            self._outbox.add({"time": self._clock.wall(), "attempt": self._epoch, "kind": "notice", "message": message})
+            self.log.num_said = self._outbox.num_said
+        has_moved = self._outbox.num_taken != before  # else the keeper has no room: the next beat tries again
+        self._has_news = self._has_news or (has_moved and self._outbox.num_taken < self._outbox.num_said)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ktrain.base.events import Event
+from ktrain.checkpoint.intake import Written
+from ktrain.checkpoint.relay import Inbox
 from ktrain.format.manifest import Identity
 from ktrain.replicate.placement import kept_for, ring
 
@@ -70,7 +72,8 @@ class Member:
     ranks: dict[int, dict[str, Any]] = field(default_factory=dict)
     manifests: dict[tuple[int, Identity], str] = field(default_factory=dict)
     filled: tuple[Mapping[str, Any], ...] = ()  # what it said of its fills: rank, round, reason, nbytes
-    events_taken: int = 0
+    inbox: Inbox = field(default_factory=Inbox)  # of its events
+    written: Written = field(default_factory=Written)
     freed: bool = False
 
 
@@ -82,8 +85,8 @@ class Roster:
         self.num_changes = 0
         """Counts beats after which volumes and disks hold something else than before, and nodes that are forgotten."""
 
-    def take(self, said: Mapping[str, Any], now_s: float) -> tuple[Member, list[Event]]:
-        """Takes a beat; returns the member and the events that are new (a beat whose answer was lost comes again)."""
+    def take(self, said: Mapping[str, Any], now_s: float, room: int) -> tuple[Member, list[Event]]:
+        """Takes a beat; returns the member and at most `room` of its events that this head has not had from it yet."""
         member = self._members.get(said["member"])
         if member is None or member.instance != said["instance"]:
             before, member = member, Member(said["node"], said["host"], said["instance"], heard_s=now_s)
@@ -102,12 +105,7 @@ class Roster:
         self.num_changes += (member.held, member.on_disk) != had
         for entry in said["manifests"]:
             member.manifests[(int(entry["rank"]), Identity.from_json(entry["identity"]))] = entry["text"]
-        fresh = []
-        for index, value in enumerate(said["events"], start=int(said["events_from"])):
-            if index >= member.events_taken:
-                member.events_taken = index + 1
-                fresh.append(Event.from_json(value))
-        return member, fresh
+        return member, [Event.from_json(value) for _, value in member.inbox.fresh(said, room)]
 
     def members(self) -> list[Member]:
         """All keepers, by name."""

@@ -323,13 +323,13 @@ class Saver:
         Where somebody waits for the seal, or the log stands still since the last try, it is sealed at once.
         """
         log = self._pulse.log
-        if log.num_logged >= made.num_events or log.num_logged == self._log_stands_at:
+        if log.num_heard >= made.num_events or log.num_heard == self._log_stands_at:
             return
         deadline = Deadline.after(_LOG_BEATS * settings.timeouts().beat_s, self._clock)
         if log.wait(made.num_events, deadline, made.is_awaited):
             self._log_stands_at = None
         elif not made.is_awaited.is_set():
-            self._log_stands_at = log.num_logged
+            self._log_stands_at = log.num_heard
             self._pulse.emit(
                 "notice",
                 message=f"rank {self._topology.rank}: step {made.step} is sealed before the run's log has all that was "

@@ -140,6 +140,8 @@ class Picture:
         return handler(self, event.fields, event) if handler is not None else None
 
     def _on_step(self, fields: dict[str, Any], event: Event) -> str | None:
+        if event.attempt < self._attempt:
+            return None  # logged late
         self.step, self._loss, self._phase = int(fields["step"]), fields.get("loss"), "training"
         self._recent = [*self._recent[-_RATE_STEPS:], (event.time, self.step, int(fields.get("samples") or 0))]
         return None

@@ -33,6 +33,8 @@ from ktrain.checkpoint import log
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.coordinate import Coordinator
 from ktrain.checkpoint.holder import Holder
+from ktrain.checkpoint.intake import Intake
+from ktrain.checkpoint.relay import newest_numbers
 from ktrain.errors import ConflictError, DeadlineError, KtrainError, UnavailableError
 from ktrain.run import worker
 from ktrain.run.failure import Budgets, Exit, Verdict
@@ -143,10 +145,11 @@ class Head:
             self._notes = open_notes(spec, work, self._catalog.tier, timeouts=self._timeouts, clock=clock)
             self._saved = self._notes.read()
             self._stop: str | None = self._saved.get("stop")
-            self._fired = _read_fired(spec.run, self._timeouts, clock)
+            self._fired, known = _read_log(spec.run, self._timeouts, clock)
             self._events = log.open_log(spec.run, self._catalog.tier, timeouts=self._timeouts, clock=clock)
             undo.callback(self._events.close)
-            self._coordinator = Coordinator(self._catalog, timeouts=self._timeouts, emit=self._events.emit, clock=clock)
+            intake = Intake(self._events, known)
+            self._coordinator = Coordinator(self._catalog, timeouts=self._timeouts, intake=intake, clock=clock)
             self._machine = self._make_machine()
             self._held = undo.pop_all()
         self._server = Server(self._handlers(), address=spec.head_address, token=work.read_token())
@@ -413,9 +416,8 @@ class Head:
         """After success nothing in memory is needed any more; a node that does not answer is left to its launcher."""
         deadline = Deadline.after(self._timeouts.lease_s, self._clock)
         self._coordinator.free_volumes()
-        everyone = set(self._spec.node_names)
         # A head that is new has heard of nobody yet: silence is not a freed volume.
-        while not (self._coordinator.volumes_freed() and set(self._coordinator.nodes()) >= everyone):
+        while not (self._coordinator.volumes_freed() and set(self._coordinator.nodes()) >= set(self._spec.node_names)):
             if deadline.expired():
                 said = f"not every node freed its volume within {deadline.total_s:g} s; see `ktrain ckpt ls --volume`"
                 self._emit_now(events.make("notice", clock=self._clock, message=said))
@@ -431,10 +433,11 @@ def _close(what: str, close: Callable[[], None]) -> None:
         _LOG.exception("%s could not be closed", what)
 
 
-def _read_fired(run: str, timeouts: Timeouts, clock: Clock) -> Counter[str]:
-    """Faults that were injected already in the life of the run: each fires once."""
+def _read_log(run: str, timeouts: Timeouts, clock: Clock) -> tuple[Counter[str], dict[str, int]]:
+    """What the log has: faults that were injected, each of which fires once, and events not to be logged again."""
     with closing(log.LogReader(run, timeouts=timeouts, clock=clock)) as reader:
-        return Counter(event.fields["spec"] for event in reader.read_new() if event.kind == "fault_injected")
+        found = reader.read_new()
+    return Counter(event.fields["spec"] for event in found if event.kind == "fault_injected"), newest_numbers(found)
 
 
 def open_head(

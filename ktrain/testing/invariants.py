@@ -167,6 +167,21 @@ def check_said_once(events: Iterable[Event]) -> list[str]:
     return wrong
 
 
+def check_origins(events: Iterable[Event]) -> list[str]:
+    """What a worker or a keeper said is there once, in the order in which it was said, and without a gap."""
+    counts: dict[str, int] = {}
+    wrong = []
+    for event in events:
+        if event.origin is None:
+            continue
+        name, number = event.origin
+        expected = counts.get(name, 0)
+        if number != expected:
+            wrong.append(f"{event.kind} of attempt {event.attempt}: number {number} of {name}, expected {expected}")
+        counts[name] = max(expected, number + 1)
+    return wrong
+
+
 def check_volume_freed(volume_root: Path) -> list[str]:
     """A run that ended with success leaves no memory behind."""
     return [f"{path}: left in the volume" for path in sorted(volume_root.rglob("*")) if not path.is_dir()]
@@ -219,6 +234,7 @@ def check_run(events: Sequence[Event], run: Path) -> list[str]:
         *check_restores(events),
         *check_commits(events, run),
         *check_said_once(events),
+        *check_origins(events),
     ]
 
 

@@ -72,6 +72,21 @@ def test_launch_fault_beside_training_does_not_end_the_attempt(here: Place, spec
     harness.check(here, last=int(STEPS))
 
 
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [("kill@events.taken,step=18,rank=0", "agent_lost"), ("kill@events.logged,step=18", "head_adopted")],
+)
+def test_launch_killed_with_events_on_their_way_has_each_in_its_log_once(here: Place, fault: str, said: str) -> None:
+    """The agent of rank 0, which says the losses, dies before it passes one on; the head, before it confirms one."""
+    options = ("--nodes", "2", "--patience", "60")
+    code = here.end(here.launch(*options, args=(STEPS, "0.3"), KTRAIN_FAULTS=fault))
+
+    assert code == contract.EXIT_OK, here.output()
+    assert len(harness.of_kind(here, said)) == 1
+    assert harness.of_kind(here, "failure") == [] and len(harness.of_kind(here, "attempt_started")) == 1
+    harness.check(here, last=int(STEPS))
+
+
 @pytest.mark.parametrize("point", ["disk.doomed", "disk.manifest"])
 def test_launch_agents_killed_while_they_remove_from_disks_train_on_and_finish_it(here: Place, point: str) -> None:
     """Each new agent of the first attempt dies at its next removal too; those of the second finish all of them."""

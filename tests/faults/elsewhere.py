@@ -5,6 +5,7 @@ from __future__ import annotations
 _KINDS = "tests/chaos/test_kinds.py"
 _ENDS_AN_ATTEMPT = f"{_KINDS}::test_launch_fault_that_ends_an_attempt_names_cause_and_tier"
 _BESIDE_TRAINING = f"{_KINDS}::test_launch_fault_beside_training_does_not_end_the_attempt"
+_EVENTS = f"{_KINDS}::test_launch_killed_with_events_on_their_way_has_each_in_its_log_once"
 _CORRUPTION = "tests/chaos/test_corruption.py"
 _LOCAL = "tests/integration/test_launch_local.py"
 _FAULTS = "tests/integration/test_launch_faults.py"
@@ -48,6 +49,7 @@ ELSEWHERE: tuple[tuple[str, str, str], ...] = (
         f"{_ARENA}::test_lease_of_a_stopped_reader_holds_and_dies_with_it",
     ),
     ("agent dies", "SIGKILL in a launch", _BESIDE_TRAINING),
+    ("agent dies", "SIGKILL with a worker's events that no head has", _EVENTS),
     (
         "agent dies",
         "SIGKILL while it fills a slot for all nodes",
@@ -69,6 +71,7 @@ ELSEWHERE: tuple[tuple[str, str, str], ...] = (
         f"{_UPLOAD}::test_upload_taken_over_that_its_writer_ends_meanwhile_is_sent_anew",
     ),
     ("head dies", "SIGKILL in a launch", _BESIDE_TRAINING),
+    ("head dies", "SIGKILL with events in the log that it has not confirmed", _EVENTS),
     (
         "launcher dies",
         "SIGKILL",

@@ -17,7 +17,6 @@ from ktrain.base.clock import Deadline
 from ktrain.base.control import LocalCaller
 from ktrain.base.events import Event
 from ktrain.checkpoint.catalog import RunCatalog
-from ktrain.checkpoint.coordinate import Coordinator
 from ktrain.checkpoint.policy import Every, Keep, Policies
 from ktrain.errors import CapacityError, KtrainError, UnavailableError
 from ktrain.snapshot.slots import SlotCalls
@@ -77,11 +76,8 @@ class Job(Cluster):
         self.turns = 0
         self.at_turn: dict[int, Callable[[], None]] = {}  # what happens before a turn, counted over the whole job
 
-    def new_coordinator(self) -> Coordinator:
-        return Coordinator(self.catalog, timeouts=self.timeouts, emit=self._hear, clock=self.clock)
-
-    def _hear(self, event: Event) -> None:
-        self.events.append(event)
+    def hear(self, event: Event) -> None:
+        super().hear(event)
         if event.kind == "committed" and event.fields["tier"] == contract.TIER_BUCKET:
             self.when_committed()
 

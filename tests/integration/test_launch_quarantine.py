@@ -12,10 +12,8 @@ from tests.integration.launching import Place, place
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 SCRIPT = """
-import json
 import os
 import time
-from pathlib import Path
 import torch
 import ktrain
 
@@ -24,11 +22,6 @@ def await_that(holds):
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-def is_logged():
-    events = map(json.loads, (Path(os.environ["KTRAIN_RUN"]) / "events.jsonl").read_text().splitlines())
-    mine = [event for event in events if event["attempt"] == int(os.environ["KTRAIN_EPOCH"])]
-    return any(event["kind"] == "step" and event["step"] == 12 for event in mine)
 
 class Health:
     poisoned = False
@@ -43,7 +36,6 @@ for step in range(ckpt.restore() + 1, 21):
     if step == 8 and os.environ["KTRAIN_EPOCH"] == "1":
         health.poisoned = True
     if step == 13 and health.poisoned:
-        await_that(is_logged)  # a crash in the moment of a step can leave it unsaid
         raise ValueError("the weights have diverged")
     ckpt.step(step, loss=1.0 / step)
     if step % 5 == 0:  # these steps take no time, a save takes some

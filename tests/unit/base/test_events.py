@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ktrain.base.events import FileSink, ListSink, make, parse_lines
+from ktrain.base.events import FileSink, make, parse_lines
 
 
 def steps(path: Path) -> list[int]:
@@ -39,17 +39,6 @@ def test_parse_lines_foreign_json_is_left_out() -> None:
     good = json.dumps(make("notice", 3, message="m").to_json())
     odd = ["[]", "7", '{"kind":"notice"}', '{"kind":["notice"],"time":1,"attempt":1}', '{"kind":"of tomorrow"}', "{"]
     assert [event.attempt for event in parse_lines([*odd, good])] == [3]
-
-
-def test_list_sink_drop_keeps_what_came_meanwhile() -> None:
-    sink = ListSink(limit=3)
-    for step in range(2):
-        sink.emit(make("step", 1, step=step))
-    taken = sink.peek()
-    sink.emit(make("step", 1, step=2))
-    sink.emit(make("step", 1, step=3))  # over the limit: lost, so that memory stays bounded
-    sink.drop(len(taken))
-    assert [event.fields["step"] for event in sink.peek()] == [2]
 
 
 def test_event_unknown_kind_is_a_mistake_of_ours() -> None:

@@ -21,11 +21,13 @@ from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.cadence import Schedule
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.coordinate import Coordinator
+from ktrain.checkpoint.intake import Intake
 from ktrain.checkpoint.lineage import Copy
 from ktrain.checkpoint.node import NodeKeeper, NodePlace
 from ktrain.checkpoint.packed import unpack
 from ktrain.checkpoint.policy import Every, Keep, Policies
 from ktrain.checkpoint.pulse import keep_known
+from ktrain.checkpoint.relay import newest_numbers
 from ktrain.checkpoint.source import Fetched, NearestSource, Openers, PeerCalls
 from ktrain.errors import CorruptionError, KtrainError, UnavailableError
 from ktrain.format.manifest import Identity, Manifest
@@ -46,6 +48,27 @@ Takes = Callable[[int, Identity], tuple[tuple[bytes, Manifest], tuple[bytes, Man
 def undivided(rank: int, at: Identity) -> tuple[tuple[bytes, Manifest], None]:
     """What no other rank holds."""
     return snapshot(rank, at), None
+
+
+class ListLog:
+    """A log that writes at once, by a call."""
+
+    def __init__(self, write: Callable[[Event], None]) -> None:
+        self._write = write
+        self.num_emitted = 0
+
+    def emit(self, event: Event) -> None:
+        self.num_emitted += 1
+        self._write(event)
+
+    def num_waiting(self) -> int:
+        return 0
+
+    def flush(self) -> None:
+        """All is written."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class Head:
@@ -114,6 +137,7 @@ class Worker:
             "news": False,
             "instance": f"{self.rank}/{self.epoch}",
             "events_from": 0,
+            "events_logged": 0,
             "events": self.events,
         }
         answer = self.caller.call("pulse", said, timeout_s=1.0)
@@ -317,7 +341,12 @@ class Cluster:
         self.takes: Takes = undivided  # what the ranks of the next attempts save
 
     def new_coordinator(self) -> Coordinator:
-        return Coordinator(self.catalog, timeouts=self.timeouts, emit=self.events.append, clock=self.clock)
+        intake = Intake(ListLog(self.hear), known=newest_numbers(self.events))
+        return Coordinator(self.catalog, timeouts=self.timeouts, intake=intake, clock=self.clock)
+
+    def hear(self, event: Event) -> None:
+        """An event has come into the log."""
+        self.events.append(event)
 
     @property
     def coordinator(self) -> Coordinator:

@@ -65,7 +65,8 @@ class Keeper:
         del name, timeout_s
         self.events.extend(params["events"])
         logged = len(self.events) if self.logs else 0
-        return {"ready": True, "committed": {}, "stop": None, "restore": None, "events_logged": logged}
+        events = {"events_taken": len(self.events), "events_heard": logged, "events_logged": logged}
+        return {"ready": True, "committed": {}, "stop": None, "restore": None, **events}
 
 
 class Rig:

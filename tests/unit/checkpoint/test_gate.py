@@ -108,6 +108,20 @@ def test_recorded_losses_read_no_further_back_than_the_restored_step() -> None:
     assert recorded_losses(blocks(), identity(10, 1), [], range(11, 14)) == {11: (1.1, True)}
 
 
+def test_recorded_losses_are_found_behind_what_an_older_attempt_said_and_was_logged_late() -> None:
+    blocks = [[step(12, 1.2, 2), step(9, 0.9, 1)], [make("attempt_started", 2), step(10, 1.0, 2), step(11, 1.1, 2)]]
+
+    assert recorded_losses(blocks, identity(10, 2), [], range(11, 13)) == {11: (1.1, True), 12: (1.2, True)}
+
+
+def test_recorded_losses_read_no_further_back_than_the_attempt_that_made_the_state() -> None:
+    def blocks() -> Iterator[list[Event]]:
+        yield [make("attempt_started", 2), step(11, 1.1, 2)]
+        raise AssertionError("what is older cannot help")
+
+    assert recorded_losses(blocks(), identity(10, 2), [], range(11, 13)) == {11: (1.1, True)}
+
+
 @given(st.lists(st.integers(1, 400), max_size=30))
 def test_read_backwards_finds_every_event_of_a_file_once(lengths: list[int]) -> None:
     import tempfile

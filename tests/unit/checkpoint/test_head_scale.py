@@ -10,11 +10,13 @@ from ktrain.base.events import Event
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.catalog import RunCatalog
 from ktrain.checkpoint.coordinate import Coordinator
+from ktrain.checkpoint.intake import Intake
 from ktrain.checkpoint.packed import unpack
 from ktrain.checkpoint.policy import Every, Policies
 from ktrain.format.manifest import Identity
 from ktrain.testing.fake_clock import FakeClock
 from tests.unit.checkpoint.builders import snapshot
+from tests.unit.checkpoint.cluster import ListLog
 
 NUM_NODES, PER_NODE = 128, 8
 WORLD = NUM_NODES * PER_NODE
@@ -58,6 +60,7 @@ class Keeper:
             "has_looked": True,
             "freed": False,
             "events_from": 0,
+            "events_logged": 0,
             "events": [],
         }
         self.answer = coordinator.handlers()["beat"](said)
@@ -76,7 +79,8 @@ class Job:
         self.clock, self.events = FakeClock(), list[Event]()
         timeouts = Timeouts(patience_s=20)
         self.catalog = RunCatalog.open(str(folder / "run"), timeouts=timeouts, clock=self.clock)
-        self.coordinator = Coordinator(self.catalog, timeouts=timeouts, emit=self.events.append, clock=self.clock)
+        intake = Intake(ListLog(self.events.append))
+        self.coordinator = Coordinator(self.catalog, timeouts=timeouts, intake=intake, clock=self.clock)
         blocks = [range(index * PER_NODE, (index + 1) * PER_NODE) for index in range(NUM_NODES)]
         self.keepers = [Keeper(f"node-{index}", block, kept=blocks[index - 1]) for index, block in enumerate(blocks)]
         self.epoch = 0

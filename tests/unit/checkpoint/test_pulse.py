@@ -39,7 +39,8 @@ class Keeper:
         if self.lose:
             self.lose -= 1
             raise UnavailableError("the answer was lost")
-        return dict(self.answer)
+        stand = {"events_taken": len(self.events), "events_heard": 0, "events_logged": 0}
+        return {**stand, **self.answer}
 
 
 @pytest.fixture
@@ -207,9 +208,9 @@ def test_wait_for_the_log_ends_once_the_head_has_them_in_time_or_hurried(keeper:
     assert pulse.log.num_said == 2
     hurried = threading.Event()
     assert not pulse.log.wait(2, Deadline.after(0.05), hurried)
-    keeper.answer["events_logged"] = 1
-    assert pulse.log.wait(1, soon(), hurried) and pulse.log.num_logged == 1
+    keeper.answer["events_heard"] = 1
+    assert pulse.log.wait(1, soon(), hurried) and pulse.log.num_heard == 1
     hurried.set()
     assert not pulse.log.wait(2, soon(), hurried)
-    keeper.answer["events_logged"] = 2
+    keeper.answer["events_heard"] = 2
     assert pulse.log.wait(2, soon(), threading.Event())

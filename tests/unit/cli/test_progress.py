@@ -36,10 +36,19 @@ def test_picture_rate_does_not_count_the_time_of_a_failure() -> None:
     picture = Picture()
     picture.take(event("step", time=0.0, step=1, samples=8))
     picture.take(event("attempt_started", time=60.0, attempt=3))
-    picture.take(event("step", time=61.0, step=1, samples=8))
-    picture.take(event("step", time=62.0, step=2, samples=8))
+    picture.take(event("step", time=61.0, attempt=3, step=1, samples=8))
+    picture.take(event("step", time=62.0, attempt=3, step=2, samples=8))
 
     assert "8.0 samples/s" in picture.line()
+
+
+def test_picture_step_of_an_older_attempt_that_was_logged_late_changes_nothing() -> None:
+    picture = Picture()
+    picture.take(event("attempt_started", attempt=3))
+    before = picture.line()
+    picture.take(event("step", step=20, loss=None, samples=None, attempt=2))
+
+    assert picture.line() == before
 
 
 def test_picture_failure_gets_a_line_with_cause_rank_and_step() -> None:

@@ -102,7 +102,7 @@ def test_environment_page_fault_points_and_actions_are_those_of_the_plan() -> No
 
 
 def test_events_page_kinds_are_those_of_the_code() -> None:
-    listed = first_names(section("events.md", "# Reference: events"))
+    listed = first_names(section("events.md", "## Kinds"))
     assert sorted(listed) == sorted(events.KINDS)
 
 
@@ -129,7 +129,7 @@ def said_fields() -> Iterator[tuple[str, str, str]]:
 
 
 def test_events_page_fields_cover_what_the_code_says() -> None:
-    table = rows(section("events.md", "# Reference: events"))
+    table = rows(section("events.md", "## Kinds"))
     listed = {row[0].strip("`"): set(_CODE.findall(row[1])) for row in table}
     said = list(said_fields())
     assert len(said) > 40  # the search finds the calls
