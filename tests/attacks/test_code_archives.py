@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ktrain.errors import ConfigError, CorruptionError, KtrainError
-from ktrain.launcher.code import unpack
+from ktrain.launcher.code import members
 from ktrain.launcher.code.unpack import unpack_code
 
 Member = tuple[str, bytes, int]  # name, bytes, Unix mode
@@ -63,7 +63,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
 }
 
 
-def tried(tmp_path: Path, data: bytes, *, most_bytes: int = unpack.MOST_BYTES) -> KtrainError:
+def tried(tmp_path: Path, data: bytes, *, most_bytes: int = members.MOST_BYTES) -> KtrainError:
     """The refusal of an archive whose digest is right; everything below `tmp_path` is as before."""
     archive, target = tmp_path / "code.zip", tmp_path / "box" / "target"
     archive.write_bytes(data)
@@ -89,7 +89,7 @@ def test_archive_with_more_bytes_than_allowed_is_refused(tmp_path: Path) -> None
 
 
 def test_archive_with_more_files_than_allowed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpack, "MOST_FILES", 2)
+    monkeypatch.setattr(members, "MOST_FILES", 2)
 
     assert "3 files" in str(tried(tmp_path, zipped(plain("a"), plain("b"), plain("c"))))
 

@@ -118,7 +118,7 @@ def test_unpack_gives_back_the_files_and_who_may_run_them(folder: Path, tmp_path
 
     assert unpack_code(archive, packed.sha256, target) == 3
     found = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
-    assert found == set(packed.names)
+    assert found == {*packed.names, ".ktrain-code"}
     assert all((target / name).read_bytes() == (folder / name).read_bytes() for name in packed.names)
     assert os.access(target / "run.sh", os.X_OK) and not os.access(target / "train.py", os.X_OK)
     assert pack_code(target).sha256 == packed.sha256
