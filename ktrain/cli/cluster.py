@@ -73,11 +73,19 @@ def launch_on_cluster(command: tuple[str, ...], given: Mapping[str, Any]) -> int
     if given.get("dry_run") or given.get("explain"):
         return _show_job(spec, tried.facts, given, archive)
     _say_gang(tried.rendered)
-    from ktrain.run.code import send_code  # the store's package is loaded only where code goes by a bucket
-
-    if (done := send_code(spec, archive)) is not None:
-        _say(done)
+    _bring_code(spec, archive)
     return cluster_run.send(client, tried, data, wait=bool(given.get("wait")), timeout_s=given.get("timeout"))
+
+
+def _bring_code(spec: JobSpec, archive: CodeArchive | None) -> None:
+    """Before the job is created, its code is where its pods look for it."""
+    if spec.code.archive is None or (archive is not None and not spec.code.is_in_bucket):
+        return  # objects that are created with the job carry it
+    if not spec.code.is_in_bucket:
+        raise ConfigError("code.archive: its bytes are missing; give the directory that they are made of: --code DIR")
+    from ktrain.run.code import send_code  # loads the package of the store
+
+    _say(send_code(spec, archive))
 
 
 def _show_job(spec: JobSpec, facts: ClusterFacts, given: Mapping[str, Any], archive: CodeArchive | None) -> int:

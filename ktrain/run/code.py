@@ -14,7 +14,7 @@ from ktrain.base import contract, settings
 from ktrain.base.clock import Deadline
 from ktrain.base.faults import FaultPoints
 from ktrain.base.settings import Timeouts
-from ktrain.errors import KtrainError
+from ktrain.errors import KtrainError, NotFoundError
 from ktrain.launcher.code import bucket, unpack
 from ktrain.launcher.code.archive import CodeArchive
 from ktrain.launcher.spec import JobSpec
@@ -23,22 +23,30 @@ from ktrain.tier.location import open_tier
 _FILE = "code.zip"
 
 
-def send_code(spec: JobSpec, archive: CodeArchive | None, *, timeouts: Timeouts | None = None) -> str | None:
-    """Sends a job's code where it goes by the bucket, before the job is created; says what was done, or None.
+def send_code(spec: JobSpec, archive: CodeArchive | None) -> str:
+    """Sends code that goes by the bucket, before its job is created; says what was done.
+
+    Without an archive it has to be there: a job that is started again needs no directory.
 
     Raises:
+        NotFoundError: it is not there, and was not given.
         KtrainError: it is not surely there; no job may be created that would look for it.
     """
-    if archive is None or not spec.code.is_in_bucket:
-        return None
-    timeouts = timeouts or settings.timeouts()
+    sha256, size = spec.code.archive, spec.code.size
+    assert spec.code.is_in_bucket and sha256 is not None and size is not None
+    where = f"{spec.run.rstrip('/')}/{bucket.archive_name(sha256)}"
+    timeouts = settings.timeouts()
+    deadline = _deadline(timeouts, size)
     store = open_tier(spec.run, timeouts=timeouts)
     try:
-        faults = FaultPoints.from_environment(epoch=1)
-        sent = bucket.send(store, archive, faults=faults, deadline=_deadline(timeouts, len(archive.data)))
+        if archive is not None:
+            sent = bucket.send(store, archive, faults=FaultPoints.from_environment(epoch=1), deadline=deadline)
+        elif bucket.look(store, deadline=deadline).is_whole(sha256, size):
+            sent = False
+        else:
+            raise NotFoundError(f"code: {where} is not there, or not whole; launch with --code DIR")
     finally:
         store.close()
-    where = f"{spec.run.rstrip('/')}/{bucket.archive_name(archive.sha256)}"
     return f"code: sent to {where}" if sent else f"code: {where} is there already; nothing was sent"
 
 

@@ -24,8 +24,10 @@ from ktrain.launcher.code import members, unpack
 
 _FETCH_S = 900.0
 _LOCAL_S = 300.0
+_PIECE = 1 << 20
 _MOST_FILE_BYTES = members.MOST_BYTES + (128 << 20)  # of any file that git writes, its pack among them
 _ENTRY = re.compile(rb"(?P<mode>\d{6}) (?P<kind>\w+) (?P<id>[0-9a-f]+) +(?P<size>\d+|-)\t(?P<name>.+)", re.DOTALL)
+_DAMAGED = "error: object"  # how git begins, where its proof of what it was sent fails
 _FILES = {"100644": 0o644, "100664": 0o644, "100755": 0o755}
 _PLAIN = (  # no configuration of the image, no question to anybody, words in English
     "env", "GIT_CONFIG_NOSYSTEM=1", "GIT_CONFIG_GLOBAL=/dev/null", "GIT_TERMINAL_PROMPT=0", "GIT_ASKPASS=", "LC_ALL=C",
@@ -93,6 +95,8 @@ def _fetch(what: str, repository: Path, url: str, commit: str, protocol: str) ->
     try:
         _git(what, ["-C", str(repository), *flags, *asked], _FETCH_S)
     except CorruptionError as error:
+        if _DAMAGED in str(error):
+            raise
         raise UnavailableError(
             f"{error}; is the commit pushed, does the server give commits by their id, and may this job read it "
             "(code.git_secret)"
@@ -141,7 +145,8 @@ def _write(file: BinaryIO, entries: Sequence[_Entry], target: Path) -> None:
         path = target / entry.name
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "xb") as copy:
-            copy.write(file.read(entry.size))
+            for begin in range(0, entry.size, _PIECE):
+                copy.write(file.read(min(_PIECE, entry.size - begin)))
         file.read(1)
         path.chmod(entry.mode)
 

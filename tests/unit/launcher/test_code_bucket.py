@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from ktrain.base import contract
+from ktrain.base import contract, ids
 from ktrain.base.clock import Deadline
 from ktrain.base.faults import FaultPoints, parse
 from ktrain.errors import ConflictError, CorruptionError, InternalError, NotFoundError
 from ktrain.launcher.code import bucket
 from ktrain.launcher.code.archive import CodeArchive, pack_code
-from ktrain.launcher.spec import Code, Way
+from ktrain.launcher.spec import Bytes, Code, Way
 from ktrain.run import code as delivery
 from ktrain.tier.files import FileTier
 from tests.unit.launcher.test_spec import job
@@ -214,19 +214,16 @@ def test_missing_archive_is_surely_not_there(store: Watched) -> None:
         bucket.fetch(store, "a" * 64, 10, io.BytesIO(), deadline=deadline())
 
 
-def test_send_code_uses_the_store_of_the_run_and_only_for_that_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_send_code_uses_the_store_of_the_run(tmp_path: Path) -> None:
     archive = archive_of(tmp_path)
-    code = Code(archive=archive.sha256, way=Way.BUCKET, size=len(archive.data))
-    spec = job(run="memory://bucket/code-way")
+    code = Code(archive=archive.sha256, way=Way.BUCKET, size=Bytes(len(archive.data)))
+    spec = replace(job(run=f"memory://bucket/{ids.random_id()}"), code=code)
 
-    assert delivery.send_code(replace(spec, code=replace(code, way=None)), archive) is None
-    assert delivery.send_code(replace(spec, code=code), None) is None
-    first = delivery.send_code(replace(spec, code=code), archive)
-    again = delivery.send_code(replace(spec, code=code), archive)
-    assert first is not None and re.search(r"sent to memory://bucket/code-way/code/[0-9a-f]{64}\.zip", first)
-    assert again is not None and "nothing was sent" in again
+    with pytest.raises(NotFoundError, match="launch with --code"):
+        delivery.send_code(spec, None)
+    assert re.search(r"sent to memory://bucket/\w+/code/[0-9a-f]{64}\.zip", delivery.send_code(spec, archive))
+    assert "nothing was sent" in delivery.send_code(spec, archive)
+    assert "is there already" in delivery.send_code(spec, None)
 
 
 # Removing
