@@ -25,7 +25,7 @@ def origin(tmp_path: Path) -> Path:
     found = tmp_path / "origin"
     (found / "lib").mkdir(parents=True)
     (found / "train.py").write_text("print(1)\n")
-    (found / "lib" / "größe.py").write_bytes(b"a\r\nb\n")
+    (found / "lib" / "gr\u00f6\u00dfe.py").write_bytes(b"a\r\nb\n")
     (found / "run.sh").write_text("#!/bin/sh\n")
     (found / "run.sh").chmod(0o755)
     run(found, "init", "--quiet")
@@ -49,7 +49,7 @@ def test_commit_gives_its_files_and_who_may_run_them(origin: Path, tmp_path: Pat
 
     assert fetch(origin, first, tmp_path) == 3
     assert (target / "train.py").read_text() == "print(1)\n"
-    assert (target / "lib" / "größe.py").read_bytes() == b"a\r\nb\n"
+    assert (target / "lib" / "gr\u00f6\u00dfe.py").read_bytes() == b"a\r\nb\n"
     assert os.access(target / "run.sh", os.X_OK) and not os.access(target / "train.py", os.X_OK)
     assert list((tmp_path / "scratch").iterdir()) == []
 
