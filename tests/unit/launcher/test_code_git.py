@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,14 @@ exit 1
     assert "username=git" in (tmp_path / "ours").read_text()
     assert "password" not in (tmp_path / "theirs").read_text()
     assert "pass\\nword" not in (tmp_path / "commands").read_text()
+
+
+def test_server_that_cannot_be_reached_is_one_line_and_its_exit_code(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "ktrain.launcher.code.git", "https://127.0.0.1:1/me/net", "1" * 40]
+    done = subprocess.run(
+        [*command, str(tmp_path), str(tmp_path / "target")], capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert done.returncode == contract.EXIT_UNAVAILABLE
+    assert done.stderr.startswith(f"ktrain: code https://127.0.0.1:1/me/net@{'1' * 40}: git failed")
+    assert done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []
