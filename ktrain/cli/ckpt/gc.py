@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -46,7 +47,8 @@ def collect_garbage(run: str, keep: str | None, dry_run: bool, output: str) -> i
         _, plan = collector.plan_watched(terms, say_wait)
         outcome = collector.carry_out(plan, terms)
         old = bucket.Removal() if outcome.failure is not None else _old_code(catalog, plan)
-        bucket.remove(catalog.tier, old, deadline=_deadline())
+        gone = bucket.remove(catalog.tier, old, deadline=_deadline())
+    old = replace(old, records=tuple(record for record in old.records if record.sha256 in gone))
     _report(plan, outcome, old, output, dry_run=False)
     if outcome.failure is not None:
         raise outcome.failure

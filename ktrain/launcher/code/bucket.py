@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 
 from ktrain.base import contract
 from ktrain.base.clock import Deadline
@@ -22,7 +22,7 @@ from ktrain.launcher.code.archive import CodeArchive
 KEEP = 5  # archives that stay: the newest ones, whatever is collected
 _FORMAT = 1
 _PIECE = 16 << 20
-_NAME = re.compile(rf"{contract.CODE_DIR}/([0-9a-f]{{64}})\.(zip|json)")
+_NAME = re.compile(rf"{contract.CODE_DIR}/([0-9a-f]{{64}})\.(zip|json|doomed)")
 
 
 class Listed(Protocol):
@@ -64,6 +64,7 @@ class Shelf:
 
     records: Mapping[str, Record]  # by digest
     archives: Mapping[str, int]  # bytes, by digest
+    doomed: frozenset[str] = frozenset()  # digests that a collector is about to remove
     doubts: tuple[str, ...] = ()
 
     @property
@@ -79,8 +80,12 @@ class Shelf:
 class Removal:
     """Archives that no launch of late has used."""
 
-    digests: tuple[str, ...] = ()
+    records: tuple[Record, ...] = ()  # as they were seen
     doubts: tuple[str, ...] = ()  # where there are any nothing is removed
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        return tuple(record.sha256 for record in self.records)
 
 
 def archive_name(sha256: str) -> str:
@@ -91,6 +96,10 @@ def archive_name(sha256: str) -> str:
 def record_name(sha256: str) -> str:
     """`code/<digest>.json`."""
     return f"{contract.CODE_DIR}/{sha256}.json"
+
+
+def _doomed_name(sha256: str) -> str:
+    return f"{contract.CODE_DIR}/{sha256}.doomed"
 
 
 def send(store: Store, archive: CodeArchive, *, faults: FaultPoints, deadline: Deadline) -> bool:
@@ -107,6 +116,7 @@ def send(store: Store, archive: CodeArchive, *, faults: FaultPoints, deadline: D
         used = shelf.records[sha256]
         if used.number < shelf.next_number - 1:
             _write(store, Record(sha256, size, shelf.next_number, is_whole=True), deadline)
+            _expect_kept(store, sha256, size, deadline)
         return False
     _write(store, Record(sha256, size, shelf.next_number, is_whole=False), deadline)
     faults.reached("code.archive")
@@ -121,9 +131,18 @@ def send(store: Store, archive: CodeArchive, *, faults: FaultPoints, deadline: D
         )
     faults.reached("code.record")
     _write(store, Record(sha256, size, shelf.next_number, is_whole=True), deadline)
-    if not look(store, deadline=deadline).is_whole(sha256, size):
-        raise ConflictError(f"{archive_name(sha256)}: it was removed while it was sent; launch again")
+    _expect_kept(store, sha256, size, deadline)
     return True
+
+
+def _expect_kept(store: Store, sha256: str, size: int, deadline: Deadline) -> None:
+    """Raises ConflictError where a collector has not seen that this launch needs the archive (ADR 0043)."""
+    shelf = look(store, deadline=deadline)
+    if sha256 in shelf.doomed or not shelf.is_whole(sha256, size):
+        raise ConflictError(
+            f"{archive_name(sha256)}: `ktrain ckpt gc` removed it, or is about to; launch again, or run that again "
+            "where it did not end"
+        )
 
 
 def fetch(store: Store, sha256: str, size: int, file: BinaryIO, *, deadline: Deadline) -> None:
@@ -141,7 +160,7 @@ def fetch(store: Store, sha256: str, size: int, file: BinaryIO, *, deadline: Dea
         raise NotFoundError(f"code archive {archive_name(sha256)}: {error}; launch again with --code") from error
 
 
-def _pieces(store: Store, sha256: str, size: int, deadline: Deadline) -> Any:
+def _pieces(store: Store, sha256: str, size: int, deadline: Deadline) -> Iterator[bytes]:
     for begin in range(0, size, _PIECE):
         yield store.read_range(archive_name(sha256), begin, min(begin + _PIECE, size), deadline=deadline)
 
@@ -154,13 +173,15 @@ def look(store: Store, *, deadline: Deadline) -> Shelf:
     """What lies beside the run now."""
     records: dict[str, Record] = {}
     archives: dict[str, int] = {}
-    doubts = []
+    doomed, doubts = set(), []
     for item in store.list(contract.CODE_DIR, deadline=deadline):
         named = _NAME.fullmatch(item.name)
         if named is None:
             doubts.append(f"{item.name}: ktrain gives no such name")
         elif named[2] == "zip":
             archives[named[1]] = item.nbytes
+        elif named[2] == "doomed":
+            doomed.add(named[1])
         else:
             try:
                 record = _parse(named[1], store.read(item.name, deadline=deadline))
@@ -170,7 +191,7 @@ def look(store: Store, *, deadline: Deadline) -> Shelf:
                 doubts.append(f"{item.name}: it cannot be read: damaged, or of a newer ktrain")
             else:
                 records[named[1]] = record
-    return Shelf(records, archives, tuple(doubts))
+    return Shelf(records, archives, frozenset(doomed), tuple(doubts))
 
 
 def _parse(sha256: str, data: bytes) -> Record | None:
@@ -196,14 +217,24 @@ def plan_removal(shelf: Shelf, *, keep: int = KEEP) -> Removal:
     numbers = sorted({record.number for record in shelf.records.values()}, reverse=True)
     kept = set(numbers[:keep])
     gone = [record for record in shelf.records.values() if record.number not in kept]
-    return Removal(tuple(record.sha256 for record in sorted(gone, key=lambda record: record.number)))
+    return Removal(tuple(sorted(gone, key=lambda record: record.number)))
 
 
-def remove(store: Store, removal: Removal, *, deadline: Deadline) -> None:
-    """First the record, so that nothing says of a removed archive that it is there.
+def remove(store: Store, removal: Removal, *, deadline: Deadline) -> list[str]:
+    """Removes archives, for whoever holds the run; returns the digests of those that are gone.
 
-    One whose collector died in between has no record, and stays until it is launched again.
+    Marks first, then a second look: of a launch and a collector that meet, one sees the other's word (ADR 0012). First
+    goes the record, so that nothing says of a removed archive that it is there; last the mark.
     """
-    for sha256 in removal.digests:
+    for sha256 in look(store, deadline=deadline).doomed:
+        store.delete(_doomed_name(sha256), deadline=deadline)  # of a collector that died: nobody else holds the run
+    for record in removal.records:
+        store.write(_doomed_name(record.sha256), b"{}", deadline=deadline)
+    now = look(store, deadline=deadline).records if removal.records else {}
+    gone = [record.sha256 for record in removal.records if now.get(record.sha256) == record]
+    for sha256 in gone:
         store.delete(record_name(sha256), deadline=deadline)
         store.delete(archive_name(sha256), deadline=deadline)
+    for record in removal.records:
+        store.delete(_doomed_name(record.sha256), deadline=deadline)
+    return gone

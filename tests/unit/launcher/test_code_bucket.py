@@ -132,10 +132,64 @@ def test_archive_that_a_collector_removed_meanwhile_is_no_success(store: Watched
     class Collected(FaultPoints):
         def reached(self, point: str, *, step: int | None = None, rank: int | None = None) -> None:
             if point == "code.record":
-                bucket.remove(store, bucket.Removal((archive.sha256,)), deadline=deadline())
+                shelf = bucket.look(store, deadline=deadline())
+                bucket.remove(store, bucket.plan_removal(shelf, keep=0), deadline=deadline())
 
-    with pytest.raises(ConflictError, match="removed while it was sent"):
+    with pytest.raises(ConflictError, match="removed it, or is about to"):
         send(store, archive, Collected([], epoch=1))
+
+
+class Meeting(Watched):
+    """Does something else when a name that ends so is written."""
+
+    ending = ""
+    does: Callable[[], object] = staticmethod(lambda: None)
+
+    def write(self, name: str, data: bytes, *, deadline: Deadline) -> None:  # type: ignore[override]
+        super().write(name, data, deadline=deadline)
+        if self.ending and name.endswith(self.ending):
+            self.ending = ""
+            self.does()
+
+
+def two_archives(store: Watched, tmp_path: Path) -> tuple[CodeArchive, bucket.Removal]:
+    """The older of two, and the plan to remove it."""
+    old, new = archive_of(tmp_path), archive_of(tmp_path, "print(2)\n")
+    send(store, old)
+    send(store, new)
+    return old, bucket.plan_removal(bucket.look(store, deadline=deadline()), keep=1)
+
+
+def test_collector_spares_what_was_launched_since_it_planned(tmp_path: Path) -> None:
+    store = Meeting(tmp_path / "run", kind="bucket")
+    old, removal = two_archives(store, tmp_path)
+    assert not send(store, old), "the launch is told that it is there"
+
+    assert bucket.remove(store, removal, deadline=deadline()) == [] and is_whole(store, old)
+    assert not any(item.name.endswith(".doomed") for item in store.list(contract.CODE_DIR, deadline=deadline()))
+
+
+def test_launch_that_meets_a_collector_in_its_midst_is_told(tmp_path: Path) -> None:
+    store = Meeting(tmp_path / "run", kind="bucket")
+    old, removal = two_archives(store, tmp_path)
+
+    def launch() -> None:
+        with pytest.raises(ConflictError, match="is about to"):
+            send(store, old)
+
+    store.ending, store.does = ".doomed", launch  # type: ignore[method-assign]
+    assert bucket.remove(store, removal, deadline=deadline()) == [] and is_whole(store, old)
+    assert not send(store, old)
+
+
+def test_mark_of_a_collector_that_died_goes_with_the_next_one(store: Watched, tmp_path: Path) -> None:
+    old, removal = two_archives(store, tmp_path)
+    store.write(f"{contract.CODE_DIR}/{old.sha256}.doomed", b"{}", deadline=deadline())
+    with pytest.raises(ConflictError):
+        send(store, old)
+
+    assert bucket.remove(store, bucket.Removal(), deadline=deadline()) == []
+    assert not send(store, old)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": 2}', '{"format": 1, "size": 0, "number": 1, "whole": true}'])
@@ -234,7 +288,7 @@ def shelf_of(*numbers: int, doubts: tuple[str, ...] = ()) -> bucket.Shelf:
     for at, number in enumerate(numbers):
         digest = hashlib.sha256(str(at).encode()).hexdigest()
         records[digest] = bucket.Record(digest, 1, number, is_whole=True)
-    return bucket.Shelf(records, dict.fromkeys(records, 1), doubts)
+    return bucket.Shelf(records, dict.fromkeys(records, 1), doubts=doubts)
 
 
 def test_removal_takes_the_oldest_launches_by_their_numbers() -> None:
