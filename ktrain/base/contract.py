@@ -32,6 +32,10 @@ ENV_POD_NAMESPACE = "KTRAIN_POD_NAMESPACE"
 ENV_HOST = "KTRAIN_HOST"  # name of the machine below the pod
 ENV_WORK = "KTRAIN_WORK"  # folder of sockets and logs, where it is not POD_WORK: a pod that is folders of this machine
 
+# Environment of the init container of code from git, out of a Secret that it names (ADR 0043).
+ENV_GIT_USERNAME = "KTRAIN_GIT_USERNAME"
+ENV_GIT_PASSWORD = "KTRAIN_GIT_PASSWORD"  # noqa: S105 -- a name: git reads it, ktrain never does
+
 # Exit codes of workers, head and command line.
 EXIT_OK = 0
 EXIT_FAILED = 1  # the job failed and its restart budget is spent
@@ -70,6 +74,7 @@ EVENTS_DIR = "events"
 CHECKPOINTS_DIR = "checkpoints"
 ATTEMPTS_DIR = "attempts"
 MARKS_DIR = "marks"  # pins, readers, what is about to go, late metrics (ADR 0012)
+CODE_DIR = "code"  # archives of code by their digest, with a record of each (ADR 0043)
 CADENCE_DIR = "cadence"  # what `every="auto"` chose
 QUARANTINE_DIR = "quarantine"  # marks: steps that are set aside, or trusted again
 LOGS_DIR = "logs"

@@ -35,6 +35,9 @@ POINTS = (
     "read.parts",  # before a node's agent reads parts of a peer's snapshot for a rank
     "restore.loaded",  # bytes are proven, nothing is applied
     "restore.applied",  # applied here, perhaps not yet on other ranks
+    "code.archive",  # before an archive of code is written to the bucket
+    "code.record",  # it is there and read back, nothing says so
+    "code.fetched",  # it has arrived in a pod, nothing of it is proven or unpacked
 )
 ACTIONS = ("kill", "stop", "raise")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from ktrain.cli.cluster_options import refuse_local_options
 from ktrain.errors import ConfigError
 from ktrain.launcher import spec_file
 from ktrain.launcher.code.archive import CodeArchive, pack_code
+from ktrain.launcher.code.ways import choose_way
 from ktrain.launcher.explain import Plan, Recovery, explain
 from ktrain.launcher.facts import ClusterFacts
 from ktrain.launcher.quantity import show_bytes
-from ktrain.launcher.render.access import code_config_map, shown, token_secret
+from ktrain.launcher.render import code
+from ktrain.launcher.render.access import shown, token_secret
 from ktrain.launcher.render.job import Rendered, render
 from ktrain.launcher.render.text import to_yaml
 from ktrain.launcher.spec import JobSpec, default_name
@@ -54,8 +56,10 @@ def launch_on_cluster(command: tuple[str, ...], given: Mapping[str, Any]) -> int
     refuse_local_options(given)
     if given.get("wait") and given.get("detach"):
         raise ConfigError("--wait and --detach: one says to stay, the other to go; leave one out")
-    archive = pack_code(given["code"]) if given.get("code") else None
-    spec = job_from_options(command, given, archive=archive)
+    spec = job_from_options(command, given)
+    archive = _pack(given.get("code"))
+    if archive is not None:
+        spec = _with_code(spec, archive, given["code"])
     facts = _read_facts(given["facts"]) if given.get("facts") else None
     if given.get("dry_run") != "server" and (given.get("dry_run") or given.get("explain")):
         return _show_job(spec, facts or ClusterFacts(), given, archive)
@@ -65,11 +69,23 @@ def launch_on_cluster(command: tuple[str, ...], given: Mapping[str, Any]) -> int
     data = None if archive is None else archive.data
     tried = cluster_run.try_job(client, spec, data, facts)
     for line in tried.warnings:
-        click.echo(f"ktrain: {line}", err=True)
+        _say(line)
     if given.get("dry_run") or given.get("explain"):
         return _show_job(spec, tried.facts, given, archive)
     _say_gang(tried.rendered)
+    _bring_code(spec, archive)
     return cluster_run.send(client, tried, data, wait=bool(given.get("wait")), timeout_s=given.get("timeout"))
+
+
+def _bring_code(spec: JobSpec, archive: CodeArchive | None) -> None:
+    """Before the job is created, its code is where its pods look for it."""
+    if spec.code.archive is None or (archive is not None and not spec.code.is_in_bucket):
+        return  # objects that are created with the job carry it
+    if not spec.code.is_in_bucket:
+        raise ConfigError("code.archive: its bytes are missing; give the directory that they are made of: --code DIR")
+    from ktrain.run.code import send_code  # loads the package of the store
+
+    _say(send_code(spec, archive))
 
 
 def _show_job(spec: JobSpec, facts: ClusterFacts, given: Mapping[str, Any], archive: CodeArchive | None) -> int:
@@ -88,19 +104,21 @@ def _show_job(spec: JobSpec, facts: ClusterFacts, given: Mapping[str, Any], arch
     return contract.EXIT_OK
 
 
+def _say(line: str) -> None:
+    click.echo(f"ktrain: {line}", err=True)
+
+
 def _say_gang(rendered: Rendered) -> None:
-    click.echo(f"ktrain: gang {rendered.gang.kind.value}: {rendered.gang.reason}", err=True)
+    _say(f"gang {rendered.gang.kind.value}: {rendered.gang.reason}")
     if rendered.gang.warning is not None:
-        click.echo(f"ktrain: {rendered.gang.warning}", err=True)
+        _say(rendered.gang.warning)
 
 
 # Options to a job
 
 
-def job_from_options(
-    command: tuple[str, ...], given: Mapping[str, Any], *, archive: CodeArchive | None = None
-) -> JobSpec:
-    """The job of a file with the options that were typed on top, and the code that is sent along.
+def job_from_options(command: tuple[str, ...], given: Mapping[str, Any]) -> JobSpec:
+    """The job of a file with the options that were typed on top; a directory of code is not looked at.
 
     Raises:
         ConfigError: something in it cannot be.
@@ -122,14 +140,43 @@ def job_from_options(
     if not isinstance(value.get("run"), str):
         raise ConfigError("run: it is missing; say where the run lives, such as s3://bucket/net-a (--run)")
     value.setdefault("name", default_name(value["run"]))
-    if archive is not None:
-        value["code"] = {"archive": archive.sha256}
-    spec = spec_file.from_value(value)
-    if archive is not None and spec.command[0] not in archive.names:
+    if given.get("code"):
+        value["code"] = _code(value.get("code", {}), given["code"])
+    return spec_file.from_value(value)
+
+
+_GIT, _IMAGE = "git+", "image:"
+
+
+def _code(known: Any, text: str) -> dict[str, Any]:
+    """The table of code: what was typed takes the place of the source that the job file names."""
+    if not isinstance(known, dict):
+        raise ConfigError(f"code: expected a table, found {known!r}")
+    if text.startswith(_GIT):
+        return {"git": text, **{name: known[name] for name in ("git_secret", "env") if name in known}}
+    if text.startswith(_IMAGE):
+        return {"image": text.removeprefix(_IMAGE)}
+    return {name: known[name] for name in ("way", "env") if name in known}
+
+
+def _pack(text: str | None) -> CodeArchive | None:
+    if not text or text.startswith((_GIT, _IMAGE)):
+        return None
+    archive = pack_code(Path(text))
+    for line in archive.warnings:
+        _say(line)
+    return archive
+
+
+def _with_code(spec: JobSpec, archive: CodeArchive, folder: str) -> JobSpec:
+    """The job with the way that its code goes, which is said with its reason."""
+    if spec.command[0] not in archive.names:
         raise ConfigError(
-            f"code {given['code']}: it does not have the script {spec.command[0]!r}; give its path in that directory"
+            f"code {folder}: it does not have the script {spec.command[0]!r}; give its path in that directory"
         )
-    return spec
+    chosen = choose_way(archive, spec.run, spec.code)
+    _say(f"code: {len(archive.names)} files, {chosen.reason}")
+    return replace(spec, code=chosen.code)
 
 
 def _put(value: dict[str, Any], path: str, item: Any) -> None:
@@ -193,7 +240,7 @@ def _read_facts(path: Path) -> ClusterFacts:
 
 def _printed(spec: JobSpec, rendered: Rendered, archive: CodeArchive | None) -> list[dict[str, Any]]:
     """All objects in the order of sending, the secret without its value."""
-    carried = () if archive is None else (code_config_map(spec, archive.data),)
+    carried = code.config_maps(spec, None if archive is None else archive.data)
     return [shown(item) for item in (rendered.jobset, token_secret(spec, ""), *carried, *rendered.owned)]
 
 

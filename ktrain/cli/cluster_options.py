@@ -25,9 +25,7 @@ _OPTIONS = (
     click.option("--env", "env", multiple=True, metavar="NAME=VALUE", help="Environment of the script; no secrets."),
     click.option("--secret", "secrets", multiple=True, metavar="NAME=SECRET:KEY", help="Environment from a Secret."),
     click.option("--volume", "volumes", multiple=True, metavar="CLAIM:/PATH[:ro]", help="Mounts a volume claim."),
-    click.option(
-        "--code", type=click.Path(path_type=Path), metavar="DIR", help="Directory of code that is sent along."
-    ),
+    click.option("--code", metavar="WHAT", help="Code: a directory, git+https://HOST/REPO@COMMIT, or image:REF."),
     click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any other field of the job file."),
     click.option("--facts", type=click.Path(path_type=Path), metavar="FILE", help="JSON of what the cluster has."),
     click.option(

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any, NewType
 
 from ktrain.base import contract, ids
-from ktrain.base.urls import local_path, require_public
+from ktrain.base.urls import local_path, public_url, require_public
 from ktrain.errors import ConfigError
 from ktrain.launcher import accelerators
 from ktrain.launcher.accelerators import Devices, Slices
@@ -32,6 +32,8 @@ _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?")
 _SECRET_WORDS = re.compile(  # whole words of a name: TOKENIZERS_PARALLELISM and MAX_TOKENS are no secrets
     r"(^|_)(SECRET|PASSWORD|PASSWD|(API|ACCESS|PRIVATE)_?KEY)(_|$)|(^|_)TOKEN$", re.IGNORECASE
 )
+_GIT_URL = re.compile(r"https://[A-Za-z0-9.-]+(:\d+)?(/[A-Za-z0-9._~-]+)+")
+_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _OURS = re.compile(
     r"KTRAIN_|TPU_WORKER_|MEGASCALE_"
     r"|(TPU_ACCELERATOR_TYPE|TPU_TOPOLOGY|RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT|HOME)$"
@@ -64,6 +66,13 @@ class Scope(StrEnum):
 
     POD = "pod"
     MTC = "mtc"  # the node, by GKE's multi-tier checkpointing driver
+
+
+class Way(StrEnum):
+    """How an archive of code gets to the pods (ADR 0043)."""
+
+    CONFIG_MAP = "config-map"  # one, or several that carry its parts
+    BUCKET = "bucket"  # beside the run
 
 
 class TopologyMode(StrEnum):
@@ -221,18 +230,45 @@ class Volume:
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """Where the command's files come from: an archive that is sent, an image volume, or (neither) the image itself."""
+    """Where the command's files come from: an archive, a commit, an image volume, or (none of them) the image."""
 
     archive: str | None = None  # its SHA-256
+    way: Way | None = None  # of the archive; by its size where it is not said
+    size: Bytes | None = None  # of the archive
+    parts: int = 1  # ConfigMaps that carry it
+    git: str | None = None  # git+https://HOST/REPO@COMMIT
+    git_secret: str | None = None  # a Secret of type kubernetes.io/basic-auth
     image: str | None = None
+    env: tuple[str, ...] = ()  # variables of env and secrets that are needed to fetch it, beside those of known stores
 
     def __post_init__(self) -> None:
-        if self.archive is not None and self.image is not None:
-            raise ConfigError("code: expected an archive or an image, found both; leave one out")
+        given = [name for name in ("archive", "git", "image") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"code: expected an archive, a commit or an image, found both {' and '.join(given)}")
         if self.archive is not None:
             _expect("code.archive", re.fullmatch(r"[0-9a-f]{64}", self.archive) is not None, "a SHA-256", self.archive)
         if self.image is not None:
             _expect_image("code.image", self.image)
+        _expect_range("code.parts", self.parts, 1, 64)
+        _expect("code.size", self.size is None or 0 < self.size <= GIB, "bytes, at most 1Gi", self.size)
+        if self.archive is not None and self.way is Way.BUCKET and self.size is None:
+            raise ConfigError("code.size: it is missing; an archive in a bucket is read by its size")
+        if self.git is not None:
+            _expect_commit(self.git)
+        elif self.git_secret is not None:
+            raise ConfigError("code.git_secret: there is no code.git that would need it; leave it out")
+        if self.git_secret is not None:
+            _expect("code.git_secret", _is_dns_name(self.git_secret), "the name of a Secret", self.git_secret)
+
+    @property
+    def is_in_bucket(self) -> bool:
+        """Whether an archive lies beside the run."""
+        return self.archive is not None and self.way is Way.BUCKET
+
+    @property
+    def is_brought(self) -> bool:
+        """Whether the files are not the image's own."""
+        return self.archive is not None or self.git is not None or self.image is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +345,7 @@ class JobSpec:
         self._expect_size()
         self._expect_environment()
         self._expect_volumes()
+        self._expect_code()
 
     def _expect_size(self) -> None:
         if self.devices and self.tpus:
@@ -359,6 +396,15 @@ class JobSpec:
             raise ConfigError(
                 f"run {self.run!r}: a path of this machine is not seen by pods; give a URL (s3://bucket/name), or a "
                 "path below a volume that can be written (--volume CLAIM:/path)"
+            )
+
+    def _expect_code(self) -> None:
+        known = {*self.env, *(secret.env for secret in self.secrets)}
+        odd = sorted(set(self.code.env) - known)
+        _expect("code.env", not odd, "names of env or secrets", odd)
+        if self.code.is_in_bucket and local_path(self.run) is not None:
+            raise ConfigError(
+                f"code.way 'bucket': the run {self.run!r} is a path on a volume; use 'config-map', or a run in a bucket"
             )
 
     @property
@@ -415,6 +461,18 @@ def _expect_public(name: str, value: str) -> None:
             f"env {name}: expected a URL without password, token and query, found one that may have them, and values "
             "of env are stored in plain; put it into a Secret: --secret NAME=SECRET:KEY"
         ) from None
+
+
+def _expect_commit(source: str) -> None:
+    """Refuses what is no commit: a branch is another thing tomorrow, and a URL with a password stands in many files."""
+    form = "git+https://HOST/REPO@COMMIT, the commit with all of its 40 (or 64) hexadecimal digits"
+    url, _, commit = source.removeprefix("git+").rpartition("@")
+    if not source.startswith("git+https://") or _GIT_URL.fullmatch(url) is None:
+        secret = "@" in url or "?" in url
+        said = "a URL that may hold a password; use code.git_secret" if secret else repr(public_url(source))
+        raise ConfigError(f"code.git: expected {form}, found {said}")
+    if _COMMIT.fullmatch(commit) is None:
+        raise ConfigError(f"code.git: expected {form}, found {commit!r}; `git rev-parse HEAD` prints it")
 
 
 def _expect_image(where: str, image: str) -> None:

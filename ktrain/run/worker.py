@@ -82,7 +82,7 @@ def _code_of(stop: SystemExit) -> int:
     """What the interpreter would make of it: a text is for people, and a failure."""
     if stop.code is None or isinstance(stop.code, int):
         return stop.code or contract.EXIT_OK
-    print(stop.code, file=sys.stderr)
+    sys.stderr.write(f"{stop.code}\n")
     return contract.EXIT_FAILED
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ktrain.errors import ConfigError, CorruptionError, KtrainError
-from ktrain.launcher.code import unpack
+from ktrain.launcher.code import members
 from ktrain.launcher.code.unpack import unpack_code
 
 Member = tuple[str, bytes, int]  # name, bytes, Unix mode
@@ -59,11 +59,15 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "twice": lambda: zipped(plain("good.py"), plain("good.py")),
     "twice by case": lambda: zipped(plain("good.py"), plain("GOOD.py")),
     "a file as folder": lambda: zipped(plain("a"), plain("a/b")),
+    "twice by letters": lambda: zipped(plain("h\u00e4.py"), plain("ha\u0308.py")),
+    "a long part": lambda: zipped(plain("good.py"), plain("\u00e4" * 200)),
+    "a folder of git": lambda: zipped(plain("good.py"), plain("lib/.GIT/config")),
+    "the mark of a target": lambda: zipped(plain("good.py"), plain(members.MARK)),
     "a folder as file": lambda: zipped(plain("a/b"), plain("A")),
 }
 
 
-def tried(tmp_path: Path, data: bytes, *, most_bytes: int = unpack.MOST_BYTES) -> KtrainError:
+def tried(tmp_path: Path, data: bytes, *, most_bytes: int = members.MOST_BYTES) -> KtrainError:
     """The refusal of an archive whose digest is right; everything below `tmp_path` is as before."""
     archive, target = tmp_path / "code.zip", tmp_path / "box" / "target"
     archive.write_bytes(data)
@@ -89,22 +93,46 @@ def test_archive_with_more_bytes_than_allowed_is_refused(tmp_path: Path) -> None
 
 
 def test_archive_with_more_files_than_allowed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpack, "MOST_FILES", 2)
+    monkeypatch.setattr(members, "MOST_FILES", 2)
 
     assert "3 files" in str(tried(tmp_path, zipped(plain("a"), plain("b"), plain("c"))))
 
 
-def test_archive_that_declares_fewer_bytes_than_it_holds_writes_no_more(tmp_path: Path) -> None:
-    data = bytearray(zipped(plain("a", b"x" * 1000)))
+@pytest.mark.parametrize("declared", [10, 2000])
+def test_archive_that_declares_another_size_is_refused_before_anything_is_written(
+    declared: int, tmp_path: Path
+) -> None:
+    data = bytearray(zipped(plain("a", b"x" * 10), plain("b", b"x" * 1000)))
     record = data.rindex(b"PK\x01\x02")
-    struct.pack_into("<I", data, record + 24, 10)  # the size of the file, in the directory that is believed
-    struct.pack_into("<I", data, record + 20, 1000)
-    archive, target = tmp_path / "code.zip", tmp_path / "target"
-    archive.write_bytes(data)
+    struct.pack_into("<I", data, record + 24, declared)  # the size of the file, in the directory that is believed
 
-    with pytest.raises(KtrainError):
-        unpack_code(archive, hashlib.sha256(data).hexdigest(), target)
-    assert sum(path.stat().st_size for path in target.rglob("*") if path.is_file()) <= 10
+    assert isinstance(tried(tmp_path, bytes(data)), CorruptionError)
+
+
+@pytest.mark.parametrize("offset", [-1, 0])
+def test_archive_whose_last_member_is_damaged_writes_none_of_them(offset: int, tmp_path: Path) -> None:
+    data = bytearray(zipped(plain("a", b"first"), plain("b", b"second")))
+    at = data.index(b"second") if offset == 0 else data.rindex(b"PK\x03\x04") + 30  # its bytes, or its other name
+    data[at] ^= 1
+
+    assert isinstance(tried(tmp_path, bytes(data)), CorruptionError)
+
+
+def test_archive_that_was_cut_short_is_refused(tmp_path: Path) -> None:
+    whole = zipped(plain("a", b"x" * 100))
+
+    for length in range(0, len(whole), 7):
+        assert isinstance(tried(tmp_path, whole[:length]), CorruptionError)
+
+
+def test_member_that_unpacks_to_more_than_it_declares_is_refused(tmp_path: Path) -> None:
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("zeros", bytes(10 << 20))
+    data = bytearray(bomb.getvalue())
+    struct.pack_into("<I", data, data.rindex(b"PK\x01\x02") + 24, 100)
+
+    assert isinstance(tried(tmp_path, bytes(data), most_bytes=1000), CorruptionError)
 
 
 @pytest.mark.parametrize("data", [b"", b"PK", b"no zip at all"])

@@ -24,7 +24,8 @@ from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.launcher import spec_file
 from ktrain.launcher.code.archive import CodeArchive, pack_code
 from ktrain.launcher.facts import ClusterFacts
-from ktrain.launcher.render.access import code_config_map, token_secret
+from ktrain.launcher.render import code as carried
+from ktrain.launcher.render.access import token_secret
 from ktrain.launcher.render.job import Rendered, render
 from ktrain.launcher.spec import JobSpec
 from tests.integration.launching import ENDS_WITHIN_S, Place
@@ -76,7 +77,7 @@ class Cluster:
         rendered = render(job, ClusterFacts(restart_rules=True))
         self.here = here
         self.job = job
-        self.owned = [*rendered.owned, token_secret(job, TOKEN), code_config_map(job, code.data)]
+        self.owned = [*rendered.owned, token_secret(job, TOKEN), *carried.config_maps(job, code.data)]
         net = f"127.{os.getpid() % 250 + 1}.{os.getpid() // 250 % 250}"
         self.head_address = f"tcp:{net}.2:{_free_port(f'{net}.2')}"
         self.head = self._pod(rendered, "head", 0, f"{net}.2")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import json
 
 from ktrain.base import contract
-from ktrain.errors import ConfigError
-from ktrain.launcher.render.common import Manifest, code_name, metadata, token_secret_name
+from ktrain.launcher.render.common import Manifest, metadata, token_secret_name
 from ktrain.launcher.spec import JobSpec
 from ktrain.launcher.spec_file import to_value
 
-MOST_CARRIED = 700 * 1024  # bytes of code in a ConfigMap, which ends at 1 MiB with its base64
 _RBAC = "rbac.authorization.k8s.io"
 
 
@@ -75,26 +72,6 @@ def token_secret(spec: JobSpec, token: str) -> Manifest:
         "type": "Opaque",
         "immutable": True,
         "stringData": {contract.POD_TOKEN_FILE.rpartition("/")[2]: token},
-    }
-
-
-def code_config_map(spec: JobSpec, archive: bytes) -> Manifest:
-    """The code that is sent.
-
-    Raises:
-        ConfigError: it does not fit.
-    """
-    if len(archive) > MOST_CARRIED:
-        raise ConfigError(
-            f"code: the archive has {len(archive):,} bytes, and {MOST_CARRIED:,} fit; leave files out with "
-            ".ktrainignore, or bring the code in an image: --set code.image=REF"
-        )
-    return {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": metadata(spec, code_name(spec)),
-        "immutable": True,
-        "binaryData": {"code.zip": base64.b64encode(archive).decode("ascii")},
     }
 
 

@@ -33,10 +33,14 @@ def token_secret_name(spec: JobSpec) -> str:
     return f"{spec.name}-token"
 
 
-def code_name(spec: JobSpec) -> str:
-    """Of the ConfigMap that carries the code; its digest makes it another one for other code."""
-    assert spec.code.archive is not None
-    return f"{spec.name}-code-{spec.code.archive[:10]}"
+def user_environment(spec: JobSpec) -> list[Manifest]:
+    """The user's variables go to agent and head as well: both write to the run's bucket."""
+    plain = [{"name": name, "value": value} for name, value in sorted(spec.env.items())]
+    secret = [
+        {"name": item.env, "valueFrom": {"secretKeyRef": {"name": item.secret, "key": item.key}}}
+        for item in spec.secrets
+    ]
+    return [*plain, *secret]
 
 
 CONTAINER_SECURITY: Manifest = {

@@ -9,7 +9,7 @@ from ktrain.base.settings import Timeouts
 from ktrain.launcher import budget
 from ktrain.launcher.gang import Gang
 from ktrain.launcher.quantity import MIB, format_bytes
-from ktrain.launcher.render import placing
+from ktrain.launcher.render import code, placing
 from ktrain.launcher.render.common import (
     AGENT,
     CONTAINER_SECURITY,
@@ -17,10 +17,10 @@ from ktrain.launcher.render.common import (
     TRAINER,
     WORKER,
     Manifest,
-    code_name,
     head_address,
     pod_security,
     token_secret_name,
+    user_environment,
 )
 from ktrain.launcher.render.devices import DevicePlan
 from ktrain.launcher.spec import JobSpec, Scope
@@ -45,7 +45,7 @@ def head_pod(spec: JobSpec, gang: Gang) -> Manifest:
         "name": HEAD,
         "image": spec.image,
         "command": _entry(spec, HEAD),
-        "env": [*_environment(spec, HEAD), *_user_environment(spec)],
+        "env": [*_environment(spec, HEAD), *user_environment(spec)],
         "ports": [{"name": "control", "containerPort": contract.POD_HEAD_PORT, "protocol": "TCP"}],
         "resources": {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "2Gi"}},
         "securityContext": CONTAINER_SECURITY,
@@ -74,7 +74,7 @@ def worker_pod(spec: JobSpec, gang: Gang, devices: DevicePlan, *, restart_rules:
     return {
         **_pod(spec),
         "restartPolicy": "Never" if restart_rules else "OnFailure",
-        "initContainers": [*_code_container(spec), _agent(spec)],
+        "initContainers": [*code.containers(spec), _agent(spec)],
         "containers": [{**_trainer(spec, devices), **(_RULES if restart_rules else {})}],
         "volumes": _worker_volumes(spec),
         **({"resourceClaims": claims} if claims else {}),
@@ -120,8 +120,8 @@ def _trainer(spec: JobSpec, devices: DevicePlan) -> Manifest:
         "name": TRAINER,
         "image": spec.image,
         "command": _entry(spec, TRAINER),
-        **({"workingDir": contract.POD_CODE} if _has_code(spec) else {}),  # else the image's own
-        "env": [*_environment(spec, WORKER), *devices.env, *_user_environment(spec)],
+        **({"workingDir": contract.POD_CODE} if spec.code.is_brought else {}),  # else the image's own
+        "env": [*_environment(spec, WORKER), *devices.env, *user_environment(spec)],
         "resources": {
             "requests": {"cpu": spec.resources.cpu or str(4 * spec.num_workers), "memory": memory},
             "limits": {"memory": memory, **devices.limits},
@@ -132,7 +132,7 @@ def _trainer(spec: JobSpec, devices: DevicePlan) -> Manifest:
             *_common_mounts(),
             {"name": "memory", "mountPath": contract.POD_VOLUME},
             {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 -- data loaders look here
-            *_code_mounts(spec),
+            *code.mounts(spec),
             *_claim_mounts(spec),
         ],
     }
@@ -147,7 +147,7 @@ def _agent(spec: JobSpec) -> Manifest:
         "image": spec.image,
         "command": _entry(spec, AGENT),
         "restartPolicy": "Always",
-        "env": [*_environment(spec, WORKER), *_user_environment(spec)],
+        "env": [*_environment(spec, WORKER), *user_environment(spec)],
         "resources": {"requests": {"cpu": "1", "memory": memory}, "limits": {"memory": memory}},
         "securityContext": CONTAINER_SECURITY,
         "startupProbe": {
@@ -163,35 +163,6 @@ def _agent(spec: JobSpec) -> Manifest:
             *_claim_mounts(spec),
         ],
     }
-
-
-def _code_container(spec: JobSpec) -> list[Manifest]:
-    """Unpacks the code that was sent, after its digest was checked."""
-    archive = spec.code.archive
-    if archive is None:
-        return []
-    carried = f"{contract.POD_CARRIED}/code.zip"
-    return [
-        {
-            "name": "code",
-            "image": spec.image,
-            "command": [
-                spec.python,
-                "-P",
-                "-m",
-                "ktrain.launcher.code.unpack",
-                carried,
-                archive,
-                contract.POD_CODE,
-            ],
-            "resources": {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "256Mi"}},
-            "securityContext": CONTAINER_SECURITY,
-            "volumeMounts": [
-                {"name": "carried", "mountPath": contract.POD_CARRIED, "readOnly": True},
-                {"name": "code", "mountPath": contract.POD_CODE},
-            ],
-        }
-    ]
 
 
 # Environment
@@ -210,16 +181,6 @@ def _environment(spec: JobSpec, role: str) -> list[Manifest]:
     }
     downward = [{"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in _FIELDS]
     return [*downward, *({"name": name, "value": value} for name, value in fixed.items())]
-
-
-def _user_environment(spec: JobSpec) -> list[Manifest]:
-    """The user's variables go to agent and head as well: both write to the run's bucket."""
-    plain = [{"name": name, "value": value} for name, value in sorted(spec.env.items())]
-    secret = [
-        {"name": item.env, "valueFrom": {"secretKeyRef": {"name": item.secret, "key": item.key}}}
-        for item in spec.secrets
-    ]
-    return [*plain, *secret]
 
 
 # Volumes
@@ -256,7 +217,7 @@ def _worker_volumes(spec: JobSpec) -> list[Manifest]:
         _memory_volume("shm", size.shm),
         _memory_volume("wire", max(size.in_flight, 64 * MIB)),
         {"name": "cluster", "projected": {"sources": _cluster_sources(), "defaultMode": 0o440}},
-        *_code_volumes(spec),
+        *code.volumes(spec),
         *_claim_volumes(spec),
     ]
 
@@ -268,25 +229,6 @@ def _cluster_sources() -> list[Manifest]:
         {"serviceAccountToken": {"path": "token", "expirationSeconds": _TOKEN_S}},
         {"configMap": {"name": "kube-root-ca.crt", "items": [{"key": "ca.crt", "path": "ca.crt"}]}},
         {"downwardAPI": {"items": [namespace]}},
-    ]
-
-
-def _has_code(spec: JobSpec) -> bool:
-    return spec.code.archive is not None or spec.code.image is not None
-
-
-def _code_mounts(spec: JobSpec) -> list[Manifest]:
-    return [{"name": "code", "mountPath": contract.POD_CODE, "readOnly": True}] if _has_code(spec) else []
-
-
-def _code_volumes(spec: JobSpec) -> list[Manifest]:
-    if spec.code.image is not None:
-        return [{"name": "code", "image": {"reference": spec.code.image, "pullPolicy": "IfNotPresent"}}]
-    if spec.code.archive is None:
-        return []
-    return [
-        {"name": "carried", "configMap": {"name": code_name(spec)}},
-        {"name": "code", "emptyDir": {"sizeLimit": "1Gi"}},
     ]
 
 

@@ -11,6 +11,7 @@ from ktrain.base import contract, ids
 from ktrain.base.job import local_path
 from ktrain.checkpoint.holder import Holder
 from ktrain.checkpoint.marks import doomed_name, pin_name
+from ktrain.launcher.code import bucket
 from tests.unit.checkpoint.builders import TIMEOUTS, identity, put_checkpoint, upload
 from tests.unit.cli.runs import StoredRun
 
@@ -178,6 +179,36 @@ def test_gc_upload_of_an_ended_attempt_waits_to_be_watched(run: StoredRun) -> No
     run.catalog.record(1, "end", {"outcome": "failed"})
     planned = run.ckpt("gc", "--dry-run", "--output", "json").json
     assert planned["waiting"] == [{"step": 40, "epoch": 1, "write_id": "dead"}] and planned["removed"] == []
+
+
+# Code beside the run
+
+
+def put_code(run: StoredRun, number: int) -> str:
+    digest = f"{number:064x}"
+    record = bucket.Record(digest, 3, number, is_whole=True)
+    run.write(bucket.archive_name(digest), b"zip")
+    run.write(bucket.record_name(digest), record.to_bytes())
+    return digest
+
+
+def test_gc_removes_code_that_the_last_launches_did_not_use(run: StoredRun) -> None:
+    digests = [put_code(run, number) for number in range(1, bucket.KEEP + 3)]
+    planned = run.ckpt("gc", "--dry-run", "--output", "json").json
+    assert planned["code"] == digests[:2] and len(run.names("code")) == 2 * len(digests)
+    assert f"removed: code {digests[0]}" in run.ckpt("gc").out
+    assert len(run.names("code")) == 2 * bucket.KEEP and not any(digests[1] in name for name in run.names("code"))
+    assert run.steps() == [10, 20, 30]
+
+
+@pytest.mark.parametrize("name", ["code/mine.txt", f"code/{'0' * 63}9.json", "marks/something.json"])
+def test_gc_in_doubt_removes_no_code(run: StoredRun, name: str) -> None:
+    for number in range(1, bucket.KEEP + 3):
+        put_code(run, number)
+    run.write(name, b"{}")
+    before = run.names("code")
+    answer = run.ckpt("gc", "--keep", "1")
+    assert answer.code == contract.EXIT_CORRUPT and name in answer.err and run.names("code") == before
 
 
 def test_pin_name_is_the_mark_of_the_step(run: StoredRun) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +12,13 @@ from typing import Any
 
 import pytest
 
-from ktrain.base import contract
+from ktrain.base import contract, ids
+from ktrain.base.clock import Deadline
 from ktrain.cli.main import main
 from ktrain.launcher.cluster import resources as known
 from ktrain.testing.fake_cluster import FakeCluster, Offer
+from ktrain.tier.location import open_tier
+from tests.unit.launcher import setups
 from tests.unit.launcher.on_cluster.clusters import CRDS
 
 JOB = ("--run", "s3://bucket/net", "--image", "example/train:1", "--state", "1Gi", "--nodes", "2")
@@ -69,6 +74,64 @@ def test_job_is_launched_listed_shown_cancelled_and_deleted(cluster: FakeCluster
 
     code, _, err = ktrain("status", "net")
     assert code == contract.EXIT_USAGE and "there is no job 'net'" in err
+
+
+def code_of(tmp_path: Path, size: int) -> str:
+    folder = tmp_path / "code"
+    folder.mkdir()
+    (folder / "train.py").write_text("")
+    (folder / "data.bin").write_bytes(random.Random(1).randbytes(size))
+    return str(folder)
+
+
+def test_code_lies_beside_the_run_before_its_job_is_created(cluster: FakeCluster, ktrain: Any, tmp_path: Path) -> None:
+    run = f"memory://bucket/{ids.random_id()}"
+    options = (*JOB[2:], "--run", run, "--name", "net", "--code", code_of(tmp_path, 1000), "--set", "code.way=bucket")
+    code, _, err = ktrain("launch", *options, "train.py")
+    jobset = cluster.store.get(known.JOB_SET, "default", "net")
+    [container, _] = setups.pod_of(jobset, "worker")["initContainers"]
+    sha256, size = container["command"][5:7]
+
+    assert code == contract.EXIT_OK and f"code: sent to {run}/code/{sha256}.zip" in err
+    stored = open_tier(run).read(f"code/{sha256}.zip", deadline=Deadline.after(10.0))
+    assert hashlib.sha256(stored).hexdigest() == sha256 and len(stored) == int(size)
+    assert not any(item.get("binaryData") for item in cluster.store.list(known.CONFIG_MAP, "default").items)
+
+    ktrain("delete", "net")
+    assert "nothing was sent" in ktrain("launch", *options, "train.py")[2]
+
+
+def test_code_that_cannot_be_sent_leaves_no_job(
+    cluster: FakeCluster, ktrain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(contract.ENV_FAULTS, "raise@code.archive")
+    run = ("--run", f"memory://bucket/{ids.random_id()}", "--name", "net", "--set", "code.way=bucket")
+    code, _, err = ktrain("launch", *JOB[2:], *run, "--code", code_of(tmp_path, 10), "train.py")
+
+    assert code != contract.EXIT_OK and "raise@code.archive" in err
+    assert cluster.store.list(known.JOB_SET, "default").items == []
+
+
+def test_code_in_several_config_maps_goes_with_its_job(cluster: FakeCluster, ktrain: Any, tmp_path: Path) -> None:
+    folder = code_of(tmp_path, 1_500_000)
+    code, _, _ = ktrain("launch", *JOB, "--code", folder, "--set", "code.way=config-map", "train.py")
+    carried = [item for item in cluster.store.list(known.CONFIG_MAP, "default").items if "binaryData" in item]
+
+    assert code == contract.EXIT_OK and len(carried) == 3
+    ktrain("delete", "net")
+    assert not any("binaryData" in item for item in cluster.store.list(known.CONFIG_MAP, "default").items)
+
+
+@pytest.mark.parametrize("more", [(), ("code.way=bucket", "code.size=5")])
+def test_archive_that_is_only_named_is_refused_where_it_is_not_there(
+    more: tuple[str, ...], cluster: FakeCluster, ktrain: Any
+) -> None:
+    given = [item for text in (f'code.archive="{"a" * 64}"', *more) for item in ("--set", text)]
+    run = ("--run", f"memory://bucket/{ids.random_id()}", "--name", "net")
+    code, _, err = ktrain("launch", *JOB[2:], *run, *given, "train.py")
+
+    assert code == contract.EXIT_USAGE and "--code DIR" in err
+    assert cluster.store.list(known.JOB_SET, "default").items == []
 
 
 def test_dry_run_on_the_server_prints_what_would_be_created_and_creates_nothing(

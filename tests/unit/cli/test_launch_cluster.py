@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -109,9 +110,55 @@ def test_code_is_carried_under_its_digest_and_never_printed(tmp_path: Path, ktra
     assert carried["binaryData"]["code.zip"].endswith("characters of base64>")
 
 
+COMMIT = f"git+https://example.com/me/net@{'b' * 40}"
+
+
+def init_container(out: str) -> Any:
+    [found, _] = setups.pod_of(next(yaml.safe_load_all(out)), "worker")["initContainers"]
+    return found
+
+
+def test_dry_run_says_which_way_code_goes_and_why(tmp_path: Path, ktrain: Any) -> None:
+    (tmp_path / "train.py").write_text("")
+    (tmp_path / "data.bin").write_bytes(random.Random(1).randbytes(800_000))
+    options = (*CLUSTER, *JOB, "--dry-run", "--code", str(tmp_path))
+    _, out, err = ktrain(*options, "train.py")
+    assert "code: 2 files, by the run's bucket: " in err and "too much for one ConfigMap" in err
+    assert init_container(out)["command"][3] == "ktrain.run.code" and "binaryData" not in out
+
+    _, out, err = ktrain(*options, "--set", "code.way=config-map", "train.py")
+    assert "by 2 ConfigMaps" in err and out.count("binaryData") == 2
+
+    _, out, err = ktrain(*options, "--volume", "c:/data", "--run", "/data/net", "train.py")
+    assert "by 2 ConfigMaps" in err and "lies in no bucket" in err
+
+
+def test_code_of_a_commit_or_an_image_takes_the_place_of_what_the_file_names(tmp_path: Path, ktrain: Any) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(f'code = {{ archive = "{"a" * 64}", way = "config-map" }}\n')
+    options = (*CLUSTER, *JOB, "--dry-run", "--job", str(path))
+    _, out, _ = ktrain(*options, "--code", COMMIT, "--set", "code.git_secret=deploy", "train.py")
+    assert init_container(out)["command"][3] == "ktrain.launcher.code.git" and "deploy" in out
+
+    _, out, _ = ktrain(*options, "--code", "image:example/code:1", "train.py")
+    volumes = setups.pod_of(next(yaml.safe_load_all(out)), "worker")["volumes"]
+    assert {"name": "code", "image": {"reference": "example/code:1", "pullPolicy": "IfNotPresent"}} in volumes
+
+
+def test_code_that_looks_private_is_warned_of(tmp_path: Path, ktrain: Any) -> None:
+    (tmp_path / "train.py").write_text("")
+    (tmp_path / ".env").write_text("TOKEN=xyzzy")
+    code, out, err = ktrain(*CLUSTER, *JOB, "--dry-run", "--code", str(tmp_path), "train.py")
+
+    assert code == contract.EXIT_OK and ".env looks as if it held a secret" in err
+    assert "xyzzy" not in out + err
+
+
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
+        ((*CLUSTER, *JOB, "--dry-run", "--code", COMMIT[:-1], "t.py"), "all of its 40"),
+        ((*CLUSTER, *JOB, "--dry-run", "--code", "nowhere", "t.py"), "expected a directory"),
         ((*CLUSTER, *JOB, "--kubeconfig", "nope.yaml", "train.py"), "kubeconfig nope.yaml: it cannot be used"),
         ((*CLUSTER, *JOB, "--wait", "--detach", "train.py"), "--wait and --detach"),
         ((*CLUSTER, "--dry-run", "train.py"), "run: it is missing"),

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from ktrain.errors import ConfigError, CorruptionError
+from ktrain.launcher.code import unpack
 from ktrain.launcher.code.archive import pack_code
+from ktrain.launcher.code.private import is_private_name
 from ktrain.launcher.code.unpack import unpack_code
 
 
@@ -57,6 +59,109 @@ def test_pack_leaves_out_what_the_ignore_file_names(folder: Path) -> None:
     (folder / ".ktrainignore").write_text("# mine\n\ndata/\n*.sh\nlib/n*.py\n.ktrainignore\n")
 
     assert pack_code(folder).names == ("train.py",)
+
+
+@pytest.mark.parametrize(
+    ("lines", "left"),
+    [
+        ("/train.py", ["lib/net.py", "lib/train.py", "run.sh"]),  # at the top alone
+        ("train.py", ["lib/net.py", "run.sh"]),
+        ("run.sh/", ["lib/net.py", "lib/train.py", "run.sh", "train.py"]),  # a folder, and it is none
+        ("*.py\n!net.py", ["lib/net.py", "run.sh"]),
+        ("!net.py\n*.py", ["run.sh"]),  # the last one decides
+        ("lib/*\n!/lib/net.py", ["lib/net.py", "run.sh", "train.py"]),
+    ],
+)
+def test_pack_reads_the_ignore_file_as_git_reads_its_own(lines: str, left: list[str], folder: Path) -> None:
+    (folder / "lib" / "train.py").write_text("")
+    (folder / ".ktrainignore").write_text(f"{lines}\n.ktrainignore\n")
+
+    assert list(pack_code(folder).names) == left
+
+
+def committed(folder: Path) -> None:
+    git(folder, "init")
+    git(folder, "add", ".")
+    git(folder, "commit", "-m", "a")
+
+
+def test_pack_goes_into_submodules_and_into_work_trees_that_nobody_added(folder: Path) -> None:
+    for name in ("sub", "other"):
+        (folder / name).mkdir()
+        (folder / name / "a.py").write_text("")
+        (folder / name / "a.log").write_text("")
+        (folder / name / ".gitignore").write_text("*.log\n")
+        committed(folder / name)
+    git(folder, "init")
+    git(folder, "add", "sub", "train.py")  # as git takes a work tree: by its commit
+
+    assert {"sub/a.py", "other/a.py", "train.py", "lib/net.py"} <= set(pack_code(folder).names)
+    assert not any(name.endswith(".log") or ".git/" in name for name in pack_code(folder).names)
+
+
+def test_pack_refuses_a_submodule_that_is_not_checked_out_unless_it_is_ignored(folder: Path, tmp_path: Path) -> None:
+    (folder / "sub").mkdir()
+    (folder / "sub" / "a.py").write_text("")
+    committed(folder / "sub")
+    committed(folder)
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "--quiet", str(folder), str(clone))
+
+    with pytest.raises(ConfigError, match="submodule sub is not checked out; run `git submodule update --init`"):
+        pack_code(clone)
+    (clone / ".ktrainignore").write_text("sub/\n")
+    assert "train.py" in pack_code(clone).names
+
+
+def test_pack_does_not_take_all_files_where_git_fails(folder: Path) -> None:
+    (folder / ".git").write_text("gitdir: nowhere\n")
+
+    with pytest.raises(ConfigError, match="git cannot list its files: fatal: "):
+        pack_code(folder)
+
+
+def test_pack_without_git_says_that_ignore_files_of_git_are_not_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    git(folder, "init")
+    (folder / ".gitignore").write_text("run.sh\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    packed = pack_code(folder)
+
+    assert "run.sh" in packed.names
+    assert len(packed.warnings) == 1 and "there is no git to ask" in packed.warnings[0]
+
+
+def test_pack_warns_of_what_looks_like_a_secret_and_says_how_to_leave_it_out(folder: Path) -> None:
+    (folder / ".env").write_text("A=1\n")
+    (folder / ".env.example").write_text("A=\n")
+    (folder / "lib" / "deploy").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\nabc\n")
+    packed = pack_code(folder)
+
+    assert [line.split(": ")[1].split()[0] for line in packed.warnings] == [".env", "lib/deploy"]
+    assert all("a line /" in line and "--secret NAME=SECRET:KEY" in line for line in packed.warnings)
+    (folder / ".ktrainignore").write_text("/.env\n/lib/deploy\n")
+    assert pack_code(folder).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a/.env", True), (".env.local", True), ("prod.env", True), ("id_ed25519", True), ("id_ed25519.pub", False),
+        ("x/.aws/config", True), ("cert.PEM", True), ("credentials.json", True), ("secrets.toml", True),
+        ("environment.py", False), ("secrets.py.example", False), ("keys.py", False), ("tokenizer.json", False),
+    ],
+)  # fmt: skip
+def test_private_name_is_one_that_usually_holds_a_secret(name: str, expected: bool) -> None:
+    assert is_private_name(name) is expected
+
+
+@pytest.mark.parametrize("name", ["RUN.sh", "Lib"])
+def test_pack_refuses_names_that_differ_by_case_alone(name: str, folder: Path) -> None:
+    (folder / name).write_text("")
+
+    with pytest.raises(ConfigError, match="is there twice|a file and a folder"):
+        pack_code(folder)
 
 
 def test_pack_of_the_same_files_is_the_same_bytes(folder: Path, tmp_path: Path) -> None:
@@ -118,7 +223,7 @@ def test_unpack_gives_back_the_files_and_who_may_run_them(folder: Path, tmp_path
 
     assert unpack_code(archive, packed.sha256, target) == 3
     found = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
-    assert found == set(packed.names)
+    assert found == {*packed.names, ".ktrain-code"}
     assert all((target / name).read_bytes() == (folder / name).read_bytes() for name in packed.names)
     assert os.access(target / "run.sh", os.X_OK) and not os.access(target / "train.py", os.X_OK)
     assert pack_code(target).sha256 == packed.sha256
@@ -132,6 +237,38 @@ def test_unpack_of_other_bytes_is_refused_before_any_is_written(folder: Path, tm
     with pytest.raises(CorruptionError, match="expected SHA-256"):
         unpack_code(archive, packed.sha256, target)
     assert not target.exists()
+
+
+def test_unpack_that_was_cut_off_begins_anew(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = pack_code(folder)
+    archive, target = tmp_path / "code.zip", tmp_path / "target"
+    archive.write_bytes(packed.data)
+
+    def fails(path: Path, mode: int) -> None:
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "chmod", fails)
+        with pytest.raises(OSError, match="disk is gone"):
+            unpack_code(archive, packed.sha256, target)
+    assert [path.name for path in target.rglob("*.py")] == ["net.py"]
+    (target / "link").symlink_to(folder)
+
+    assert unpack_code(archive, packed.sha256, target) == 3
+    assert not (target / "link").exists() and (folder / "train.py").exists()
+
+
+def test_unpack_joins_the_parts_of_an_archive_in_their_order(folder: Path, tmp_path: Path) -> None:
+    packed = pack_code(folder)
+    parts = [tmp_path / "part.0", tmp_path / "part.1"]
+    parts[0].write_bytes(packed.data[:100])
+    parts[1].write_bytes(packed.data[100:])
+    names = [str(part) for part in parts]
+
+    assert unpack.main([*names, packed.sha256, str(tmp_path / "a")]) == 0
+    assert unpack.main([*reversed(names), packed.sha256, str(tmp_path / "b")]) == 3
+    assert unpack.main([names[0], packed.sha256, str(tmp_path / "b")]) == 3
+    assert (tmp_path / "a" / "train.py").is_file() and not (tmp_path / "b").exists()
 
 
 def test_unpack_into_a_folder_that_holds_something_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -41,6 +41,15 @@ _TPUS = st.sampled_from(sorted(catalogue.tpus())).flatmap(
 )
 
 
+_CODE: list[dict[str, Any]] = [
+    {"archive": "a" * 64},
+    {"archive": "a" * 64, "parts": 3},
+    {"archive": "a" * 64, "way": "bucket", "size": 5000000},
+    {"git": f"git+https://example.com/me/net@{'b' * 40}", "git_secret": "deploy"},
+    {"image": "x/code:1"},
+]
+
+
 @st.composite
 def facts(draw: st.DrawFn) -> ClusterFacts:
     queues = st.none() | st.lists(st.sampled_from(["default", "team", "q"]), unique=True).map(tuple)
@@ -69,7 +78,7 @@ def values(draw: st.DrawFn) -> dict[str, Any]:
         "fabric": st.sampled_from(["efa:32", "rdma:8", "mrdma:8"]),
         "secrets": st.just([{"env": "KEY_OF_IT", "secret": "s", "key": "k"}]),
         "volumes": st.just([{"claim": "c", "path": "/data", "read_only": True}]),
-        "code": st.sampled_from([{"archive": "a" * 64}, {"image": "x/code:1"}]),
+        "code": st.sampled_from(_CODE),
         "pull_secrets": st.just(["pull"]),
     }
     placement: dict[str, st.SearchStrategy[Any]] = {

@@ -12,10 +12,12 @@ import pytest
 from ktrain.base import contract
 from ktrain.errors import ConfigError
 from ktrain.launcher import budget
+from ktrain.launcher.code.ways import MOST_CARRIED
 from ktrain.launcher.facts import ClusterFacts
 from ktrain.launcher.quantity import parse_bytes
+from ktrain.launcher.render import code as carrying
 from ktrain.launcher.render import overlay
-from ktrain.launcher.render.access import MOST_CARRIED, code_config_map, shown, token_secret
+from ktrain.launcher.render.access import shown, token_secret
 from ktrain.launcher.render.job import render
 from tests.unit.launcher import setups
 from tests.unit.launcher.test_spec import job
@@ -389,10 +391,10 @@ def test_overlay_of_nothing_is_the_pod_itself() -> None:
 
 def test_code_that_does_not_fit_a_config_map_is_refused_with_its_size() -> None:
     spec = job(code={"archive": "a" * 64})
-    carried = code_config_map(spec, b"x" * MOST_CARRIED)
+    [carried] = carrying.config_maps(spec, b"x" * MOST_CARRIED)
 
     assert len(json.dumps(carried)) < 1 << 20
     pod = setups.pod_of(render(spec, KEPT).jobset, "worker")
     assert {"name": "carried", "configMap": {"name": carried["metadata"]["name"]}} in pod["volumes"]
     with pytest.raises(ConfigError, match="716,801 bytes, and 716,800 fit"):
-        code_config_map(spec, b"x" * (MOST_CARRIED + 1))
+        carrying.config_maps(spec, b"x" * (MOST_CARRIED + 1))

@@ -111,6 +111,27 @@ def test_job_spec_size_follows_from_its_devices(changes: dict[str, Any], nodes: 
         ({"run": "/d/a", "volumes": [{"claim": "c", "path": "/d", "read_only": True}]}, "not seen by pods"),
         ({"code": {"image": "a:1", "archive": "0" * 64}}, "found both"),
         ({"code": {"archive": "0"}}, "a SHA-256"),
+        ({"code": {"archive": "0" * 64, "git": f"git+https://h/r@{'a' * 40}"}}, "found both archive and git"),
+        ({"code": {"archive": "0" * 64, "way": "bucket"}}, "code.size: it is missing"),
+        ({"code": {"archive": "0" * 64, "way": "exec"}}, "code.way"),
+        ({"code": {"archive": "0" * 64, "parts": 0}}, "code.parts"),
+        ({"code": {"git": "git+https://h/r@main"}}, "all of its 40"),
+        ({"code": {"git": f"git+https://h/r@{'a' * 39}"}}, "all of its 40"),
+        ({"code": {"git": f"git+https://h/r@{'A' * 40}"}}, "all of its 40"),
+        ({"code": {"git": f"https://h/r@{'a' * 40}"}}, r"git\+https"),
+        ({"code": {"git": f"git+ssh://git@h/r@{'a' * 40}"}}, r"git\+https"),
+        ({"code": {"git": f"git+https://h/--upload-pack=x y@{'a' * 40}"}}, r"git\+https"),
+        ({"code": {"git_secret": "deploy"}}, "no code.git that would need it"),
+        ({"code": {"git": f"git+https://h/r@{'a' * 40}", "git_secret": "a b"}}, "the name of a Secret"),
+        ({"code": {"env": ["NOT_THERE"]}}, "names of env or secrets"),
+        (
+            {
+                "run": "/data/net",
+                "volumes": [{"claim": "c", "path": "/data"}],
+                "code": {"archive": "0" * 64, "way": "bucket", "size": 1},
+            },
+            "is a path on a volume",
+        ),
         ({"overlay": {"worker": {"when": datetime.date(2026, 1, 1)}}}, "overlay.worker: expected what JSON can say"),
         ({"overlay": {"worker": {"weight": float("nan")}}}, "overlay.worker: expected what JSON can say"),
         ({"what": 1}, "what: there is no such field; expected some of name"),
@@ -156,6 +177,12 @@ def test_job_file_that_is_no_toml_is_refused_with_its_path(tmp_path: Path) -> No
     path.write_text("name = ")
     with pytest.raises(ConfigError, match="not TOML"):
         spec_file.read_toml(path)
+
+
+def test_commit_with_a_password_is_refused_without_it() -> None:
+    with pytest.raises(ConfigError, match="code.git_secret") as caught:
+        job(code={"git": f"git+https://me:xyzzy@h/r@{'a' * 40}"})
+    assert "xyzzy" not in str(caught.value)
 
 
 @given(st.text(min_size=1, max_size=80))

@@ -18,7 +18,8 @@ from ktrain.launcher.backends.kubernetes.discover import discover, sample_pods, 
 from ktrain.launcher.backends.kubernetes.refusals import AlreadyExistsError, RejectedError
 from ktrain.launcher.dropped import Lost, lost_fields
 from ktrain.launcher.facts import ClusterFacts
-from ktrain.launcher.render.access import code_config_map, token_secret
+from ktrain.launcher.render import code
+from ktrain.launcher.render.access import token_secret
 from ktrain.launcher.render.job import Rendered, render
 from ktrain.launcher.spec import GangKind, JobSpec
 
@@ -99,7 +100,7 @@ def try_job(client: Client, spec: JobSpec, archive: bytes | None = None, facts: 
         except AlreadyExistsError as error:
             raise _taken(error, spec) from error
     rendered = render(spec, facts)
-    objects = (rendered.jobset, *_carried(spec, archive), token_secret(spec, "dry-run"), *rendered.owned)
+    objects = (rendered.jobset, *code.config_maps(spec, archive), token_secret(spec, "dry-run"), *rendered.owned)
     found = [_compared(client, obj) for obj in objects]
     found += [_pod_compared(client, pod) for pod in sample_pods(rendered, spec)]
     return Tried(spec, facts, rendered, tuple(item for item in found if item.lost or item.unknown is not None))
@@ -118,7 +119,7 @@ def submit(client: Client, tried: Tried, archive: bytes | None = None) -> Submit
         jobset = _create(client, tried.rendered.jobset, submission, spec)
         made.append(jobset)
         secret = token_secret(spec, ids.random_id(_TOKEN_NBYTES))
-        for obj in (*_carried(spec, archive), secret, *tried.rendered.owned):
+        for obj in (*code.config_maps(spec, archive), secret, *tried.rendered.owned):
             made.append(_create(client, _owned_by(jobset, obj), submission, spec))
         if tried.rendered.gang.kind is not GangKind.KUEUE:
             client.patch(object_path(jobset), {"spec": {"suspend": False}})
@@ -141,10 +142,6 @@ def object_path(obj: Object) -> str:
 
 def _collection(obj: Object) -> str:
     return path_of(obj["apiVersion"], _PLURALS[obj["kind"]], obj["metadata"]["namespace"])
-
-
-def _carried(spec: JobSpec, archive: bytes | None) -> tuple[Object, ...]:
-    return () if archive is None else (code_config_map(spec, archive),)
 
 
 def _expect_jobsets(facts: ClusterFacts) -> None:
