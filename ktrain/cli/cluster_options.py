@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
+from ktrain.cli.run_options import CLUSTER
 from ktrain.errors import ConfigError
 
-_OPTIONS = (
+_JOB = (
     click.option("--job", type=click.Path(path_type=Path), metavar="FILE", help="TOML file of the job; options win."),
     click.option("--name", help="Name of the job. [default: from the run]"),
     click.option("--namespace", help="Namespace of the cluster."),
@@ -27,6 +28,8 @@ _OPTIONS = (
     click.option("--volume", "volumes", multiple=True, metavar="CLAIM:/PATH[:ro]", help="Mounts a volume claim."),
     click.option("--code", metavar="WHAT", help="Code: a directory, git+https://HOST/REPO@COMMIT, or image:REF."),
     click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any other field of the job file."),
+)
+_SENDING = (
     click.option("--facts", type=click.Path(path_type=Path), metavar="FILE", help="JSON of what the cluster has."),
     click.option(
         "--dry-run",
@@ -38,8 +41,7 @@ _OPTIONS = (
     click.option("--output", type=click.Choice(["yaml", "json"]), help="Form of --dry-run. [default: yaml]"),
     click.option("--wait", is_flag=True, help="Return when the job has ended, with its exit code."),
     click.option("--timeout", type=float, metavar="SECONDS", help="With --wait: at most so long. [default: 30 days]"),
-    click.option("--kubeconfig", type=click.Path(path_type=Path), metavar="FILE", help="How the cluster is reached."),
-    click.option("--context", help="Context of the kubeconfig."),
+    *CLUSTER,
 )
 _ONLY_LOCAL = ("faults",)
 _ONLY_CLUSTER = (
@@ -51,7 +53,14 @@ _ONLY_CLUSTER = (
 
 def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options that only a cluster has."""
-    for option in reversed(_OPTIONS):
+    for option in reversed((*_JOB, *_SENDING)):
+        command = option(command)
+    return command
+
+
+def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options that say what a job is, and how its cluster is reached."""
+    for option in reversed((*_JOB, *CLUSTER)):
         command = option(command)
     return command
 

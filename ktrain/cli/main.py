@@ -16,6 +16,7 @@ from ktrain.cli import (
     cluster_events,
     cluster_list,
     delete,
+    doctor,
     exchange,
     launch,
     logs,
@@ -41,6 +42,7 @@ cli.add_command(wait.wait)
 cli.add_command(cluster_events.events)
 cli.add_command(delete.delete)
 cli.add_command(cluster_list.list_command)
+cli.add_command(doctor.doctor)
 cli.add_command(ckpt.ckpt)
 ckpt.ckpt.add_command(upgrade.upgrade)
 ckpt.ckpt.add_command(exchange.export_command)

@@ -11,7 +11,7 @@ import click
 _BACKEND = click.option(
     "--backend", type=click.Choice(["local", "kubernetes"]), default="local", show_default=True, help="Where RUN runs."
 )
-_CLUSTER = (
+CLUSTER = (
     click.option("--kubeconfig", type=click.Path(path_type=Path), metavar="FILE", help="How the cluster is reached."),
     click.option("--context", help="Context of the kubeconfig."),
 )
@@ -25,13 +25,13 @@ def either_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def only_cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Of a verb for runs on a cluster."""
-    for option in reversed((_NAMESPACE, *_CLUSTER)):
+    for option in reversed((_NAMESPACE, *CLUSTER)):
         command = option(command)
     return command
 
 
 def any_namespace_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Of a verb that names its namespace otherwise."""
-    for option in reversed(_CLUSTER):
+    for option in reversed(CLUSTER):
         command = option(command)
     return command

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ktrain.launcher import accelerators
 from ktrain.launcher.quantity import GIB, MIB
-from ktrain.launcher.spec import JobSpec, Spot
+from ktrain.launcher.spec import JobSpec, Memory, Spot
 
 _DRAIN_SLOTS = 1  # read by the drain while the next save is written
 _SLOTS_PER_REPLICA = 2  # the committed one, and the one that arrives
@@ -55,15 +55,26 @@ def num_replicas(spec: JobSpec) -> int:
 
 def memory_budget(spec: JobSpec) -> MemoryBudget:
     """What one node's memory has to hold."""
-    slot = math.ceil(spec.memory.state * (1 + _MARGIN))
     replicas = num_replicas(spec)
+    own, kept = _slots_bytes(spec.memory, replicas)
     return MemoryBudget(
-        own=_round_up((spec.memory.slots + _DRAIN_SLOTS) * slot),
-        kept=_round_up(_SLOTS_PER_REPLICA * replicas * slot),
+        own=own,
+        kept=kept,
         in_flight=_IN_FLIGHT if replicas else 0,
         trainer=spec.resources.memory or 16 * GIB * spec.num_workers,
         shm=spec.resources.shm,
     )
+
+
+def volume_bytes(memory: Memory, num_nodes: int) -> int:
+    """Bytes of the memory tier's volume of one of so many nodes."""
+    return sum(_slots_bytes(memory, min(memory.replicas, num_nodes - 1)))
+
+
+def _slots_bytes(memory: Memory, replicas: int) -> tuple[int, int]:
+    """Slots of a node's own ranks, and those that it keeps for others."""
+    slot = math.ceil(memory.state * (1 + _MARGIN))
+    return _round_up((memory.slots + _DRAIN_SLOTS) * slot), _round_up(_SLOTS_PER_REPLICA * replicas * slot)
 
 
 def grace_s(spec: JobSpec) -> int:

@@ -56,6 +56,9 @@ class Fabric:
     counts: tuple[int, ...]
     resource: str | None = None
     device_class: str | None = None
+    pod_security: str | None = None  # strictest level that allows for what it needs of a pod; None: nothing
+    needs: str = ""  # that, in words
+    remedy: str = ""  # how it goes without
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ WORKERS_START_S = 20.0  # import of torch, process groups
 POD_START_S = 60.0  # scheduling and an image that is there
 NODE_SEEN_S = 50.0  # Kubernetes' default until a silent node is tainted
 TOLERATED_S = 30.0  # what the rendered pods tolerate
+GANG_SCHEDULER = "a gang scheduler"  # as a feature that may be missing
 JOB_BACK_OFF_S = 10.0  # of the Job controller, for every pod that failed
 
 
@@ -199,7 +200,7 @@ def _missing(spec: JobSpec, facts: ClusterFacts, rendered: Rendered) -> list[Mis
         found.append(Missing("onJobFailureMessagePatterns of JobSet", facts.message_patterns is not None, cost))
     if rendered.gang.kind is GangKind.BARRIER and spec.num_nodes > 1:
         cost = rendered.gang.warning or "pods are scheduled one by one and meet at the head"
-        found.append(Missing("a gang scheduler", facts.served is not None, cost))
+        found.append(Missing(GANG_SCHEDULER, facts.served is not None, cost))
     topology = spec.placement.topology
     levels = facts.queue_levels
     if (

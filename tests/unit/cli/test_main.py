@@ -34,6 +34,11 @@ OPTIONS = {
     "events": {"--output", *ON_CLUSTER},
     "delete": {"--timeout", *ON_CLUSTER},
     "list": {"--output", *ON_CLUSTER},
+    "doctor": {
+        "--backend", "--run", "--nodes", "--active", "--output", "--job", "--name", "--namespace", "--image",
+        "--accelerator", "--tpu", "--slices", "--state", "--spares", "--queue", "--gang", "--env", "--secret",
+        "--volume", "--code", "--set", "--kubeconfig", "--context",
+    },
     "ckpt ls": {"--volume", "--output"},
     "ckpt verify": {"--step", "--tier", "--output"},
     "ckpt upgrade": {"--confirm", "--dry-run", "--output"},

@@ -25,9 +25,9 @@ _IMAGE_VOLUME = re.compile(r"volumes\[[^]]*\]\.image$")
 
 def discover(client: Client, spec: JobSpec) -> ClusterFacts:
     """What is served and what stands in the namespace of the job; nothing is sent to be tried yet."""
-    served = _served(client)
-    facts = ClusterFacts(version=_told(lambda: server_version(client.get("/version"))), served=served)
-    if served is None:
+    kinds = served(client)
+    facts = ClusterFacts(version=_told(lambda: server_version(client.get("/version"))), served=kinds)
+    if kinds is None:
         return facts
     if facts.serves(KUEUE_GROUP, "localqueues"):
         version = _newest(facts, KUEUE_GROUP, "localqueues")
@@ -97,8 +97,10 @@ def _told(ask: Callable[[], _T]) -> _T | None:
         return None
 
 
-def _served(client: Client) -> frozenset[str] | None:
-    """From aggregated discovery; a server that lacks it is asked group by group."""
+def served(client: Client) -> frozenset[str] | None:
+    """ "group/version/plural" of every resource outside the core group; None where it may not be read.
+
+    From aggregated discovery; a server that lacks it is asked group by group."""
     answer = _told(lambda: client.get("/apis", accept=_ACCEPT))
     if answer is None:
         return None
