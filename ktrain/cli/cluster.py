@@ -56,10 +56,7 @@ def launch_on_cluster(command: tuple[str, ...], given: Mapping[str, Any]) -> int
     refuse_local_options(given)
     if given.get("wait") and given.get("detach"):
         raise ConfigError("--wait and --detach: one says to stay, the other to go; leave one out")
-    spec = job_from_options(command, given)
-    archive = _pack(given.get("code"))
-    if archive is not None:
-        spec = _with_code(spec, archive, given["code"])
+    spec, archive = job_with_code(command, given)
     facts = _read_facts(given["facts"]) if given.get("facts") else None
     if given.get("dry_run") != "server" and (given.get("dry_run") or given.get("explain")):
         return _show_job(spec, facts or ClusterFacts(), given, archive)
@@ -177,6 +174,17 @@ def _with_code(spec: JobSpec, archive: CodeArchive, folder: str) -> JobSpec:
     chosen = choose_way(archive, spec.run, spec.code)
     _say(f"code: {len(archive.names)} files, {chosen.reason}")
     return replace(spec, code=chosen.code)
+
+
+def job_with_code(command: tuple[str, ...], given: Mapping[str, Any]) -> tuple[JobSpec, CodeArchive | None]:
+    """The job as `job_from_options` makes it, and the packed code where a directory is sent, which sets the way.
+
+    Raises:
+        ConfigError: something in it cannot be.
+    """
+    spec = job_from_options(command, given)
+    archive = _pack(given.get("code"))
+    return (spec if archive is None else _with_code(spec, archive, given["code"])), archive
 
 
 def _put(value: dict[str, Any], path: str, item: Any) -> None:

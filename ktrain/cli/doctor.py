@@ -49,18 +49,16 @@ def doctor(script: str | None, script_args: tuple[str, ...], backend: str, outpu
 
 
 def _look_at_cluster(command: tuple[str, ...], given: Mapping[str, Any]) -> Report:
-    from ktrain.cli.cluster import job_from_options
+    from ktrain.cli.cluster import job_with_code
     from ktrain.launcher.backends.kubernetes.client import Client
     from ktrain.launcher.backends.kubernetes.connect import connect
-    from ktrain.launcher.code.archive import pack_code
     from ktrain.launcher.doctor.active import run_tests
     from ktrain.launcher.doctor.cluster import report
     from ktrain.launcher.doctor.gang_trial import Terms
     from ktrain.launcher.doctor.looks import Looks
 
-    archive = pack_code(given["code"]) if given.get("code") else None
     has_job = bool(command) or any(given.get(name) for name in _JOB)
-    spec = job_from_options(command, given, archive=archive) if has_job else None
+    spec, archive = job_with_code(command, given) if has_job else (None, None)
     door = connect(given.get("kubeconfig"), given.get("context"))
     space = spec.namespace if spec is not None else given.get("namespace") or "default"
     looks = Looks(Client(door, call_s=_CALL_S), space)
