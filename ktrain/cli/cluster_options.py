@@ -19,7 +19,6 @@ _OPTIONS = (
     click.option("--tpu", metavar="GEN:TOPOLOGY", help="TPU slice, e.g. v6e:4x4."),
     click.option("--slices", type=int, help="Number of TPU slices. [default: 1]"),
     click.option("--state", metavar="BYTES", help="State that one node holds, e.g. 40Gi: sizes the memory tier."),
-    click.option("--spares", type=int, help="Nodes more than the job needs. [default: 0]"),
     click.option("--queue", help="Queue of the cluster's scheduler."),
     click.option("--gang", metavar="MECHANISM", help="How pods are admitted whole or not at all. [default: auto]"),
     click.option("--env", "env", multiple=True, metavar="NAME=VALUE", help="Environment of the script; no secrets."),
@@ -45,7 +44,7 @@ _OPTIONS = (
 )
 _ONLY_LOCAL = ("faults",)
 _ONLY_CLUSTER = (
-    "job", "name", "namespace", "image", "accelerator", "tpu", "slices", "state", "spares", "queue", "gang", "env",
+    "job", "name", "namespace", "image", "accelerator", "tpu", "slices", "state", "queue", "gang", "env",
     "secrets", "volumes", "code", "settings", "facts", "dry_run", "explain", "output",
     "wait", "timeout", "kubeconfig", "context",
 )  # fmt: skip

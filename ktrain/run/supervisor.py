@@ -193,10 +193,10 @@ class Supervisor:
         self._store_epoch = 0
         self._store_address: str | None = None
         self._leaving = threading.Event()
-        self._dismissed = False  # by the head; a signal may come from anybody
+        self._exit_code = contract.EXIT_STOPPED  # the head may say another; a signal may come from anybody
 
     def run(self) -> int:
-        """Follows the head until it says exit (code 0), or a signal does (130)."""
+        """Follows the head until it says exit (code 0) or that the node be replaced (74), or a signal does (130)."""
         self._take_signals()
         while not self._leaving.is_set():
             if self._group is not None and self._group.state == "running":
@@ -207,7 +207,7 @@ class Supervisor:
                 continue  # something changed: the head should know at once
             SYSTEM_CLOCK.wait(self._leaving, _POLL_S)
         self._end_workers()
-        return contract.EXIT_OK if self._dismissed else contract.EXIT_STOPPED
+        return self._exit_code
 
     def _take_signals(self) -> None:
         def leave(signum: int, frame: FrameType | None) -> None:
@@ -240,8 +240,8 @@ class Supervisor:
     def _follow(self, desired: dict[str, Any]) -> bool:
         """Brings about what the head wants; true when that changed something."""
         action, epoch = desired["action"], desired["epoch"]
-        if action == "exit":
-            self._dismissed = True
+        if action in ("exit", "replace"):
+            self._exit_code = contract.EXIT_OK if action == "exit" else contract.EXIT_BAD_NODE
             self._leaving.set()
             return False
         running = self._group is not None and self._group.state == "running"
