@@ -30,6 +30,7 @@ POINTS = (
     "disk.manifest",  # its manifests are gone, its payloads are not
     "restore.fill",  # before a node's agent brings a payload from the bucket into its volume for all nodes
     "replica.pull",  # before a node's agent brings a replica of a peer's snapshot into its volume
+    "log.part",  # before a node's agent writes a part of a rank's log to the bucket
     "read.parts",  # before a node's agent reads parts of a peer's snapshot for a rank
     "restore.loaded",  # bytes are proven, nothing is applied
     "restore.applied",  # applied here, perhaps not yet on other ranks

@@ -52,8 +52,9 @@ def launch_on_cluster(command: tuple[str, ...], given: Mapping[str, Any]) -> int
         ConflictError: a job of that name is there.
     """
     refuse_local_options(given)
-    if given.get("wait") and given.get("detach"):
-        raise ConfigError("--wait and --detach: one says to stay, the other to go; leave one out")
+    stays = [name for name in ("wait", "follow", "detach") if given.get(name)]
+    if len(stays) > 1:
+        raise ConfigError(f"{' and '.join(f'--{name}' for name in stays)}: each says how long to stay; leave one")
     archive = pack_code(given["code"]) if given.get("code") else None
     spec = job_from_options(command, given, archive=archive)
     facts = _read_facts(given["facts"]) if given.get("facts") else None
@@ -69,7 +70,8 @@ def launch_on_cluster(command: tuple[str, ...], given: Mapping[str, Any]) -> int
     if given.get("dry_run") or given.get("explain"):
         return _show_job(spec, tried.facts, given, archive)
     _say_gang(tried.rendered)
-    return cluster_run.send(client, tried, data, wait=bool(given.get("wait")), timeout_s=given.get("timeout"))
+    stay = cluster_run.Stay(stays[0]) if stays and stays[0] != "detach" else cluster_run.Stay.NOT
+    return cluster_run.send(client, tried, data, stay=stay, timeout_s=given.get("timeout"))
 
 
 def _show_job(spec: JobSpec, facts: ClusterFacts, given: Mapping[str, Any], archive: CodeArchive | None) -> int:

@@ -38,7 +38,8 @@ _OPTIONS = (
     click.option("--explain", is_flag=True, help="Print what each kind of failure would cost; send nothing."),
     click.option("--output", type=click.Choice(["yaml", "json"]), help="Form of --dry-run. [default: yaml]"),
     click.option("--wait", is_flag=True, help="Return when the job has ended, with its exit code."),
-    click.option("--timeout", type=float, metavar="SECONDS", help="With --wait: at most so long. [default: 30 days]"),
+    click.option("--follow", is_flag=True, help="The same, and print what its ranks write."),
+    click.option("--timeout", type=float, metavar="SECONDS", help="With these: at most so long. [default: 30 days]"),
     click.option("--kubeconfig", type=click.Path(path_type=Path), metavar="FILE", help="How the cluster is reached."),
     click.option("--context", help="Context of the kubeconfig."),
 )
@@ -46,7 +47,7 @@ _ONLY_LOCAL = ("faults",)
 _ONLY_CLUSTER = (
     "job", "name", "namespace", "image", "accelerator", "tpu", "slices", "state", "queue", "gang", "env",
     "secrets", "volumes", "code", "settings", "facts", "dry_run", "explain", "output",
-    "wait", "timeout", "kubeconfig", "context",
+    "wait", "follow", "timeout", "kubeconfig", "context",
 )  # fmt: skip
 
 
