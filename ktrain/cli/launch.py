@@ -51,8 +51,8 @@ def launch(script: str | None, script_args: tuple[str, ...], backend: str, **giv
     """Run SCRIPT on NODES x WORKERS_PER_NODE processes, through failures, until it is done.
 
     The same command again continues the run. Exit code: 0 done, 1 failed, 2 bad input, 3 no good copy left,
-    4 the run is live elsewhere, 5 storage or cluster out of reach, 6 the time of --wait or --follow was over first, 130 stopped
-    on request.
+    4 the run is live elsewhere, 5 storage or cluster out of reach, 6 --wait or --follow was over
+    first, 130 stopped on request.
     """
     if backend == "kubernetes":
         from ktrain.cli.cluster import launch_on_cluster

@@ -172,18 +172,35 @@ class _Channels:
 
     def __init__(self, client: Any) -> None:
         self._client = client
+        self._is_broken = False
 
     def fileno(self) -> int:
         return int(self._client.sock.sock.fileno())
 
     @property
     def is_open(self) -> bool:
-        return bool(self._client.is_open())
+        return not self._is_broken and bool(self._client.is_open())
 
     def read(self, timeout_s: float) -> list[tuple[int, bytes]]:
-        self._try(lambda: self._client.update(timeout=timeout_s))
-        pieces = self._try(lambda: [(item, self._client.read_channel(item)) for item in range(ERROR + 1)])
-        return [(channel, data) for channel, data in pieces if data]
+        """What came whole before the connection broke is not lost: who says a last word may close at once."""
+        broke: BusyError | None = None
+        try:
+            if not self._is_broken:
+                self._try(lambda: self._client.update(timeout=timeout_s))
+        except BusyError as error:
+            broke, self._is_broken = error, True
+        pieces = [(channel, self._buffered(channel)) for channel in range(ERROR + 1)]
+        found = [(channel, data) for channel, data in pieces if data]
+        if broke is not None and not found:
+            raise broke
+        return found
+
+    def _buffered(self, channel: int) -> bytes:
+        try:
+            return bytes(self._try(lambda: self._client.read_channel(channel)))
+        except BusyError:  # it looks at the connection again where it has nothing
+            self._is_broken = True
+            return b""
 
     def write(self, channel: int, data: bytes) -> None:
         self._try(lambda: self._client.write_channel(channel, data))
