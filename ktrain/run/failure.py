@@ -268,4 +268,9 @@ def _is_suspect(blamed: str | None, failure: Failure) -> bool:
     """Whether the failure's node is to be blamed: its device says so, or two failures in a row began there."""
     if failure.node is None or not failure.own_fault:
         return False
-    return failure.node == blamed or _BROKEN_DEVICE.search(failure.reason) is not None
+    return failure.node == blamed or names_broken_device(failure)
+
+
+def names_broken_device(failure: Failure) -> bool:
+    """Whether the failure's own words say that a device is to be replaced."""
+    return _BROKEN_DEVICE.search(failure.reason) is not None

@@ -160,9 +160,8 @@ class LogDrain:
         self._faults[attempt] = FaultPoints.from_environment(attempt)
 
     def _bring(self, tier: Tier, log: _RankLog, until: int, end: Deadline | None) -> None:
-        newest = until // PART_BYTES
-        if newest - log.sent // PART_BYTES >= MOST_PARTS:
-            log.sent = (newest - MOST_PARTS // 2) * PART_BYTES  # too far behind: the middle is not kept
+        if until // PART_BYTES - log.sent // PART_BYTES >= MOST_PARTS:
+            self._skip(tier, log, until // PART_BYTES - MOST_PARTS // 2, end)
         for _ in range(_PARTS_A_ROUND):
             if log.sent >= until:
                 return
@@ -175,6 +174,12 @@ class LogDrain:
             while log.oldest <= part.index - MOST_PARTS + 1:
                 tier.delete(Part(log.attempt, log.rank, log.oldest).name, deadline=self._deadline(end))
                 log.oldest += 1
+
+    def _skip(self, tier: Tier, log: _RankLog, index: int, end: Deadline | None) -> None:
+        """Goes on at a later part: the rank is too far ahead, and what lies between is not kept."""
+        for old in range(log.oldest, log.sent // PART_BYTES + 1):
+            tier.delete(Part(log.attempt, log.rank, old).name, deadline=self._deadline(end))
+        log.oldest, log.sent = index, index * PART_BYTES
 
     def _masked(self, path: Path, first: int, stop: int) -> bytes:
         """Bytes of a file, as many as were asked for, without what is secret in them."""

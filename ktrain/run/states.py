@@ -353,8 +353,8 @@ class Machine:
         if decision.verdict is not None:
             tail = f"\n{failure.log_tail}" if failure.log_tail else ""
             return said + self._finish(view, replace(decision.verdict, reason=decision.verdict.reason + tail))
-        if decision.suspect is not None:
-            said += self._suspect(view, decision.suspect)
+        if decision.suspect is not None and (self._spec.nodes > 1 or failures.names_broken_device(failure)):
+            said += self._suspect(view, decision.suspect)  # one that has no other beside it is compared with nobody
         self._go(State.JOINING, view.now_s)
         return said
 

@@ -215,6 +215,9 @@ def test_drain_that_is_far_behind_leaves_the_middle_out(node: Node, monkeypatch:
     assert len(node.bucket.objects) <= MOST_PARTS
     assert all(data[offset : offset + len(piece)] == piece for offset, piece in node.stored())
     assert node.stored()[-1][1].endswith(data[-100:])
+    assert len([name for call, name in node.tier.calls if call == "delete"]) < 2 * MOST_PARTS, (
+        "what never was is not asked"
+    )
 
 
 def test_attempt_that_is_too_old_goes_when_a_new_one_writes(tmp_path: Path) -> None:

@@ -260,6 +260,16 @@ def test_device_that_says_it_is_broken_gives_its_pod_back_at_once(reason: str) -
     assert world.machine.desired("node-0")["action"] == "replace"
 
 
+@pytest.mark.parametrize(("reason", "action"), [("ValueError: nan", "run"), ("CUDA error: GPU is lost", "replace")])
+def test_only_node_of_a_job_is_blamed_by_its_device_alone(reason: str, action: str) -> None:
+    world = World(replace(in_pod(), nodes=1)).run()
+    fail_on(world, "node-0", 0, "ValueError: nan", 10)
+
+    fail_on(world, "node-0", 0, reason, 20)
+
+    assert world.machine.desired("node-0")["action"] == action, "its memory has no copy elsewhere"
+
+
 def test_spare_takes_the_place_of_a_suspect_at_once() -> None:
     world = World(replace(in_pod(), spares=1)).run()
 

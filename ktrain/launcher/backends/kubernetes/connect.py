@@ -18,6 +18,7 @@ _T = TypeVar("_T")
 Words = Sequence[tuple[str, str]]  # of a query; a name may come twice
 
 STDIN, STDOUT, STDERR, ERROR = 0, 1, 2, 3  # channels of a command that runs in a container
+_FRAME_S = 60.0  # for the rest of a frame that has begun, and for one of ours to be taken
 DATA, PROBLEM = 0, 1  # channels of a port; each begins with the port's number, two bytes
 
 
@@ -171,6 +172,7 @@ class _Channels:
     """Channels of the package's own client."""
 
     def __init__(self, client: Any) -> None:
+        client.sock.settimeout(_FRAME_S)
         self._client = client
         self._is_broken = False
 
