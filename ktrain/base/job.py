@@ -64,6 +64,7 @@ class JobSpec:
     log_dir: str
     faults: tuple[str, ...] = ()
     pod: PodPlace | None = None  # None: all nodes are this machine
+    spares: int = 0  # nodes more than the ranks need, to take a lost one's place
 
     @property
     def world_size(self) -> int:
@@ -71,17 +72,22 @@ class JobSpec:
 
     @property
     def node_names(self) -> tuple[str, ...]:
-        return tuple(contract.node_name(index) for index in range(self.nodes))
+        """All nodes, the spares last."""
+        return tuple(contract.node_name(index) for index in range(self.nodes + self.spares))
 
     @property
     def join_s(self) -> float:
         """Seconds that the head waits for all nodes, and a node for the head."""
         return Timeouts(self.patience_s).start_s if self.pod is None else self.pod.join_s
 
-    @property
-    def unjoined_exit(self) -> int:
-        """The head's exit code when nodes do not come: where others can be had, all are asked for anew."""
-        return contract.EXIT_FAILED if self.pod is None else contract.EXIT_AGAIN
+    def unjoined_exit(self, *, taken: bool) -> int:
+        """The head's exit code when nodes do not come: where others can be had, all are asked for anew.
+
+        `taken` says that those which are away were told to end from outside: that is not counted.
+        """
+        if self.pod is None:
+            return contract.EXIT_FAILED
+        return contract.EXIT_AGAIN_FREE if taken else contract.EXIT_AGAIN
 
     @property
     def host(self) -> str:

@@ -103,6 +103,23 @@ def env(name: str, default: str | None = None) -> str | None:
     return os.environ.get(name) or default
 
 
+_SECRET_NAME = re.compile(  # whole words of a name: TOKENIZERS_PARALLELISM and MAX_TOKENS are no secrets
+    r"(^|_)(SECRET|PASSWORD|PASSWD|(API|ACCESS|PRIVATE)_?KEY)(_|$)|(^|_)TOKEN$", re.IGNORECASE
+)
+_SHORTEST_SECRET = 6  # what is shorter would hide half of a log
+
+
+def reads_like_secret(name: str) -> bool:
+    """Whether a variable of this name is for secrets."""
+    return _SECRET_NAME.search(name) is not None
+
+
+def secret_values() -> tuple[str, ...]:
+    """The values of this process's variables whose names read like secrets: what is not to be shown."""
+    found = {value for name, value in os.environ.items() if reads_like_secret(name) and len(value) >= _SHORTEST_SECRET}
+    return tuple(sorted(found, key=len, reverse=True))
+
+
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """A copy of this process's environment with `extra` on top."""
     return {**os.environ, **extra}

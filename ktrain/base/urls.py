@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from ktrain.errors import ConfigError
@@ -20,6 +21,31 @@ _NAME = re.compile(r"[A-Za-z0-9._$;-]+")  # `;` of smb://DOMAIN;USER@HOST; no ":
 def public_url(url: str) -> str:
     """The URL, or a text with URLs in it, without user, password and query: fit for messages and events."""
     return _QUERY.sub("", _USERINFO.sub(_shown, url))
+
+
+_ANY_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+
+
+def masked(data: bytes, secrets: Iterable[bytes] = ()) -> bytes:
+    """Text with as many stars in place of secrets: those given, and user, password and query of URLs. Same length."""
+    for secret in secrets:
+        if secret:
+            data = data.replace(secret, b"*" * len(secret))
+    if b"://" not in data:
+        return data
+    return _ANY_URL.sub(_stars, data.decode("latin-1")).encode("latin-1")  # a character for each byte
+
+
+def _stars(url: re.Match[str]) -> str:
+    text = _USERINFO.sub(_without_user, url[0])
+    return _QUERY.sub(lambda query: "?" + "*" * (len(query[0]) - 1), text)
+
+
+def _without_user(match: re.Match[str]) -> str:
+    if _is_name(match, _CONTAINERS):
+        return match[0]
+    begin = "//" if match["scheme"] is None else f"{match['scheme']}://"
+    return f"{begin}{'*' * len(match['user'])}@"
 
 
 def _shown(match: re.Match[str]) -> str:

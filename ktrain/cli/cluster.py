@@ -54,8 +54,9 @@ def launch_on_cluster(command: tuple[str, ...], given: Mapping[str, Any]) -> int
         ConflictError: a job of that name is there.
     """
     refuse_local_options(given)
-    if given.get("wait") and given.get("detach"):
-        raise ConfigError("--wait and --detach: one says to stay, the other to go; leave one out")
+    stays = [name for name in ("wait", "follow", "detach") if given.get(name)]
+    if len(stays) > 1:
+        raise ConfigError(f"{' and '.join(f'--{name}' for name in stays)}: each says how long to stay; leave one")
     spec, archive = job_with_code(command, given)
     facts = _read_facts(given["facts"]) if given.get("facts") else None
     if given.get("dry_run") != "server" and (given.get("dry_run") or given.get("explain")):
@@ -71,7 +72,8 @@ def launch_on_cluster(command: tuple[str, ...], given: Mapping[str, Any]) -> int
         return _show_job(spec, tried.facts, given, archive)
     _say_gang(tried.rendered)
     _bring_code(spec, archive)
-    return cluster_run.send(client, tried, data, wait=bool(given.get("wait")), timeout_s=given.get("timeout"))
+    stay = cluster_run.Stay(stays[0]) if stays and stays[0] != "detach" else cluster_run.Stay.NOT
+    return cluster_run.send(client, tried, data, stay=stay, timeout_s=given.get("timeout"))
 
 
 def _bring_code(spec: JobSpec, archive: CodeArchive | None) -> None:

@@ -20,7 +20,6 @@ _JOB = (
     click.option("--tpu", metavar="GEN:TOPOLOGY", help="TPU slice, e.g. v6e:4x4."),
     click.option("--slices", type=int, help="Number of TPU slices. [default: 1]"),
     click.option("--state", metavar="BYTES", help="State that one node holds, e.g. 40Gi: sizes the memory tier."),
-    click.option("--spares", type=int, help="Nodes more than the job needs. [default: 0]"),
     click.option("--queue", help="Queue of the cluster's scheduler."),
     click.option("--gang", metavar="MECHANISM", help="How pods are admitted whole or not at all. [default: auto]"),
     click.option("--env", "env", multiple=True, metavar="NAME=VALUE", help="Environment of the script; no secrets."),
@@ -40,14 +39,15 @@ _SENDING = (
     click.option("--explain", is_flag=True, help="Print what each kind of failure would cost; send nothing."),
     click.option("--output", type=click.Choice(["yaml", "json"]), help="Form of --dry-run. [default: yaml]"),
     click.option("--wait", is_flag=True, help="Return when the job has ended, with its exit code."),
-    click.option("--timeout", type=float, metavar="SECONDS", help="With --wait: at most so long. [default: 30 days]"),
+    click.option("--follow", is_flag=True, help="The same, and print what its ranks write."),
+    click.option("--timeout", type=float, metavar="SECONDS", help="With these: at most so long. [default: 30 days]"),
     *CLUSTER,
 )
 _ONLY_LOCAL = ("faults",)
 _ONLY_CLUSTER = (
-    "job", "name", "namespace", "image", "accelerator", "tpu", "slices", "state", "spares", "queue", "gang", "env",
+    "job", "name", "namespace", "image", "accelerator", "tpu", "slices", "state", "queue", "gang", "env",
     "secrets", "volumes", "code", "settings", "facts", "dry_run", "explain", "output",
-    "wait", "timeout", "kubeconfig", "context",
+    "wait", "follow", "timeout", "kubeconfig", "context",
 )  # fmt: skip
 
 

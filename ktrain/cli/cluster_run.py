@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,27 @@ import click
 
 from ktrain.base import contract
 from ktrain.base.clock import Deadline
-from ktrain.errors import DeadlineError
-from ktrain.launcher.backends.kubernetes import act
+from ktrain.errors import ConfigError, DeadlineError
+from ktrain.launcher.backends.kubernetes import act, logs
 from ktrain.launcher.backends.kubernetes.client import Client
 from ktrain.launcher.backends.kubernetes.connect import connect
 from ktrain.launcher.backends.kubernetes.status import FINAL, Status
 from ktrain.launcher.backends.kubernetes.submit import Tried, submit, try_job
 from ktrain.launcher.spec import default_name
 
-__all__ = ["client_of", "deadline_of", "job_name", "send", "show", "try_job", "wait_for"]
+__all__ = [
+    "Stay",
+    "choice_of",
+    "client_of",
+    "deadline_of",
+    "echo_line",
+    "follow",
+    "job_name",
+    "send",
+    "show",
+    "try_job",
+    "wait_for",
+]
 
 LONGEST_S = 30 * 86400.0  # that a command waits where nothing else was said
 
@@ -39,12 +52,29 @@ def job_name(run: str) -> str:
     return default_name(run) if "/" in run else run
 
 
-def send(client: Client, tried: Tried, archive: bytes | None, *, wait: bool, timeout_s: float | None) -> int:
-    """Submits a job and says how to go on, or waits for its end."""
+def choice_of(rank: int | None, *, head: bool) -> logs.Choice:
+    """The pod that `--rank` and `--head` mean; rank 0's where none was named."""
+    if head and rank is not None:
+        raise ConfigError("--head and --rank: each excludes the other; leave one out")
+    return logs.head if head else logs.of_rank(rank or 0)
+
+
+class Stay(StrEnum):
+    """How long a command stays with a job that it has sent."""
+
+    NOT = "not"
+    WAIT = "wait"  # until its end, saying each change of its state
+    FOLLOW = "follow"  # the same, and what its ranks write
+
+
+def send(client: Client, tried: Tried, archive: bytes | None, *, stay: Stay, timeout_s: float | None) -> int:
+    """Submits a job and says how to go on, or stays until its end."""
     sent = submit(client, tried, archive)
     released = "" if sent.released_by == "ktrain" else f"; {sent.released_by} starts it"
     click.echo(f"{sent.namespace}/{sent.name}: submitted{released}")
-    if not wait:
+    if stay is Stay.FOLLOW:
+        return follow(client, sent.namespace, sent.name, timeout_s=timeout_s)
+    if stay is Stay.NOT:
         where = f"--backend kubernetes --namespace {sent.namespace}"
         click.echo(f"follow it with `ktrain status {where} {sent.name}` and `ktrain logs {where} --follow {sent.name}`")
         return contract.EXIT_OK
@@ -61,6 +91,30 @@ def wait_for(client: Client, namespace: str, name: str, *, timeout_s: float | No
     if output == "json":
         show(status, output)
     return contract.EXIT_FAILED if status.exit_code is None else status.exit_code
+
+
+def follow(client: Client, namespace: str, name: str, *, timeout_s: float | None) -> int:
+    """Prints what the ranks write and each change of the job's state until its end; returns its exit code."""
+    tell, last = _teller("text"), [contract.EXIT_FAILED]
+
+    def observe(status: Status) -> None:
+        tell(status)
+        last[:] = [contract.EXIT_FAILED if status.exit_code is None else status.exit_code]
+
+    deadline = deadline_of(client, timeout_s)
+    try:
+        for source, line in logs.follow(client, namespace, name, logs.workers, deadline=deadline, observe=observe):
+            echo_line(f"[{source.pod}] ", line)
+    except DeadlineError as error:
+        click.echo(f"ktrain: {error}", err=True)
+        return contract.EXIT_UNFINISHED
+    return last[0]
+
+
+def echo_line(prefix: str, line: bytes) -> None:
+    """Prints a line of a log, whether or not it has its line feed."""
+    text = line.decode(errors="replace")
+    click.echo(prefix + text, nl=not text.endswith("\n"))
 
 
 def show(status: Status, output: str) -> None:

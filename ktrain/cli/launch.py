@@ -23,6 +23,7 @@ from ktrain.launcher.job import Wish, plan_job
 @click.argument("script", required=False)
 @click.argument("script_args", nargs=-1, type=click.UNPROCESSED, metavar="-- SCRIPT ARGS")
 @click.option("--nodes", type=int, help="Number of nodes. [default: 1]")
+@click.option("--spares", type=int, help="Nodes more than that, to take a lost one's place. [default: 0]")
 @click.option("--workers-per-node", type=int, help="Worker processes on each node. [default: 1]")
 @click.option(
     "--run", "run", metavar="URI", help="Where the run lives: a directory or any fsspec URL. [default: runs/SCRIPT]"
@@ -50,7 +51,8 @@ def launch(script: str | None, script_args: tuple[str, ...], backend: str, **giv
     """Run SCRIPT on NODES x WORKERS_PER_NODE processes, through failures, until it is done.
 
     The same command again continues the run. Exit code: 0 done, 1 failed, 2 bad input, 3 no good copy left,
-    4 the run is live elsewhere, 5 storage or cluster out of reach, 6 --wait was over first, 130 stopped on request.
+    4 the run is live elsewhere, 5 storage or cluster out of reach, 6 --wait or --follow was over
+    first, 130 stopped on request.
     """
     if backend == "kubernetes":
         from ktrain.cli.cluster import launch_on_cluster
@@ -59,7 +61,9 @@ def launch(script: str | None, script_args: tuple[str, ...], backend: str, **giv
     refuse_cluster_options(given)
     if script is None:
         raise ConfigError("launch: no script was named; give the path of a Python file")
-    typed = {name: given[name] for name in ("nodes", "workers_per_node", "max_restarts") if given[name] is not None}
+    typed = {
+        name: given[name] for name in ("nodes", "spares", "workers_per_node", "max_restarts") if given[name] is not None
+    }
     wish = Wish(
         script=script, args=script_args, run=given["run"], patience_s=given["patience"], faults=given["faults"], **typed
     )

@@ -18,8 +18,10 @@ from ktrain.cli import (
     delete,
     doctor,
     exchange,
+    exec_in_pod,
     launch,
     logs,
+    port_forward,
     quarantine,
     status,
     upgrade,
@@ -40,6 +42,8 @@ cli.add_command(logs.logs)
 cli.add_command(cancel.cancel)
 cli.add_command(wait.wait)
 cli.add_command(cluster_events.events)
+cli.add_command(exec_in_pod.exec_command)
+cli.add_command(port_forward.port_forward)
 cli.add_command(delete.delete)
 cli.add_command(cluster_list.list_command)
 cli.add_command(doctor.doctor)

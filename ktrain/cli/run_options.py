@@ -35,3 +35,15 @@ def any_namespace_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(CLUSTER):
         command = option(command)
     return command
+
+
+def place_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a verb that goes into one pod of a run on a cluster."""
+    for option in reversed(
+        (
+            click.option("--rank", type=int, help="The pod at this rank's place. [default: 0]"),
+            click.option("--head", "head", is_flag=True, help="The head's pod instead."),
+        )
+    ):
+        command = option(command)
+    return command

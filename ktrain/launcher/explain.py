@@ -6,7 +6,7 @@ What is computed rests on the job's own numbers and on rates and times that are 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 from ktrain.base.contract import TIER_BUCKET, TIER_MEMORY, TIER_PEER
@@ -159,7 +159,7 @@ def _recoveries(costs: _Costs, facts: ClusterFacts) -> tuple[Recovery, ...]:
             gone_s,
             note="a spare takes its place" if spare else "another node takes its place as soon as the cluster has one",
         ),
-        _suspected(costs, facts, replaced_s, keeps=keeps),
+        _suspected(costs, facts, 1.0 if spare else replaced_s),
         _everything(costs, "all pods are made anew", Level.ALL_PODS, keeps=keeps),
         _everything(costs, "the job is preempted", Level.QUEUE, keeps=keeps),
         costs.recovery(
@@ -169,12 +169,14 @@ def _recoveries(costs: _Costs, facts: ClusterFacts) -> tuple[Recovery, ...]:
     return tuple(found)
 
 
-def _suspected(costs: _Costs, facts: ClusterFacts, replaced_s: float, *, keeps: bool) -> Recovery:
-    failure = "a node is suspected (bad results, broken links)"
+def _suspected(costs: _Costs, facts: ClusterFacts, replaced_s: float) -> Recovery:
+    failure = "a node is suspected (a broken device, failures one after another)"
+    if costs.spec.spares:
+        return costs.recovery(failure, Level.POD, costs.farther, replaced_s, note="a spare takes its place")
     if facts.restart_rules:
         return costs.recovery(failure, Level.POD, costs.farther, replaced_s)
-    note = "the kubelet starts its container again on the same node, so the head makes all pods anew"
-    return replace(_everything(costs, failure, Level.ALL_PODS, keeps=keeps), note=note)
+    note = "the kubelet starts its container again on the same node"
+    return costs.recovery(failure, Level.CONTAINER, TIER_MEMORY, JOB_BACK_OFF_S, note=note)
 
 
 def _everything(costs: _Costs, failure: str, level: Level, *, keeps: bool) -> Recovery:
@@ -193,7 +195,7 @@ def _everything(costs: _Costs, failure: str, level: Level, *, keeps: bool) -> Re
 def _missing(spec: JobSpec, facts: ClusterFacts, rendered: Rendered) -> list[Missing]:
     found = []
     if not facts.restart_rules:
-        cost = "a suspected node is not replaced alone: all pods are made anew"
+        cost = "a suspected node is not left: its container starts again there"
         found.append(Missing("restartPolicyRules of containers", facts.restart_rules is not None, cost))
     if not facts.message_patterns:
         cost = f"a disruption of all pods counts as one of the {spec.limits.max_restarts} restarts"

@@ -28,6 +28,7 @@ class Wish:
     max_restarts: int = 3
     patience_s: float | None = None
     faults: tuple[str, ...] = field(default=())
+    spares: int = 0
 
 
 def default_run(script: str) -> str:
@@ -47,6 +48,7 @@ def plan_job(wish: Wish) -> JobSpec:
             f"script {wish.script!r}: there is no such file in {os.getcwd()}; give the path of a Python file"
         )
     _expect_range("--nodes", wish.nodes, 1, _MOST_NODES)
+    _expect_range("--spares", wish.spares, 0, _MOST_NODES - wish.nodes)
     _expect_range("--workers-per-node", wish.workers_per_node, 1, 1024)
     _expect_range("--max-restarts", wish.max_restarts, 0, 1_000_000)
     patience_s = settings.timeouts().patience_s if wish.patience_s is None else wish.patience_s
@@ -73,6 +75,7 @@ def plan_job(wish: Wish) -> JobSpec:
         volume_root=str(settings.volume_root()),
         log_dir=str((path if path is not None else work.path) / contract.LOGS_DIR),
         faults=wish.faults,
+        spares=wish.spares,
     )
 
 

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Any, NewType
 
 from ktrain.base import contract, ids
+from ktrain.base.settings import reads_like_secret
 from ktrain.base.urls import local_path, public_url, require_public
 from ktrain.errors import ConfigError
 from ktrain.launcher import accelerators
@@ -29,9 +30,6 @@ _SECRET_KEY = re.compile(r"[A-Za-z0-9._-]+")
 _CPU = re.compile(r"\d+(\.\d+)?|\d+m")
 _LABEL_KEY = re.compile(r"([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?")
-_SECRET_WORDS = re.compile(  # whole words of a name: TOKENIZERS_PARALLELISM and MAX_TOKENS are no secrets
-    r"(^|_)(SECRET|PASSWORD|PASSWD|(API|ACCESS|PRIVATE)_?KEY)(_|$)|(^|_)TOKEN$", re.IGNORECASE
-)
 _GIT_URL = re.compile(r"https://[A-Za-z0-9.-]+(:\d+)?(/[A-Za-z0-9._~-]+)+")
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _OURS = re.compile(
@@ -374,7 +372,7 @@ class JobSpec:
     def _expect_environment(self) -> None:
         for name, value in self.env.items():
             _expect_env("env", name)
-            if _SECRET_WORDS.search(name):
+            if reads_like_secret(name):
                 raise ConfigError(
                     f"env {name}: it reads like a secret, and values of env are stored in plain; "
                     "put it into a Secret and refer to it: --secret NAME=SECRET:KEY"

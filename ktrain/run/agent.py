@@ -16,14 +16,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ktrain.base import contract
+from ktrain.base import contract, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.base.control import Caller, Server
-from ktrain.base.job import HeadCaller, JobSpec, WorkDir
+from ktrain.base.job import HeadCaller, JobSpec, WorkDir, local_path
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.node import NodeKeeper, NodePlace
 from ktrain.errors import KtrainError, UnavailableError
 from ktrain.run import worker
+from ktrain.run.log_drain import LogDrain, drain_for
 
 _LOG = logging.getLogger(__name__)
 _POLL_S = 0.1
@@ -59,12 +60,32 @@ class Agent:
         address = f"unix:{self._work.agent_socket(self._node)}"
         server = Server(keeper.handlers(), address=address, token=self._work.read_token())
         keeper.start()
+        logs = self._open_logs(keeper)
         self._say_ready(keeper)
         while not self._leaving.is_set():
             SYSTEM_CLOCK.wait(self._leaving, 60.0)
+        if logs is not None:
+            logs.leave()
         server.close()
         keeper.close()
+        if logs is not None:
+            logs.close()
         return contract.EXIT_OK
+
+    def _open_logs(self, keeper: NodeKeeper) -> LogDrain | None:
+        """The way of the ranks' output to the run; None where they write there themselves."""
+        if local_path(self._spec.run) is not None:
+            return None
+        logs = drain_for(
+            self._spec.run,
+            self._work.node(self._node),
+            token=self._work.read_token(),
+            secrets=settings.secret_values(),
+            emit=keeper.emit,
+            timeouts=self._timeouts,
+        )
+        logs.start()
+        return logs
 
     def _leave(self, signum: int, frame: FrameType | None) -> None:
         del signum, frame

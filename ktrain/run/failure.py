@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,13 @@ _FOREIGN_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 _FINAL_EXIT_CODES = (contract.EXIT_USAGE, contract.EXIT_CORRUPT)
 _OWN_KINDS = ("exception", "exit", KtrainError.kind, InternalError.kind)
 _STREAK_LIMIT = 3  # failures in a row without a new committed step
+# What the CUDA runtime says of a device that no restart on this node mends (cudaErrorECCUncorrectable,
+# -NvlinkUncorrectable, -NoDevice, -DevicesUnavailable, -SystemNotReady), and the driver of one that fell off its bus.
+_BROKEN_DEVICE = re.compile(
+    r"uncorrectable (ECC|NVLink) error|no CUDA-capable device is detected|CUDA-capable device\(s\) is/are busy"
+    r"|system not yet initialized|GPU is lost|fallen off the bus",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +100,7 @@ class Failure:
     secondary: int = 0  # exits of other ranks that this one explains
     log_tail: str = ""
     own_fault: bool = False  # it tells of the job itself, and so of the step that was restored (ADR 0018)
+    disruption: bool = False  # somebody outside took the nodes away; nothing failed
 
     def fields(self) -> dict[str, Any]:
         """The fields of a `failure` event."""
@@ -191,13 +200,16 @@ class Budgets:
     spent: Mapping[str, int] = field(default_factory=dict)
     streak: int = 0  # failures in a row without a new committed step
     committed: int | None = None  # newest committed step at the last failure; None before any failure
+    blamed: str | None = None  # node on which the last failure began by itself
 
     def to_json(self) -> dict[str, Any]:
-        return {"spent": dict(self.spent), "streak": self.streak, "committed": self.committed}
+        said = {"spent": dict(self.spent), "streak": self.streak, "committed": self.committed}
+        return {**said, "blamed": self.blamed}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], *, max_restarts: int) -> Budgets:
-        return cls(max_restarts, dict(value["spent"]), value["streak"], value["committed"])
+        spent = dict(value["spent"])
+        return cls(max_restarts, spent, value["streak"], value["committed"], value.get("blamed"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,21 +227,31 @@ class Decision:
 
     budgets: Budgets
     verdict: Verdict | None = None
+    suspect: str | None = None  # node that had better not carry the next attempt
 
 
 def decide(budgets: Budgets, failure: Failure, *, committed: int | None, trial: Trial | None = None) -> Decision:
     """Spends budget for a failure. `committed` is the newest committed step, None where nothing commits steps.
 
     A failure without a committed step since the last one counts double, and three in a row end the run. One that sets
-    the restored step aside ends the row and costs nothing: what follows is not the same thing tried again.
+    the restored step aside ends the row and costs nothing: what follows is not the same thing tried again. A
+    disruption changes nothing: neither does it cost, nor does it end a row.
     """
+    if failure.disruption:
+        return Decision(budgets)
     stalled = budgets.committed is not None and committed is not None and committed <= budgets.committed
     sets_aside = failure.own_fault and trial is not None and trial.ends_with(committed)
     cost = 0 if sets_aside else 2 if stalled else 1
     spent = {**budgets.spent, failure.cause: budgets.spent.get(failure.cause, 0) + cost}
     streak = 0 if sets_aside or committed is None else budgets.streak + 1 if stalled else 1
-    after = replace(
-        budgets, spent=spent, streak=streak, committed=budgets.committed if committed is None else committed
+    blamed = failure.node if failure.own_fault else None
+    suspect = blamed if _is_suspect(budgets.blamed, failure) else None
+    after = Budgets(
+        budgets.max_restarts,
+        spent,
+        streak,
+        committed=budgets.committed if committed is None else committed,
+        blamed=None if suspect else blamed,
     )
     if failure.final is not None:
         return Decision(after, Verdict("failed", failure.final, failure.describe()))
@@ -239,4 +261,16 @@ def decide(budgets: Budgets, failure: Failure, *, committed: int | None, trial: 
     if spent[failure.cause] > budgets.max_restarts:
         said = f"the restart budget for {failure.cause} is spent ({budgets.max_restarts} allowed); the last: "
         return Decision(after, Verdict("failed", contract.EXIT_FAILED, said + failure.describe()))
-    return Decision(after)
+    return Decision(after, suspect=suspect)
+
+
+def _is_suspect(blamed: str | None, failure: Failure) -> bool:
+    """Whether the failure's node is to be blamed: its device says so, or two failures in a row began there."""
+    if failure.node is None or not failure.own_fault:
+        return False
+    return failure.node == blamed or names_broken_device(failure)
+
+
+def names_broken_device(failure: Failure) -> bool:
+    """Whether the failure's own words say that a device is to be replaced."""
+    return _BROKEN_DEVICE.search(failure.reason) is not None

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -35,6 +35,7 @@ from ktrain.checkpoint.coordinate import Coordinator
 from ktrain.checkpoint.holder import Holder
 from ktrain.checkpoint.intake import Intake
 from ktrain.checkpoint.relay import newest_numbers
+from ktrain.checkpoint.roster import RankProgress
 from ktrain.errors import ConflictError, DeadlineError, KtrainError, UnavailableError
 from ktrain.run import worker
 from ktrain.run.failure import Budgets, Exit, Verdict
@@ -50,13 +51,15 @@ _TICK_S = 0.1
 class Roster:
     """What supervisors and the launcher said about processes. Safe from any thread."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, *, told: Iterable[str] = ()) -> None:
+        """`told` are nodes that an earlier head knew to be told to end."""
         self._clock = clock
         self._lock = threading.Lock()  # guards everything below
         self._reports: dict[str, tuple[SupervisorReport, float]] = {}
         self._dead_pids: dict[str, set[int]] = {}
         self._agents_gone_s: dict[str, float] = {}
         self._lost: set[str] = set()
+        self._told = set(told)
 
     def take(self, said: Mapping[str, Any]) -> bool:
         """A supervisor's report; false for one of a process that is known to be gone, which does not count."""
@@ -77,11 +80,19 @@ class Roster:
                 return False
             self._reports[node] = (report, self._clock.monotonic())
             self._lost.discard(node)
+            self._told.discard(node)
             return True
 
-    def process_exited(self, node: str, role: str, pid: int) -> None:
-        """The launcher saw a process end; role "node" is all of a node's processes and its volume."""
+    def process_exited(self, node: str, role: str, pid: int, *, told: bool = False) -> None:
+        """The launcher saw a process end; role "node" is all of a node's processes and its volume.
+
+        `told` says that its pod was told to end from outside.
+        """
         with self._lock:
+            if told:
+                self._told.add(node)
+            elif role == "node":
+                self._told.discard(node)  # it was made anew, or died
             if role in ("agent", "node"):
                 self._agents_gone_s[node] = self._clock.monotonic()
             if role == "supervisor":
@@ -122,6 +133,10 @@ class Roster:
         with self._lock:
             return frozenset(self._lost)
 
+    def told(self) -> frozenset[str]:
+        with self._lock:
+            return frozenset(self._told)
+
 
 class Head:
     """One job's head. `run` belongs to the main thread; handlers come in on others."""
@@ -131,7 +146,6 @@ class Head:
         self._work = work
         self._clock = clock
         self._timeouts = Timeouts(spec.patience_s)
-        self._roster = Roster(clock)
         self._lock = threading.Lock()  # guards the machine and what is derived from it
         self._save_lock = threading.Lock()  # one note at a time, the newest last
         self._wake = threading.Event()
@@ -145,6 +159,8 @@ class Head:
             self._notes = open_notes(spec, work, self._catalog.tier, timeouts=self._timeouts, clock=clock)
             self._saved = self._notes.read()
             self._stop: str | None = self._saved.get("stop")
+            self._told: frozenset[str] = frozenset(self._saved.get("told", ()))  # as it was noted last
+            self._roster = Roster(clock, told=self._told)
             self._fired, known = _read_log(spec.run, self._timeouts, clock)
             self._events = log.open_log(spec.run, self._catalog.tier, timeouts=self._timeouts, clock=clock)
             undo.callback(self._events.close)
@@ -160,8 +176,9 @@ class Head:
     def _save(self) -> None:
         with self._save_lock:
             with self._lock:
-                budgets, stop = self._machine.budgets.to_json(), self._stop
-            self._notes.write({"heads": self._saved.get("heads", 0) + 1, "budgets": budgets, "stop": stop})
+                budgets, stop, told = self._machine.budgets.to_json(), self._stop, sorted(self._told)
+            heads = self._saved.get("heads", 0) + 1
+            self._notes.write({"heads": heads, "budgets": budgets, "stop": stop, "told": told})
 
     def _make_machine(self) -> Machine:
         attempts = self._catalog.attempts()
@@ -211,7 +228,7 @@ class Head:
 
     def _process_exited(self, said: dict[str, Any]) -> dict[str, Any]:
         for item in said["processes"]:
-            self._roster.process_exited(item["node"], item["role"], item["pid"])
+            self._roster.process_exited(item["node"], item["role"], item["pid"], told=item.get("told", False))
             if item["role"] == "node":
                 self._coordinator.forget_node(item["node"])
         self._wake.set()
@@ -248,15 +265,7 @@ class Head:
                 "state": machine.state.value,
                 "epoch": machine.epoch,
                 "step": max((item.step for item in progress.values()), default=0),
-                "ranks": {
-                    str(rank): {
-                        "node": item.node,
-                        "step": item.step,
-                        "phase": item.phase,
-                        "silent_s": round(item.silent_s, 3),
-                    }
-                    for rank, item in sorted(progress.items())
-                },
+                "ranks": _rank_states(progress),
                 "pids": self._roster.worker_pids(self._machine.epoch),
                 "committed": {tier: list(pair) for tier, pair in self._coordinator.committed().items()},
                 "fired": dict(self._fired),
@@ -294,6 +303,9 @@ class Head:
 
     def _advance(self) -> Verdict | None:
         view = self._view()
+        if view.told != self._told:
+            self._told = view.told
+            self._save()  # the head may be told next, and its successor is to know why nobody is there
         with self._lock:
             actions = self._machine.tick(view)
         for action in actions:
@@ -312,6 +324,7 @@ class Head:
             supervisors=self._roster.supervisors(),
             agents=self._roster.living_agents(self._coordinator.nodes()),
             lost=self._roster.lost(),
+            told=self._roster.told(),
             progress=progress,
             holdings=self._coordinator.holdings(),
             committed=max((step for step, _ in committed.values()), default=0) if progress else None,
@@ -416,13 +429,21 @@ class Head:
         """After success nothing in memory is needed any more; a node that does not answer is left to its launcher."""
         deadline = Deadline.after(self._timeouts.lease_s, self._clock)
         self._coordinator.free_volumes()
+        everyone = set(self._machine.assignment)
         # A head that is new has heard of nobody yet: silence is not a freed volume.
-        while not (self._coordinator.volumes_freed() and set(self._coordinator.nodes()) >= set(self._spec.node_names)):
+        while not (self._coordinator.volumes_freed() and set(self._coordinator.nodes()) >= everyone):
             if deadline.expired():
                 said = f"not every node freed its volume within {deadline.total_s:g} s; see `ktrain ckpt ls --volume`"
                 self._emit_now(events.make("notice", clock=self._clock, message=said))
                 return
             self._clock.sleep(_TICK_S / 2)
+
+
+def _rank_states(progress: Mapping[int, RankProgress]) -> dict[str, Any]:
+    return {
+        str(rank): {"node": item.node, "step": item.step, "phase": item.phase, "silent_s": round(item.silent_s, 3)}
+        for rank, item in sorted(progress.items())
+    }
 
 
 def _close(what: str, close: Callable[[], None]) -> None:

@@ -69,8 +69,6 @@ def read_job(path: Path) -> cluster.JobSpec:
         job = spec_file.from_value(value)
     except ConfigError as error:
         raise ConfigError(f"job file {path}: {error}; the image may have another version of ktrain") from error
-    if job.spares:
-        raise ConfigError(f"job file {path}: spares: this version runs none in pods, found {job.spares}; use 0")
     return job
 
 
@@ -96,7 +94,7 @@ def node_index(place: PodSettings, job: cluster.JobSpec) -> int:
         ConfigError: the job has no such pod.
     """
     num_jobs = 1 if job.tpus is None else job.tpus.num_slices
-    num_pods = job.num_nodes // num_jobs
+    num_pods = job.num_nodes // num_jobs + job.spares  # a job in slices has none
     for name, index, count in (
         (contract.ENV_JOB_INDEX, place.job_index, num_jobs),
         (contract.ENV_POD_INDEX, place.pod_index, num_pods),
@@ -120,6 +118,7 @@ def launch_of(job: cluster.JobSpec, place: PodSettings, token: str) -> JobSpec:
         script=job.command[0],
         args=job.command[1:],
         nodes=job.num_nodes,
+        spares=job.spares,
         workers_per_node=job.num_workers,
         max_restarts=job.limits.max_restarts,
         patience_s=job.limits.patience_s,
@@ -197,7 +196,7 @@ def tell_end(container: Container, ended: Ended) -> None:
     if container.name == "agent" and ended.told:
         role = "node"  # a sidecar is told to end when its pod goes, and the volume goes with it
     said = {"node": container.node, "role": role, "pid": ended.process.number, "exitcode": ended.exit_code}
-    _tell(container, said)
+    _tell(container, {**said, "told": ended.told})
 
 
 def _tell(container: Container, said: dict[str, Any]) -> None:

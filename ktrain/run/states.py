@@ -18,16 +18,15 @@ from typing import Any
 from ktrain.base import contract
 from ktrain.base.job import JobSpec
 from ktrain.base.settings import Timeouts
-from ktrain.checkpoint.roster import RankProgress
 from ktrain.run import failure as failures
-from ktrain.run import watch
+from ktrain.run import seats, watch
 from ktrain.run.failure import Budgets, Exit, Failure, Verdict
 from ktrain.run.rendezvous import assign_ranks
 from ktrain.run.watch import View
 
 
 class State(StrEnum):
-    JOINING = "joining"  # waiting for every node's agent and supervisor
+    JOINING = "joining"  # waiting for agents and supervisors of as many nodes as the job needs
     STARTING = "starting"  # an epoch is allocated, supervisors start its workers
     RUNNING = "running"
     STOPPING = "stopping"  # every supervisor ends its workers of the epoch
@@ -101,6 +100,7 @@ class Machine:
         self._stop_said_s: float | None = None
         self._pids: dict[str, int] = {}  # supervisors of the running attempt
         self._agents = watch.AgentWatch()
+        self._seats = seats.Seats(spec.node_names, spec.nodes, timeouts)
         self._store: str | None = None
         self._adopted = False
         self._last_step: int | None = None  # newest step of the attempt, also when its ranks are forgotten
@@ -125,6 +125,8 @@ class Machine:
             }
         if self.state is State.JOINING and self._unended is not None:
             return {"epoch": self.epoch, "action": "wait"}  # nobody is stopped before it is known what runs
+        if self._seats.is_suspect(node):
+            return {"epoch": self.epoch, "action": "replace"}
         hang = self._failure is not None and self._failure.cause == contract.CAUSE_HANG
         return {"epoch": self.epoch, "action": "stop", "dump_stacks": hang}
 
@@ -136,7 +138,8 @@ class Machine:
             self._since_s = view.now_s
         if self.state is State.RUNNING:
             self._step(view)
-        self._store = self._find_store(view)
+        self._store = watch.find_store(view, self.assignment, self.epoch)
+        self._seats.look(view)
         if self.state is State.ENDED:
             return []
         steps = {
@@ -168,46 +171,43 @@ class Machine:
         assert self._since_s is not None
         return view.now_s - self._since_s
 
-    def _find_store(self, view: View) -> str | None:
-        for node, ranks in self.assignment.items():
-            report = view.supervisors.get(node)
-            if 0 in ranks and report is not None and report.epoch == self.epoch:
-                return report.store
-        return None
-
     # JOINING
 
     def _join(self, view: View) -> list[Action]:
         if view.stop is not None:
             return self._finish(view, Verdict("stopped", contract.EXIT_STOPPED, view.stop))
-        if self._unended is not None and len(view.supervisors) == self._spec.nodes:
-            adopted = self._try_adopt(view)
-            if adopted is not None:
-                return adopted
-        missing = watch.missing(view, self._spec.node_names, self._timeouts)
-        if missing:
-            if self._in_state_s(view) > self._spec.join_s:
-                said = f"not joined within {self._spec.join_s:g} s: {', '.join(missing)}"
-                return self._finish(view, Verdict("failed", self._spec.unjoined_exit, said))
+        running = None if self._unended is None else seats.carriers(view, self._unended, self._spec.world_size)
+        if running is not None:
+            return self._adopt(view, running)
+        here, waited_s = self._seats.present(view), self._in_state_s(view)
+        if len(here) < self._spec.nodes:
+            return self._unjoined(view) if waited_s > self._spec.join_s else []
+        unknown = self._unended is not None
+        if self._seats.is_worth_waiting(view, last=self.assignment, all_nodes=unknown, waited_s=waited_s):
             return []
         actions: list[Action] = []
         if self._unended is not None:
             actions.append(self._close_unended())
-        if any(report.state == "running" for report in view.supervisors.values()):
+        if seats.running_elsewhere(view, self._timeouts):
             return actions  # they are told to stop; the start waits for it
-        assignment = assign_ranks(self._spec.node_names, self._spec.workers_per_node, view.holdings)
-        return [*actions, Allocate(assignment)]
+        chosen = assign_ranks(
+            here, self._spec.workers_per_node, view.holdings, num_blocks=self._spec.nodes, last=self.assignment
+        )
+        return [*actions, Allocate(chosen)]
 
-    def _try_adopt(self, view: View) -> list[Action] | None:
-        reports = view.supervisors.values()
-        if any(report.epoch != self._unended or report.state == "idle" for report in reports):
-            return None
-        self.assignment = {report.node: report.ranks for report in reports}
-        self._pids = {report.node: report.pid for report in reports}
+    def _unjoined(self, view: View) -> list[Action]:
+        missing = watch.missing(view, self._seats.absent(view), self._timeouts)
+        said = f"not joined within {self._spec.join_s:g} s: {', '.join(missing)}"
+        code = self._spec.unjoined_exit(taken=self._seats.were_taken(view))
+        return self._finish(view, Verdict("failed", code, said))
+
+    def _adopt(self, view: View, running: Mapping[str, tuple[int, ...]]) -> list[Action]:
+        self.assignment = dict(running)
+        self._pids = {node: view.supervisors[node].pid for node in running}
         self._unended = None
         self._adopted = True
         self._go(State.RUNNING, view.now_s)
-        self._store = self._find_store(view)
+        self._store = watch.find_store(view, self.assignment, self.epoch)
         return [
             Adopt(self.epoch, dict(self.assignment)),
             Say("head_adopted", self.epoch, {"nodes": len(self.assignment)}),
@@ -280,26 +280,11 @@ class Machine:
 
     def _watch_steps(self, view: View) -> list[Action]:
         found = watch.find_late(view, self.assignment, self._timeouts, self._in_state_s(view))
-        return [] if found is None else self._hang(view, *found)
-
-    def _hang(self, view: View, rank: int, item: RankProgress, said: str) -> list[Action]:
-        node = self._node_of(rank)
-        report = view.supervisors.get(node)
-        failure = Failure(
-            contract.CAUSE_HANG,
-            said,
-            rank=rank,
-            node=node,
-            host=report.host if report else None,
-            phase=item.phase,
-            step=item.step,
-            own_fault=item.phase != "close",
-        )
-        fields = {**failure.fields(), "silent_s": round(item.silent_s, 3)}
+        if found is None:
+            return []
+        failure = watch.hang(found, self.assignment, view)
+        fields = {**failure.fields(), "silent_s": round(found[1].silent_s, 3)}
         return [Say("hang", self.epoch, fields), *self._stop_attempt(view, failure)]
-
-    def _node_of(self, rank: int) -> str:
-        return next(node for node, ranks in self.assignment.items() if rank in ranks)
 
     def _step(self, view: View) -> int | None:
         newest = max((item.step for item in view.progress.values()), default=None)
@@ -318,9 +303,8 @@ class Machine:
             return []
         rank, item = min(view.progress.items(), key=lambda pair: (pair[1].closed, pair[1].step, pair[0]))
         said = f"asked to stop, not stopped within {self._timeouts.stop_s:g} s"
-        failure = Failure(
-            contract.CAUSE_HANG, said, rank=rank, node=self._node_of(rank), phase=item.phase, step=item.step
-        )
+        node = watch.home_of(rank, self.assignment)
+        failure = Failure(contract.CAUSE_HANG, said, rank=rank, node=node, phase=item.phase, step=item.step)
         return self._stop_attempt(view, failure)
 
     def _stopped(self, view: View) -> list[Action]:
@@ -369,8 +353,19 @@ class Machine:
         if decision.verdict is not None:
             tail = f"\n{failure.log_tail}" if failure.log_tail else ""
             return said + self._finish(view, replace(decision.verdict, reason=decision.verdict.reason + tail))
+        if decision.suspect is not None and (self._spec.nodes > 1 or failures.names_broken_device(failure)):
+            said += self._suspect(view, decision.suspect)  # one that has no other beside it is compared with nobody
         self._go(State.JOINING, view.now_s)
         return said
+
+    def _suspect(self, view: View, node: str) -> list[Action]:
+        """Where nodes are pods, one that fails again and again is given back; a machine of one's own is kept."""
+        report = view.supervisors.get(node)
+        if self._spec.pod is None or report is None:
+            return []
+        self._seats.suspect(node, report.pid)
+        said = f"{node} on {report.host} is suspected: its pod is given back (exit code {contract.EXIT_BAD_NODE})"
+        return [Say("notice", self.epoch, {"message": said})]
 
     # ENDED
 

@@ -8,6 +8,7 @@ tells the head what is and hears what should be; while the head is away everythi
 
 from __future__ import annotations
 
+import io
 import ipaddress
 import json
 import logging
@@ -16,7 +17,6 @@ import signal
 import socket
 import sys
 import threading
-from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -28,13 +28,13 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, PContext, start_processes
 
 from ktrain.base import contract, settings
-from ktrain.base.clock import SYSTEM_CLOCK, Deadline
+from ktrain.base.clock import SYSTEM_CLOCK
 from ktrain.base.exits import exit_code
 from ktrain.base.job import HeadCaller, JobSpec, WorkDir, local_path
 from ktrain.base.process import ProcessId
 from ktrain.base.settings import Timeouts
 from ktrain.errors import ConfigError, KtrainError
-from ktrain.run import worker
+from ktrain.run import log_drain, worker
 
 _LOG = logging.getLogger(__name__)
 _POLL_S = 0.1
@@ -43,17 +43,22 @@ _TAIL_BYTES = 3000
 
 
 class _OneLogPerRank(LogsSpecs):
-    """Names the log and the error file of every rank; the worker itself joins stderr to stdout."""
+    """Names the log and the error file of every rank; the worker itself joins stderr to stdout.
 
-    def __init__(self, folder: Path, ranks: list[int]) -> None:
+    `is_shown`: what is written there is written to our own output too, by threads of torch's.
+    """
+
+    def __init__(self, folder: Path, ranks: list[int], *, is_shown: bool) -> None:
         super().__init__(str(folder))
         self._folder = folder
         self._ranks = ranks
+        self._is_shown = is_shown
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         logs = {local: str(log_path(self._folder, rank)) for local, rank in enumerate(self._ranks)}
         errors = {local: str(error_path(self._folder, rank)) for local, rank in enumerate(self._ranks)}
-        return LogsDest(stdouts=logs, stderrs=dict.fromkeys(envs, ""), error_files=errors)
+        shown = logs if self._is_shown else {}
+        return LogsDest(stdouts=logs, stderrs=dict.fromkeys(envs, ""), tee_stdouts=shown, error_files=errors)
 
     @property
     def root_log_dir(self) -> str:
@@ -80,7 +85,6 @@ class WorkerGroup:
     context: PContext
     exits: dict[int, dict[str, Any]] = field(default_factory=dict)  # local rank -> how it ended, in order
     ending: bool = False
-    logs_kept: bool = False  # where they must be carried to the run
 
     @property
     def state(self) -> str:
@@ -101,6 +105,8 @@ class WorkerGroup:
         failed = [item for item in self.exits.values() if item["exitcode"] not in (0, contract.EXIT_STOPPED)]
         if failed and len(self.exits) < len(self.ranks):
             self.end()
+        elif len(self.exits) == len(self.ranks):
+            self.context.close(signal.SIGTERM, timeout=int(_GRACE_S))  # ends the threads that show their output
 
     def end(self) -> None:
         """Ends all workers, by force where need be; bounded by twice the grace."""
@@ -193,21 +199,20 @@ class Supervisor:
         self._store_epoch = 0
         self._store_address: str | None = None
         self._leaving = threading.Event()
-        self._dismissed = False  # by the head; a signal may come from anybody
+        self._exit_code = contract.EXIT_STOPPED  # the head may say another; a signal may come from anybody
 
     def run(self) -> int:
-        """Follows the head until it says exit (code 0), or a signal does (130)."""
+        """Follows the head until it says exit (code 0) or that the node be replaced (74), or a signal does (130)."""
         self._take_signals()
         while not self._leaving.is_set():
             if self._group is not None and self._group.state == "running":
                 self._group.poll()
             desired = self._report()
-            self._keep_logs()
             if desired is not None and self._follow(desired):
                 continue  # something changed: the head should know at once
             SYSTEM_CLOCK.wait(self._leaving, _POLL_S)
         self._end_workers()
-        return contract.EXIT_OK if self._dismissed else contract.EXIT_STOPPED
+        return self._exit_code
 
     def _take_signals(self) -> None:
         def leave(signum: int, frame: FrameType | None) -> None:
@@ -240,8 +245,8 @@ class Supervisor:
     def _follow(self, desired: dict[str, Any]) -> bool:
         """Brings about what the head wants; true when that changed something."""
         action, epoch = desired["action"], desired["epoch"]
-        if action == "exit":
-            self._dismissed = True
+        if action in ("exit", "replace"):
+            self._exit_code = contract.EXIT_OK if action == "exit" else contract.EXIT_BAD_NODE
             self._leaving.set()
             return False
         running = self._group is not None and self._group.state == "running"
@@ -270,7 +275,6 @@ class Supervisor:
             return
         if self._group.state == "running":
             self._group.end()
-        self._keep_logs()
 
     def _open_store(self, epoch: int) -> None:
         """Hosts the attempt's rendezvous store on this node's own address, on a port that the system picks."""
@@ -309,12 +313,15 @@ class Supervisor:
             entrypoint=self._spec.python,
             args={local: command for local in range(len(ranks))},
             envs={local: self._environment(desired, local, folder) for local in range(len(ranks))},
-            logs_specs=_OneLogPerRank(folder, ranks),
+            logs_specs=_OneLogPerRank(folder, ranks, is_shown=self._spec.pod is not None),
+            log_line_prefixes={local: f"[{rank}] " for local, rank in enumerate(ranks)},
         )
         self._take_signals()  # torch's context has put its own in their place
         if not desired["hosts_store"]:
             self._store, self._store_address = None, None
         self._group = WorkerGroup(epoch, ranks, folder, context)
+        if local_path(self._spec.run) is None:
+            log_drain.announce(self._work.node(self._node), epoch, ranks, folder)
 
     def _environment(self, desired: dict[str, Any], local_rank: int, folder: Path) -> dict[str, str]:
         spec, rank, epoch = self._spec, desired["ranks"][local_rank], desired["epoch"]
@@ -348,28 +355,13 @@ class Supervisor:
         }
         return {name: str(value) for name, value in values.items()}
 
-    def _keep_logs(self) -> None:
-        """Puts the ranks' logs beside the run, once they have ended, where the run is not a local directory."""
-        group = self._group
-        if group is None or group.logs_kept or group.state == "running" or local_path(self._spec.run) is not None:
-            return
-        group.logs_kept = True
-        from ktrain.tier.location import open_tier
-
-        deadline = Deadline.after(self._timeouts.storage_s)
-        try:
-            with closing(open_tier(self._spec.run, timeouts=self._timeouts)) as tier:
-                for rank in group.ranks:
-                    name = f"{contract.LOGS_DIR}/attempt-{group.epoch}/rank-{rank}.log"
-                    tier.write(name, log_path(group.folder, rank).read_bytes(), deadline=deadline)
-        except (KtrainError, OSError) as error:
-            _LOG.warning("logs of attempt %d: not kept: %s", group.epoch, error)
-
 
 def main(argv: list[str]) -> int:
     work = WorkDir(Path(argv[0]))
     worker.die_with_parent(int(argv[2]))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a container's log shows the ranks' lines as they come
     try:
         return Supervisor(work.read_spec(), work, int(argv[1])).run()
     except KtrainError as error:

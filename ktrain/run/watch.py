@@ -40,6 +40,7 @@ class View:
     supervisors: Mapping[str, SupervisorReport]  # a supervisor known to be dead is not in it
     agents: Mapping[str, float]  # node -> seconds since its agent was heard of; known dead: not in it
     lost: frozenset[str] = frozenset()  # nodes that somebody saw die, until they are heard of again
+    told: frozenset[str] = frozenset()  # nodes whose pods were told to end, until they are heard of again
     progress: Mapping[int, RankProgress] = field(default_factory=dict)  # ranks that use a Checkpointer
     holdings: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
     committed: int | None = None  # newest committed step; None where nothing commits
@@ -77,16 +78,53 @@ def find_vanished(
     """Nodes or supervisors that are gone, as a failure; `pids` are the supervisors that the attempt began with."""
     lost = [node for node in assignment if is_lost(node, view, timeouts)]
     if lost:
-        names = ", ".join(lost)
+        names, taken = ", ".join(lost), all(node in view.told for node in lost)
+        how = "; told to end from outside, as by a preemption or a drain of the machine" if taken else ""
         if len(lost) == len(assignment):
-            return Failure(contract.CAUSE_ALL_LOST, f"all nodes are gone: {names}", step=step)
-        return Failure(contract.CAUSE_NODE_LOST, f"the processes of {names} are gone", node=lost[0], step=step)
+            said = f"all nodes are gone: {names}{how}"
+            return Failure(contract.CAUSE_ALL_LOST, said, step=step, disruption=taken)
+        said = f"the processes of {names} are gone{how}"
+        return Failure(contract.CAUSE_NODE_LOST, said, node=lost[0], step=step, disruption=taken)
     for node in assignment:
         report = view.supervisors.get(node)
         pid = pids.get(node)
         if pid is not None and (report is None or report.pid != pid):
+            if node in view.told:
+                said = f"{node} was told to end from outside, as by a preemption or a drain of the machine"
+                return Failure(contract.CAUSE_NODE_LOST, said, node=node, step=step, disruption=True)
             return Failure(contract.CAUSE_CRASH, f"the supervisor of {node} died", node=node, step=step)
     return None
+
+
+def home_of(rank: int, assignment: Assignment) -> str:
+    """The node that runs a rank."""
+    return next(node for node, ranks in assignment.items() if rank in ranks)
+
+
+def find_store(view: View, assignment: Assignment, epoch: int) -> str | None:
+    """Address of the attempt's rendezvous store, which the node of rank 0 hosts; None before it says so."""
+    for node, ranks in assignment.items():
+        report = view.supervisors.get(node)
+        if 0 in ranks and report is not None and report.epoch == epoch:
+            return report.store
+    return None
+
+
+def hang(found: tuple[int, RankProgress, str], assignment: Assignment, view: View) -> Failure:
+    """The late rank of `find_late` as a failure."""
+    rank, item, said = found
+    node = home_of(rank, assignment)
+    report = view.supervisors.get(node)
+    return Failure(
+        contract.CAUSE_HANG,
+        said,
+        rank=rank,
+        node=node,
+        host=report.host if report else None,
+        phase=item.phase,
+        step=item.step,
+        own_fault=item.phase != "close",
+    )
 
 
 def find_late(

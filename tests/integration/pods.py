@@ -81,7 +81,9 @@ class Cluster:
         net = f"127.{os.getpid() % 250 + 1}.{os.getpid() // 250 % 250}"
         self.head_address = f"tcp:{net}.2:{_free_port(f'{net}.2')}"
         self.head = self._pod(rendered, "head", 0, f"{net}.2")
-        self.workers = [self._pod(rendered, "worker", at, f"{net}.{3 + at}") for at in range(job.num_nodes)]
+        self.workers = [
+            self._pod(rendered, "worker", at, f"{net}.{3 + at}") for at in range(job.num_nodes + job.spares)
+        ]
 
     # Pods
 

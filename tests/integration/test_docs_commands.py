@@ -44,7 +44,9 @@ def commands() -> dict[str, str]:
 
 
 COMMANDS = commands()
-CLUSTER_VERBS = ("wait", "events", "delete", "list")  # run by tests/unit/cli/test_cluster_verbs.py
+CLUSTER_VERBS = (  # run by tests/unit/cli/test_cluster_verbs.py and test_cluster_remote.py
+    "wait", "events", "delete", "list", "exec", "port-forward",
+)  # fmt: skip
 LAUNCHES = {
     shown
     for shown, line in COMMANDS.items()

@@ -96,3 +96,19 @@ def test_launch_that_cannot_free_its_volume_says_so_and_succeeds(here: Place) ->
     assert any("freed its volume" in event["message"] for event in here.events("notice"))
     assert_same_losses(here, 30)
     here.await_nothing_left()
+
+
+@pytest.mark.slow
+def test_launch_with_a_spare_loses_a_node_and_the_spare_goes_on_from_its_peers(here: Place) -> None:
+    lost = "lose-node@step=20,node=1,after=peer"
+
+    code = here.end(here.launch("--nodes", "2", "--spares", "1", "--fault", lost, args=("50", "0.1")))
+
+    assert code == contract.EXIT_OK, here.output()
+    nodes = [event["nodes"] for event in here.events("attempt_started")]
+    assert nodes == [{"node-0": [0], "node-1": [1]}, {"node-0": [0], "node-2": [1]}]
+    assert [event["cause"] for event in here.events("failure")] == [contract.CAUSE_NODE_LOST]
+    assert [event["tier"] for event in here.events("restored")] == [contract.TIER_PEER]
+    assert_same_losses(here, 50)
+    here.await_nothing_left()
+    assert here.leftovers() == []

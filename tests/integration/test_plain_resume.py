@@ -18,7 +18,7 @@ IN_EVERY_RUN = ("save.staged", "save.sealed", "drain.manifest", "commit.record")
 # A plain run has no disk tier, no peers and one rank: test_disks.py and test_launch_spread.py, and the fault matrix.
 NOT_IN_A_PLAIN_RUN = (
     "disk.doomed", "disk.manifest", "restore.fill", "replica.pull", "read.parts",
-    "code.archive", "code.record", "code.fetched",
+    "code.archive", "code.record", "code.fetched", "log.part",
 )  # fmt: skip
 KILLED = -signal.SIGKILL
 

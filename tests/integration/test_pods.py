@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,8 @@ def job(*command: str, **fields: Any) -> Iterator[Cluster]:
     with place() as here:
         code = here.root / "code"
         code.mkdir()
-        shutil.copy(Path(launch_worker.__file__), code / "train.py")
+        text = Path(launch_worker.__file__).read_text()
+        (code / "train.py").write_text(f'{text}    print("trained to the end")\n')
         with cluster(here, command, code, nodes=2, limits={"patience_s": 20.0}, **fields) as made:
             for pod in (made.head, *made.workers):
                 made.create(pod)
@@ -97,3 +97,23 @@ def test_pods_with_a_script_that_is_not_there_end_at_once_as_bad_input() -> None
 
         (ended,) = pods.here.events("run_ended")
         assert "absent.py" in ended["reason"]
+
+
+@pytest.mark.slow
+def test_pods_of_a_node_told_to_end_cost_no_budget_and_the_spare_goes_on_from_peers() -> None:
+    with job("train.py", "120", "0.15", spares=1) as pods:
+        await_event(pods, "committed", tier=contract.TIER_PEER)
+        at = {node: int(node[-1]) for node in pods.here.events("attempt_started")[0]["nodes"]}
+        taken = sorted(at)[-1]
+        pods.replace(pods.workers[at[taken]], signal.SIGTERM)
+
+        assert_trained(pods, 120)
+
+        (failure,) = pods.here.events("failure")
+        assert (failure["cause"], failure["node"]) == (contract.CAUSE_NODE_LOST, taken)
+        assert "told to end" in failure["reason"]
+        assert json.loads((pods.here.run / contract.HEAD_FILE).read_text())["budgets"]["spent"] == {}
+        assert taken not in pods.here.events("attempt_started")[1]["nodes"]
+        assert [event["tier"] for event in pods.here.events("restored")] == [contract.TIER_PEER]
+        shown = "".join(pods.log(pod, "trainer") for pod in pods.workers)
+        assert "[0] trained to the end\n" in shown and "[1] trained to the end\n" in shown

@@ -104,6 +104,8 @@ def test_launch_into_a_bucket_with_peers_leaves_no_secret(here: Place, monkeypat
         server.make_bucket("runs")
         access = {**server.environment(), **SECRETS}
         run = "s3://runs/quiet"
+        with open(here.script, "a") as script:  # a script that tells what it should not, as its last word
+            script.write('\n    import os\n\n    print("done with", os.environ["KTRAIN_TEST_PASSWORD"])\n')
         for name, text in access.items():
             monkeypatch.setenv(name, text)
         tier = open_tier(run)
@@ -130,6 +132,8 @@ def test_launch_into_a_bucket_with_peers_leaves_no_secret(here: Place, monkeypat
         assert any("logs/" in found.name for found in stored) and any("checkpoints/" in found.name for found in stored)
         data = {found.name: tier.read(found.name, deadline=Deadline.after(60.0)) for found in stored}
         assert [name for name, text in data.items() if any(secret in text for secret in secrets)] == []
+        masked = b"done with " + b"*" * len(SECRETS["KTRAIN_TEST_PASSWORD"])
+        assert all(masked in data[f"logs/attempt-2/rank-{rank}.log"] for rank in (0, 1))
         tier.close()
 
 

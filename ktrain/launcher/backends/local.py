@@ -163,7 +163,7 @@ class LocalLaunch:
         self._work.write_token()
         atomic.write_json(self._work.spec, self._spec.to_json())
         self._start("head", None)
-        for node_index in range(self._spec.nodes):
+        for node_index in range(len(self._spec.node_names)):
             self._start_node(node_index)
 
     def _start_node(self, node_index: int) -> None:
@@ -307,7 +307,7 @@ class LocalLaunch:
             assert fault.node is not None
             self._lose_nodes([fault.node], status["run_id"])
         elif fault.action == "lose-all":
-            self._lose_nodes(list(range(self._spec.nodes)), status["run_id"])
+            self._lose_nodes(list(range(len(self._spec.node_names))), status["run_id"])
         else:
             raise InternalError(f"fault {fault.spec!r}: nobody knows how to inject {fault.action!r}")
 

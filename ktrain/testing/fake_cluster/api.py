@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ktrain.launcher.cluster.store import Store
-from ktrain.testing.fake_cluster import discovery, parts
+from ktrain.testing.fake_cluster import channels, discovery, parts
 from ktrain.testing.fake_cluster.access import Access, Ask
 from ktrain.testing.fake_cluster.logs import LogReader
 from ktrain.testing.fake_cluster.offer import ACCESS_REVIEW, RULES_REVIEW, Served
@@ -51,7 +51,8 @@ class Api:
         """Answers a request; `is_gone` tells whether its sender has gone, for answers that take long."""
         try:
             user = self.access.user(request.headers)
-            return self._discovery(request) or self._objects(request, user, is_gone)
+            channels_of = channels.admit(self._store, self.access, user, request)
+            return channels_of or self._discovery(request) or self._objects(request, user, is_gone)
         except Refusal as refusal:
             return Response(refusal.code, refusal.body(), refusal.headers, warnings=refusal.warnings)
 

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+from ktrain.testing.fake_cluster import channels
 from ktrain.testing.fake_cluster.faults import Faults
 from ktrain.testing.fake_cluster.requests import JSON, Request, Response
 from ktrain.testing.fake_cluster.status import Refusal
@@ -114,6 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
         response = self.server.owner.answer(request, self._is_gone)
         if response is None:
             self.close_connection = True
+        elif response.status == channels.SWITCHING:
+            self._switch(response, parse_qsl(parts.query, keep_blank_values=True))
         elif response.stream is None:
             self._send(response)
         else:
@@ -140,6 +143,16 @@ class _Handler(BaseHTTPRequestHandler):
             if piece:
                 self.wfile.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
         self.wfile.write(b"0\r\n\r\n")
+
+    def _switch(self, response: Response, query: channels.Query) -> None:
+        self.close_connection = True
+        self.send_response(response.status)
+        for name, value in response.headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        ws = channels.Socket(self.connection, self.rfile)
+        path = urlsplit(self.path).path
+        channels.serve(ws, path, query, response.headers, lambda: self.server.closing)
 
     def _head(self, response: Response, extra: dict[str, str]) -> None:
         self.send_response(response.status)

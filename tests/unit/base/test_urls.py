@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ktrain.base.urls import public_url, require_public
+from ktrain.base.urls import masked, public_url, require_public
 from ktrain.errors import ConfigError
 
 PUBLIC = [
@@ -74,3 +74,16 @@ def test_url_with_what_may_be_a_secret_is_refused_and_never_shown(url: str) -> N
     assert f"run {SECRET[url]}:" in str(caught.value)
     assert not any(word in str(caught.value) for word in ("TOKEN", "SECRET", "SEC@RET"))
     assert public_url(f"cannot open {url!r}, {url} is away") == f"cannot open {SECRET[url]!r}, {SECRET[url]} is away"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (b"to s3://jo:word@host/a?sig=1 \xff", b"to s3://*******@host/a?***** \xff"),
+        (b"see https://host/a and what? is x@y", b"see https://host/a and what? is x@y"),
+        (b"abfs://box@account.dfs/a", b"abfs://box@account.dfs/a"),
+        (b"the token is hush-hush!", b"the token is *********!"),
+    ],
+)
+def test_masked_text_has_stars_in_place_of_secrets_and_its_length(text: bytes, shown: bytes) -> None:
+    assert masked(text, [b"hush-hush", b""]) == shown

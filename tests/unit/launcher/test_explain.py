@@ -8,7 +8,7 @@ import pytest
 
 from ktrain.base import contract
 from ktrain.launcher import budget
-from ktrain.launcher.explain import Plan, Recovery, explain
+from ktrain.launcher.explain import Level, Plan, Recovery, explain
 from ktrain.launcher.facts import ClusterFacts
 from ktrain.launcher.render.job import render
 from ktrain.launcher.spec import JobSpec
@@ -115,3 +115,19 @@ def test_plan_of_a_setup_has_its_memory_and_every_failure_a_tier(name: str) -> N
 
     assert found.memory == budget.memory_budget(spec) and found.bucket_bytes >= 4 * spec.memory.state
     assert all(item.tier in (*contract.TIERS, None) for item in found.recoveries) and len(found.recoveries) == 10
+
+
+@pytest.mark.parametrize(
+    ("rules", "spares", "level", "tier"),
+    [
+        (True, 0, Level.POD, contract.TIER_PEER),
+        (False, 0, Level.CONTAINER, contract.TIER_MEMORY),
+        (False, 1, Level.POD, contract.TIER_PEER),
+    ],
+)
+def test_plan_a_suspected_node_is_left_as_cluster_and_spares_allow(
+    rules: bool, spares: int, level: Level, tier: str
+) -> None:
+    found = one(plan(job(nodes=2, spares=spares, **KNOWN), ClusterFacts(restart_rules=rules)), "suspected")
+
+    assert (found.restart, found.tier) == (level, tier)

@@ -77,3 +77,16 @@ def test_roster_agent_counts_again_only_once_it_spoke_after_its_death(roster: Ro
 
     assert roster.living_agents({"node-0": 2.0, "node-1": 2.0}) == {"node-1": 2.0}
     assert roster.living_agents({"node-0": 0.5}) == {"node-0": 0.5}
+
+
+def test_roster_pod_told_to_end_is_known_until_another_is_heard(clock: FakeClock) -> None:
+    roster = Roster(clock, told=("node-1",))  # an earlier head knew of that
+    roster.take(said(pid=10))
+    roster.process_exited("node-0", "supervisor", 10, told=True)
+    roster.process_exited("node-0", "node", 12, told=True)
+    assert roster.told() == {"node-0", "node-1"}
+
+    roster.take(said(pid=11, epoch=0, state="idle"))
+    roster.process_exited("node-1", "node", 0)  # its next pod begins
+
+    assert roster.told() == frozenset()

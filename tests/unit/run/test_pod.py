@@ -115,7 +115,7 @@ def test_prepare_trainer_writes_what_the_supervisor_reads(place: PodSettings) ->
     assert (made.node, made.spec.nodes, made.spec.workers_per_node) == ("node-1", 2, 4)
     assert (made.spec.script, made.spec.args, made.spec.max_restarts) == ("train.py", ("80",), 7)
     assert made.spec.node_address(1) == "10.0.0.7"
-    assert (made.spec.join_s, made.spec.unjoined_exit) == (600.0, contract.EXIT_AGAIN)
+    assert (made.spec.join_s, made.spec.unjoined_exit(taken=False)) == (600.0, contract.EXIT_AGAIN)
     assert made.command()[2:] == ["-m", "ktrain.run.supervisor", str(made.work.path), "1", str(os.getpid())]
 
 
@@ -166,6 +166,17 @@ def test_node_index_slices_come_one_after_another(
     assert pod.node_index(replace(place, job_index=slice_index, pod_index=pod_index), job) == node
 
 
+def test_launch_with_spares_has_a_node_for_each_of_its_pods(place: PodSettings) -> None:
+    job = spec_file.from_value({**VALUE, "spares": 2})
+
+    found = pod.launch_of(job, place, "a")
+
+    assert (found.nodes, found.spares, len(found.node_names)) == (2, 2, 4)
+    assert pod.node_index(replace(place, pod_index=3), job) == 3
+    with pytest.raises(ConfigError, match="expected less than 4"):
+        pod.node_index(replace(place, pod_index=4), job)
+
+
 @pytest.mark.parametrize(("job_index", "pod_index"), [(1, 0), (0, 2)])
 def test_node_index_pod_that_the_job_lacks_is_refused(job_index: int, pod_index: int, place: PodSettings) -> None:
     with pytest.raises(ConfigError, match="expected less than"):
@@ -191,7 +202,6 @@ def _text(text: str) -> Callable[[Path], None]:
         (_text("[]"), "expected an object"),
         (_text(json.dumps({**VALUE, "color": "red"})), "no such field"),
         (_text(json.dumps({**VALUE, "nodes": 0})), "nodes"),
-        (_text(json.dumps({**VALUE, "spares": 1})), "spares"),
     ],
 )
 def test_read_job_bad_file_is_refused_by_name(damage: Callable[[Path], None], said: str, place: PodSettings) -> None:
@@ -255,7 +265,7 @@ def test_tell_end_is_said_with_what_goes_with_the_process(name: str, told: bool,
     finally:
         server.close()
 
-    assert heard == [{"node": "node-1", "role": role, "pid": process.number, "exitcode": 137}]
+    assert heard == [{"node": "node-1", "role": role, "pid": process.number, "exitcode": 137, "told": told}]
 
 
 def test_tell_end_head_that_is_away_is_no_error(place: PodSettings) -> None:

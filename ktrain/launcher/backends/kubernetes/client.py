@@ -12,7 +12,7 @@ from urllib.parse import quote, urlencode
 from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
 from ktrain.base.retry import BusyError, Retries, RetryBudget
 from ktrain.errors import NotFoundError
-from ktrain.launcher.backends.kubernetes.connect import Door, Reply
+from ktrain.launcher.backends.kubernetes.connect import Channels, Door, Reply, Words
 from ktrain.launcher.backends.kubernetes.refusals import ExpiredError, refusal
 
 Object = dict[str, Any]
@@ -143,6 +143,10 @@ class Client:
                     return
         if rest:
             yield rest
+
+    def attach(self, path: str, query: Words) -> Channels:
+        """Channels to a command or a port. Never asked twice: it may run. Raises NotFoundError, RejectedError."""
+        return self._door.attach(path, query, self._call_s)
 
     def _pages(self, path: str, query: Query) -> Listed:
         items: list[Object] = []

@@ -12,7 +12,7 @@ from ktrain.base.retry import BusyError
 from ktrain.errors import KtrainError, NotFoundError
 from ktrain.launcher import spec_file
 from ktrain.launcher.backends.kubernetes.client import Client, Object, path_of
-from ktrain.launcher.backends.kubernetes.status import FINAL, assess, pod_place, role_of
+from ktrain.launcher.backends.kubernetes.status import FINAL, Status, assess, pod_place, role_of
 from ktrain.launcher.backends.kubernetes.view import View, look
 from ktrain.launcher.render.common import HEAD, TRAINER, WORKER
 
@@ -76,9 +76,17 @@ def read(client: Client, namespace: str, source: Source, *, previous: bool = Fal
 
 
 def follow(
-    client: Client, namespace: str, name: str, choose: Choice, *, deadline: Deadline
+    client: Client,
+    namespace: str,
+    name: str,
+    choose: Choice,
+    *,
+    deadline: Deadline,
+    observe: Callable[[Status], None] = lambda status: None,
 ) -> Iterator[tuple[Source, bytes]]:
     """Lines of all chosen containers as they come, through restarts and new pods, until the job has ended.
+
+    `observe` is called with every look at the job, in the thread of whoever reads the lines; the last one is final.
 
     One thread reads each container. A stream that breaks is taken up where it was; of a container that is gone
     meanwhile the rest is lost here, and is in the run's own logs.
@@ -96,6 +104,7 @@ def follow(
             try:
                 view = look(client, namespace, name)
                 status = assess(view)
+                observe(status)
                 for source in choose(view):
                     if source not in readers:
                         reader = _Reader(client, namespace, source, lines, stop, deadline)
@@ -104,7 +113,7 @@ def follow(
                 pass  # asked again below
             yield from _drain(lines)
             if status is not None and status.state in FINAL and not any(item.is_alive() for item in readers.values()):
-                yield from _drain(lines)
+                yield from _rest(lines)
                 return
             deadline.check(f"logs of {name}")
     finally:
@@ -112,10 +121,20 @@ def follow(
 
 
 def _drain(lines: queue.Queue[tuple[Source, bytes]]) -> Iterator[tuple[Source, bytes]]:
-    """What is there, and what comes until nothing did for a moment."""
+    """What comes until it is time for another look at the job, which may have new pods by then."""
+    until = Deadline.after(_LOOK_S)
+    while not until.expired():
+        try:
+            yield lines.get(timeout=max(0.01, until.remaining_s()))
+        except queue.Empty:
+            return
+
+
+def _rest(lines: queue.Queue[tuple[Source, bytes]]) -> Iterator[tuple[Source, bytes]]:
+    """What is left, once nobody adds to it."""
     while True:
         try:
-            yield lines.get(timeout=_LOOK_S)
+            yield lines.get_nowait()
         except queue.Empty:
             return
 
