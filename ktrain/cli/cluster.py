@@ -36,6 +36,7 @@ _FIELDS = {
     "tpu": "tpu",
     "slices": "slices",
     "state": "memory.state",
+    "memory_scope": "memory.scope",
     "spares": "spares",
     "queue": "placement.queue",
     "gang": "placement.gang",
@@ -215,6 +216,7 @@ def _show(plan: Plan) -> None:
     console = Console(width=140, highlight=False)
     console.print(table)
     console.print(f"gang        {plan.gang}")
+    console.print(f"volume of   {plan.scope}")
     console.print(
         f"memory      {show_bytes(memory.total)} a node: volume {show_bytes(memory.volume)} "
         f"(own {show_bytes(memory.own)}, {plan.replicas} copies {show_bytes(memory.kept)}), script "

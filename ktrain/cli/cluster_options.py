@@ -19,6 +19,9 @@ _OPTIONS = (
     click.option("--tpu", metavar="GEN:TOPOLOGY", help="TPU slice, e.g. v6e:4x4."),
     click.option("--slices", type=int, help="Number of TPU slices. [default: 1]"),
     click.option("--state", metavar="BYTES", help="State that one node holds, e.g. 40Gi: sizes the memory tier."),
+    click.option(
+        "--memory-scope", metavar="SCOPE", help="Whose the memory tier is: auto, pod, node, mtc. [default: pod]"
+    ),
     click.option("--spares", type=int, help="Nodes more than the job needs. [default: 0]"),
     click.option("--queue", help="Queue of the cluster's scheduler."),
     click.option("--gang", metavar="MECHANISM", help="How pods are admitted whole or not at all. [default: auto]"),
@@ -45,7 +48,7 @@ _OPTIONS = (
 )
 _ONLY_LOCAL = ("faults",)
 _ONLY_CLUSTER = (
-    "job", "name", "namespace", "image", "accelerator", "tpu", "slices", "state", "spares", "queue", "gang", "env",
+    "job", "name", "namespace", "image", "accelerator", "tpu", "slices", "state", "memory_scope", "spares", "queue", "gang", "env",
     "secrets", "volumes", "code", "settings", "facts", "dry_run", "explain", "output",
     "wait", "timeout", "kubeconfig", "context",
 )  # fmt: skip

@@ -62,7 +62,9 @@ class Spot(StrEnum):
 class Scope(StrEnum):
     """What the memory tier's volume belongs to, and so what it survives."""
 
+    AUTO = "auto"  # the node where it lends memory that suffices, else the pod
     POD = "pod"
+    NODE = "node"  # the node, by an administrator's node agent
     MTC = "mtc"  # the node, by GKE's multi-tier checkpointing driver
 
 

@@ -2,9 +2,9 @@
 
     python -P -m ktrain.run.node_agent --root FOLDER --nbytes 64Gi --idle-s 86400 --ready FILE NAMESPACE...
 
-It makes a folder for each namespace on a memory-backed file system of the node, into which jobs are let by a volume claim,
-and frees what no process has had open for a while. It speaks with nobody: whether a folder is in use is told by its lock
-(ADR 0006).
+It makes a folder for each namespace on a memory-backed file system of the node, into which jobs are let by a volume
+claim, and frees what no process has had open for a while. It speaks with nobody: whether a folder is in use is told by
+its lock (ADR 0006).
 """
 
 from __future__ import annotations

@@ -19,6 +19,8 @@ from ktrain.launcher.backends.kubernetes.status import assess
 from ktrain.launcher.backends.kubernetes.submit import submit, try_job
 from ktrain.launcher.backends.kubernetes.view import events_of, jobset_path, list_jobsets, look
 from ktrain.launcher.cluster import resources as known
+from ktrain.launcher.facts import ClusterFacts
+from ktrain.launcher.render.job import render
 from ktrain.testing.fake_cluster import Access, FakeCluster, Fault, Offer, Rule
 from ktrain.testing.fake_cluster.access import Ask
 from tests.unit.launcher.on_cluster.clusters import CRDS, client_of, job, needs_definitions
@@ -43,16 +45,25 @@ class Recorder(Access):
 
 
 def rules(*names: str) -> list[dict[str, Any]]:
-    found = [rule for item in resolve(CLUSTER / "access") if item["metadata"]["name"] in names for rule in item.get("rules", ())]
+    found = [
+        rule
+        for item in resolve(CLUSTER / "access")
+        if item["metadata"]["name"] in names
+        for rule in item.get("rules", ())
+    ]
     assert found, names
     return found
 
 
 def grants(*names: str) -> set[Grant]:
     """Everything that roles grant, one by one."""
+    return _expanded(rules(*names))
+
+
+def _expanded(found: list[dict[str, Any]]) -> set[Grant]:
     return {
         (verb, group, resource)
-        for rule in rules(*names)
+        for rule in found
         for verb in rule["verbs"]
         for group in rule["apiGroups"]
         for resource in rule["resources"]
@@ -102,7 +113,11 @@ def cluster_of(name: str) -> Iterator[tuple[FakeCluster, dict[str, Any]]]:
 
 def put_queue(cluster: FakeCluster) -> None:
     for item in resolve(CLUSTER / "queues"):
-        kind = {"Topology": known.TOPOLOGY, "ResourceFlavor": known.RESOURCE_FLAVOR, "ClusterQueue": known.CLUSTER_QUEUE}
+        kind = {
+            "Topology": known.TOPOLOGY,
+            "ResourceFlavor": known.RESOURCE_FLAVOR,
+            "ClusterQueue": known.CLUSTER_QUEUE,
+        }
         if item["kind"] in kind:
             cluster.store.create(kind[item["kind"]], item)
     [queue] = [item for item in resolve(CLUSTER / "team") if item["kind"] == "LocalQueue"]
@@ -124,7 +139,10 @@ def put_pod(cluster: FakeCluster) -> None:
         "jobset.sigs.k8s.io/replicatedjob-name": "worker", "batch.kubernetes.io/job-completion-index": "0",
     }  # fmt: skip
     about = {"name": POD, "namespace": "default", "labels": labels, "annotations": labels}
-    status = {"phase": "Running", "containerStatuses": [{"name": "trainer", "restartCount": 0, "state": {"running": {}}}]}
+    status = {
+        "phase": "Running",
+        "containerStatuses": [{"name": "trainer", "restartCount": 0, "state": {"running": {}}}],
+    }
     spec = {"containers": [{"name": "trainer", "image": "x"}]}
     cluster.store.create(known.POD, {"metadata": about, "spec": spec, "status": status})
 
@@ -194,7 +212,11 @@ def test_submitter_lacks_nothing_that_any_command_asks_for(asked: dict[str, set[
 
 
 def test_submitter_has_nothing_that_no_command_asks_for(asked: dict[str, set[Grant]]) -> None:
-    assert sorted(grants("ktrain-submitter", "ktrain-cluster-facts") - set().union(*asked.values())) == []
+    """But what a job's own role gives: who makes a role has to hold what it grants."""
+    [role] = [item for item in render(job(), ClusterFacts()).owned if item["kind"] == "Role"]
+    passed_on = _expanded(role["rules"])
+
+    assert grants("ktrain-submitter", "ktrain-cluster-facts") - set().union(*asked.values()) == passed_on
 
 
 @pytest.mark.parametrize("name", ["barrier", "kueue", "native", "volcano"])

@@ -28,7 +28,9 @@ def instructions(text: str) -> list[Instruction]:
     """Name and arguments of each instruction, lines joined, comments left out."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     joined = "\n".join(lines).replace("\\\n", " ")
-    return [(name, rest.strip()) for name, _, rest in (line.strip().partition(" ") for line in joined.splitlines()) if name]
+    return [
+        (name, rest.strip()) for name, _, rest in (line.strip().partition(" ") for line in joined.splitlines()) if name
+    ]
 
 
 def problems(text: str, root: Path = setups.ROOT) -> Iterator[str]:
@@ -37,9 +39,13 @@ def problems(text: str, root: Path = setups.ROOT) -> Iterator[str]:
     yield from (f"{name}: not known here" for name, _ in found if name not in _KNOWN)
     yield from _bases(found)
     yield from _copies(found, root)
-    yield from (f"{name} {rest}: reads like a secret" for name, rest in found if name in ("ARG", "ENV") and _SECRET.search(rest))
+    yield from (
+        f"{name} {rest}: reads like a secret" for name, rest in found if name in ("ARG", "ENV") and _SECRET.search(rest)
+    )
     yield from (problem for name, rest in found if name == "RUN" for problem in _run(rest))
-    users = [rest for name, rest in found[max(at for at, item in enumerate(found) if item[0] == "FROM") :] if name == "USER"]
+    users = [
+        rest for name, rest in found[max(at for at, item in enumerate(found) if item[0] == "FROM") :] if name == "USER"
+    ]
     if not users or not re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[-1]):
         yield "the last stage does not end as a user by number that is not root"
 
@@ -50,7 +56,9 @@ def _bases(found: list[Instruction]) -> Iterator[str]:
         if name != "FROM":
             continue
         base, *more = rest.split()
-        if base not in stages and not re.fullmatch(r"[a-z0-9-]+(/[a-z0-9-]+)?:\d+(\.\d+){2}[\w.-]*(@sha256:[0-9a-f]{64})?", base):
+        if base not in stages and not re.fullmatch(
+            r"[a-z0-9-]+(/[a-z0-9-]+)?:\d+(\.\d+){2}[\w.-]*(@sha256:[0-9a-f]{64})?", base
+        ):
             yield f"FROM {base}: expected a name without a host and a whole version"
         stages |= set(more[1:])
     if len(stages) == 0:
@@ -58,7 +66,9 @@ def _bases(found: list[Instruction]) -> Iterator[str]:
 
 
 def _copies(found: list[Instruction], root: Path) -> Iterator[str]:
-    sent = [line.removeprefix("!") for line in (setups.ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"]
+    sent = [
+        line.removeprefix("!") for line in (setups.ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"
+    ]
     for name, rest in found:
         words = shlex.split(rest)
         if name != "COPY" or words[0].startswith("--from="):
