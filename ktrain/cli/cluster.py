@@ -152,7 +152,7 @@ def _add(value: dict[str, Any], name: str, items: list[dict[str, Any]]) -> None:
 def _split(text: str, mark: str, form: str) -> tuple[str, str]:
     name, found, rest = text.partition(mark)
     if not found or not name:
-        raise ConfigError(f"{form}: found {text!r}")
+        raise ConfigError(f"{form}: found no {mark!r} behind a name")  # nor is it shown: it may be a secret
     return name, rest
 
 

@@ -20,7 +20,7 @@ _OPTIONS = (
     click.option("--slices", type=int, help="Number of TPU slices. [default: 1]"),
     click.option("--state", metavar="BYTES", help="State that one node holds, e.g. 40Gi: sizes the memory tier."),
     click.option(
-        "--memory-scope", metavar="SCOPE", help="Whose the memory tier is: auto, pod, node, mtc. [default: pod]"
+        "--memory-scope", metavar="SCOPE", help="auto, pod, node or mtc: whose the memory tier is. [default: pod]"
     ),
     click.option("--spares", type=int, help="Nodes more than the job needs. [default: 0]"),
     click.option("--queue", help="Queue of the cluster's scheduler."),
@@ -48,8 +48,8 @@ _OPTIONS = (
 )
 _ONLY_LOCAL = ("faults",)
 _ONLY_CLUSTER = (
-    "job", "name", "namespace", "image", "accelerator", "tpu", "slices", "state", "memory_scope", "spares", "queue", "gang", "env",
-    "secrets", "volumes", "code", "settings", "facts", "dry_run", "explain", "output",
+    "job", "name", "namespace", "image", "accelerator", "tpu", "slices", "state", "memory_scope", "spares",
+    "queue", "gang", "env", "secrets", "volumes", "code", "settings", "facts", "dry_run", "explain", "output",
     "wait", "timeout", "kubeconfig", "context",
 )  # fmt: skip
 
