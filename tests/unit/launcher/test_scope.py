@@ -11,6 +11,7 @@ from ktrain.base import contract
 from ktrain.errors import ConfigError
 from ktrain.launcher import budget
 from ktrain.launcher.backends.kubernetes.discover import discover
+from ktrain.launcher.backends.kubernetes.submit import submit, try_job
 from ktrain.launcher.cluster import resources as known
 from ktrain.launcher.facts import ClusterFacts
 from ktrain.launcher.quantity import GIB, format_bytes
@@ -120,6 +121,20 @@ def test_memory_that_nodes_lend_is_known_from_the_bound_claim(
         facts = discover(clusters.client_of(cluster, tmp_path), clusters.job())
 
     assert facts.node_memory == memory and facts.csi_drivers == ()
+
+
+def test_job_with_scope_auto_is_sent_with_the_claim_that_is_there(tmp_path: Path) -> None:
+    with FakeCluster(Offer(version="1.36"), crds=clusters.CRDS) as cluster:
+        cluster.store.create(known.PERSISTENT_VOLUME_CLAIM, claim("Bound"))
+        client = clusters.client_of(cluster, tmp_path)
+        tried = try_job(client, clusters.job(memory={"state": "4Gi", "scope": "auto"}))
+        submit(client, tried)
+        sent = cluster.store.get(known.JOB_SET, "default", "net")
+
+    assert tried.warnings == [] and tried.rendered.scope.scope is Scope.NODE
+    assert {"name": "memory", "persistentVolumeClaim": {"claimName": contract.MEMORY_CLAIM}} in setups.pod_of(
+        sent, "worker"
+    )["volumes"]
 
 
 def test_memory_of_which_nobody_may_ask_is_not_known(tmp_path: Path) -> None:

@@ -79,6 +79,16 @@ def test_file_system_is_that_of_the_innermost_mount() -> None:
     assert file_system(Path("/lent x/a"), text) == "ext4"
 
 
+def test_job_opens_its_volume_in_a_folder_as_the_kubelet_makes_it(tmp_path: Path, agent: NodeAgent) -> None:
+    """Writable by the group of the jobs, which every folder below inherits; what a job makes is its own alone."""
+    (tmp_path / "team").chmod(0o2770)
+    (tmp_path / "team" / RUN).mkdir()
+    (tmp_path / "team" / RUN).chmod(0o2770)
+    for _ in range(2):  # made, and taken up again
+        volume(tmp_path).close()
+    assert part(tmp_path).stat().st_mode & 0o777 == 0o700
+
+
 def test_sweep_frees_what_nobody_had_open_for_long_enough(tmp_path: Path, agent: NodeAgent, clock: FakeClock) -> None:
     volume(tmp_path).close()
     assert agent.sweep() == 0  # seen idle for the first time
