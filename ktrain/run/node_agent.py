@@ -25,7 +25,7 @@ from ktrain.base import contract
 from ktrain.base.clock import SYSTEM_CLOCK, Clock
 from ktrain.errors import ConfigError, KtrainError
 from ktrain.launcher.quantity import parse_bytes
-from ktrain.snapshot.volumes import VolumeInfo, list_volumes, remove_volume
+from ktrain.snapshot.volumes import is_live, node_folders, remove_folder
 
 _T = TypeVar("_T")
 _LOG = logging.getLogger(__name__)
@@ -81,42 +81,42 @@ class NodeAgent:
 
         One that cannot be looked at or removed is named in the log and met again next time.
         """
-        found = [info for namespace in self._loan.namespaces for info in self._left_in(self._loan.root / namespace)]
+        found = [folder for namespace in self._loan.namespaces for folder in _parts(self._loan.root / namespace)]
         now = self._clock.monotonic()
-        idle = {info.path: info for info in found if not info.live}
+        idle = [path for path in found if _told(path, is_live) is False]
         self._idle_since = {path: self._idle_since.get(path, now) for path in idle}
         over = [path for path, since in self._idle_since.items() if now - since >= self._loan.idle_s]
-        return sum(self._free(idle[path]) for path in over)
+        return sum(_free(path) for path in over)
 
     def run(self, stop: threading.Event) -> None:
         """Sweeps until it is told to stop. The folders stay: another agent finds them."""
         while not self._clock.wait(stop, _LOOK_S):
             self.sweep()
 
-    def _left_in(self, folder: Path) -> list[VolumeInfo]:
-        """Below a namespace: one folder for each run, then the layout of a volume root."""
-        found: list[VolumeInfo] = []
-        for root in sorted(folder.iterdir()):
-            if root.is_symlink() or not root.is_dir():
-                continue
-            infos = _told(f"look below {root}", lambda: list_volumes(root))  # noqa: B023 -- called at once
-            # A job could lay links that lead into another namespace.
-            found += [info for info in infos or () if info.path.resolve() == root.resolve() / info.run / info.node]
-        return found
 
-    def _free(self, info: VolumeInfo) -> int:
-        """The folder of the run stays: a pod may be about to mount it."""
-        nbytes = _told(f"free {info.path}", lambda: remove_volume(info)) or 0
-        if nbytes:
-            _LOG.info("freed %d bytes of run %s (%s)", nbytes, info.run, info.uri)
-        return nbytes
+def _parts(namespace: Path) -> list[Path]:
+    """What jobs left below a namespace: one folder for each run, then the layout of a volume root.
+
+    A job may have put anything there: links are not followed, since they could lead into another namespace, and no file
+    is read, since it could be one that never ends.
+    """
+    runs = [path for path in sorted(namespace.iterdir()) if path.is_dir() and not path.is_symlink()]
+    return [node for run in runs for node in node_folders(run)]
 
 
-def _told(what: str, do: Callable[[], _T]) -> _T | None:
+def _free(folder: Path) -> int:
+    """The folder of the run, above it, stays: a pod may be about to mount it."""
+    nbytes = _told(folder, remove_folder) or 0
+    if nbytes:
+        _LOG.info("freed %d bytes in %s", nbytes, folder)
+    return nbytes
+
+
+def _told(folder: Path, ask: Callable[[Path], _T]) -> _T | None:
     try:
-        return do()
+        return ask(folder)
     except KtrainError as error:
-        _LOG.warning("%s: %s", what, error)
+        _LOG.warning("%s", error)
         return None
 
 

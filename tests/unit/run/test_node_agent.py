@@ -141,19 +141,30 @@ def test_sweep_does_not_follow_links_out_of_a_run(tmp_path: Path, agent: NodeAge
     assert (part(tmp_path, "other") / contract.VOLUME_FILE).is_file()
 
 
-def test_sweep_goes_on_past_a_folder_that_cannot_be_looked_at(
+def test_sweep_reads_no_file_of_a_job(tmp_path: Path, agent: NodeAgent, clock: FakeClock) -> None:
+    """One that never ends would stop the agent for all."""
+    volume(tmp_path).close()
+    (part(tmp_path) / contract.VOLUME_FILE).unlink()
+    os.mkfifo(part(tmp_path) / contract.VOLUME_FILE)
+    (part(tmp_path) / "rank-00000").mkdir()
+    os.mkfifo(part(tmp_path) / "rank-00000" / "slot-0.manifest.json")
+    for _ in range(2):
+        agent.sweep()
+        clock.advance(IDLE_S)
+    assert not part(tmp_path).exists()
+
+
+def test_sweep_goes_on_past_a_folder_that_cannot_be_removed(
     tmp_path: Path, agent: NodeAgent, clock: FakeClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    broken = part(tmp_path, node="node-1")
-    broken.mkdir(parents=True)
-    (broken / contract.VOLUME_FILE).write_text("{}")
-    (broken / "volume.lock").symlink_to("/nowhere")  # not opened: links are not followed
+    volume(tmp_path, node="node-1").close()
+    (part(tmp_path, node="node-1") / "rank-00000").symlink_to(tmp_path)  # not followed, and not taken for a folder
     volume(tmp_path, "other").close()
     for _ in range(2):
         agent.sweep()
         clock.advance(IDLE_S)
-    agent.sweep()
-    assert not part(tmp_path, "other").exists() and "look below" in caplog.text
+    assert not part(tmp_path, "other").exists()
+    assert part(tmp_path, node="node-1").exists() and "node-1" in caplog.text
 
 
 @pytest.mark.parametrize(
