@@ -67,6 +67,7 @@ POD_JOB_FILE = "/ktrain/job/job.json"
 POD_TOKEN_FILE = "/ktrain/token/token"  # noqa: S105 -- a path: the run's own token, not one of the cluster
 POD_READY_FILE = "/ktrain/work/agent-ready"  # made by the agent when it has joined the head
 POD_HEAD_PORT = 7410
+MEMORY_CLAIM = "ktrain-memory"  # claim, and class of volumes, of memory that nodes lend to a namespace (ADR 0045)
 
 # Inside RUN (any fsspec URL).
 EVENTS_FILE = "events.jsonl"

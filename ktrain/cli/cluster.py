@@ -38,6 +38,7 @@ _FIELDS = {
     "tpu": "tpu",
     "slices": "slices",
     "state": "memory.state",
+    "memory_scope": "memory.scope",
     "spares": "spares",
     "queue": "placement.queue",
     "gang": "placement.gang",
@@ -208,7 +209,7 @@ def _add(value: dict[str, Any], name: str, items: list[dict[str, Any]]) -> None:
 def _split(text: str, mark: str, form: str) -> tuple[str, str]:
     name, found, rest = text.partition(mark)
     if not found or not name:
-        raise ConfigError(f"{form}: found {text!r}")
+        raise ConfigError(f"{form}: found no {mark!r} behind a name")  # nor is it shown: it may be a secret
     return name, rest
 
 
@@ -272,6 +273,7 @@ def _show(plan: Plan) -> None:
     console = Console(width=140, highlight=False)
     console.print(table)
     console.print(f"gang        {plan.gang}")
+    console.print(f"volume of   {plan.scope}")
     console.print(
         f"memory      {show_bytes(memory.total)} a node: volume {show_bytes(memory.volume)} "
         f"(own {show_bytes(memory.own)}, {plan.replicas} copies {show_bytes(memory.kept)}), script "

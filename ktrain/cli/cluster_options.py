@@ -20,6 +20,9 @@ _JOB = (
     click.option("--tpu", metavar="GEN:TOPOLOGY", help="TPU slice, e.g. v6e:4x4."),
     click.option("--slices", type=int, help="Number of TPU slices. [default: 1]"),
     click.option("--state", metavar="BYTES", help="State that one node holds, e.g. 40Gi: sizes the memory tier."),
+    click.option(
+        "--memory-scope", metavar="SCOPE", help="auto, pod, node or mtc: whose the memory tier is. [default: pod]"
+    ),
     click.option("--queue", help="Queue of the cluster's scheduler."),
     click.option("--gang", metavar="MECHANISM", help="How pods are admitted whole or not at all. [default: auto]"),
     click.option("--env", "env", multiple=True, metavar="NAME=VALUE", help="Environment of the script; no secrets."),
@@ -45,8 +48,8 @@ _SENDING = (
 )
 _ONLY_LOCAL = ("faults",)
 _ONLY_CLUSTER = (
-    "job", "name", "namespace", "image", "accelerator", "tpu", "slices", "state", "queue", "gang", "env",
-    "secrets", "volumes", "code", "settings", "facts", "dry_run", "explain", "output",
+    "job", "name", "namespace", "image", "accelerator", "tpu", "slices", "state", "memory_scope", "queue", "gang",
+    "env", "secrets", "volumes", "code", "settings", "facts", "dry_run", "explain", "output",
     "wait", "follow", "timeout", "kubeconfig", "context",
 )  # fmt: skip
 

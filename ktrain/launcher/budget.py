@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ktrain.launcher import accelerators
 from ktrain.launcher.quantity import GIB, MIB
-from ktrain.launcher.spec import JobSpec, Memory, Spot
+from ktrain.launcher.spec import JobSpec, Memory, Scope, Spot
 
 _DRAIN_SLOTS = 1  # read by the drain while the next save is written
 _SLOTS_PER_REPLICA = 2  # the committed one, and the one that arrives
@@ -27,6 +27,7 @@ class MemoryBudget:
     in_flight: int
     trainer: int  # what the script may use
     shm: int
+    is_lent: bool = False  # the volume's memory is requested by the node's agent, which lends it
 
     @property
     def volume(self) -> int:
@@ -39,12 +40,26 @@ class MemoryBudget:
         return self.trainer + self.own + self.shm
 
     @property
+    def trainer_request(self) -> int:
+        """What is lent is not requested a second time."""
+        return self.trainer_limit - (self.own if self.is_lent else 0)
+
+    @property
     def agent_limit(self) -> int:
         return _AGENT_OWN + self.kept + self.in_flight
 
     @property
+    def agent_request(self) -> int:
+        return self.agent_limit - (self.kept if self.is_lent else 0)
+
+    @property
     def total(self) -> int:
         return self.trainer_limit + self.agent_limit
+
+    @property
+    def total_request(self) -> int:
+        """What the scheduler has to find on the node."""
+        return self.trainer_request + self.agent_request
 
 
 def num_replicas(spec: JobSpec) -> int:
@@ -53,8 +68,8 @@ def num_replicas(spec: JobSpec) -> int:
     return min(spec.memory.replicas, domains - 1)
 
 
-def memory_budget(spec: JobSpec) -> MemoryBudget:
-    """What one node's memory has to hold."""
+def memory_budget(spec: JobSpec, scope: Scope = Scope.POD) -> MemoryBudget:
+    """What one node's memory has to hold. `scope` is the one that was chosen."""
     replicas = num_replicas(spec)
     own, kept = _slots_bytes(spec.memory, replicas)
     return MemoryBudget(
@@ -63,6 +78,7 @@ def memory_budget(spec: JobSpec) -> MemoryBudget:
         in_flight=_IN_FLIGHT if replicas else 0,
         trainer=spec.resources.memory or 16 * GIB * spec.num_workers,
         shm=spec.resources.shm,
+        is_lent=scope is Scope.NODE,
     )
 
 

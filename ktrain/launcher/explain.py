@@ -9,13 +9,14 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
+from ktrain.base import contract
 from ktrain.base.contract import TIER_BUCKET, TIER_MEMORY, TIER_PEER
 from ktrain.base.settings import Timeouts
 from ktrain.launcher import budget
 from ktrain.launcher.facts import ClusterFacts
 from ktrain.launcher.render.devices import COMPUTE_DOMAIN_GROUP
 from ktrain.launcher.render.job import Rendered
-from ktrain.launcher.spec import GangKind, JobSpec, Scope
+from ktrain.launcher.spec import GangKind, JobSpec
 
 MEMORY_BYTES_PER_S = 5e9  # from a slot of the own volume into the tensors
 PEER_BYTES_PER_S = 0.7e9  # over Ray (ADR 0005)
@@ -64,6 +65,7 @@ class Plan:
     """What `--explain` shows."""
 
     gang: str
+    scope: str  # of the memory tier, and why
     recoveries: tuple[Recovery, ...]
     memory: budget.MemoryBudget
     replicas: int
@@ -77,8 +79,9 @@ def explain(spec: JobSpec, facts: ClusterFacts, rendered: Rendered) -> Plan:
     """The plan of a job that was rendered with these facts. Pure."""
     return Plan(
         gang=f"{rendered.gang.kind.value}: {rendered.gang.reason}",
-        recoveries=_recoveries(_Costs(spec), facts),
-        memory=budget.memory_budget(spec),
+        scope=f"{rendered.scope.scope.value}: {rendered.scope.reason}",
+        recoveries=_recoveries(_Costs(spec), facts, keeps=rendered.scope.outlives_pods),
+        memory=budget.memory_budget(spec, rendered.scope.scope),
         replicas=budget.num_replicas(spec),
         grace_s=budget.grace_s(spec),
         bucket_bytes=budget.bucket_bytes(spec),
@@ -133,10 +136,9 @@ class _Costs:
         return Recovery(failure, restart, tier, lost, seconds, note)
 
 
-def _recoveries(costs: _Costs, facts: ClusterFacts) -> tuple[Recovery, ...]:
+def _recoveries(costs: _Costs, facts: ClusterFacts, *, keeps: bool) -> tuple[Recovery, ...]:
     timeouts, spec = costs.timeouts, costs.spec
     replaced_s = JOB_BACK_OFF_S + POD_START_S
-    keeps = spec.memory.scope is not Scope.POD
     far = costs.farther
     spare = spec.spares > 0
     gone_s = timeouts.lease_s if spare else NODE_SEEN_S + TOLERATED_S + replaced_s
@@ -182,7 +184,13 @@ def _suspected(costs: _Costs, facts: ClusterFacts, replaced_s: float) -> Recover
 def _everything(costs: _Costs, failure: str, level: Level, *, keeps: bool) -> Recovery:
     """Everything in pods is gone; what a node keeps is found again only by a pod that returns to it."""
     if keeps:
-        return costs.recovery(failure, level, TIER_MEMORY, POD_START_S, note="on the same nodes; else from the bucket")
+        return costs.recovery(
+            failure,
+            level,
+            TIER_MEMORY,
+            POD_START_S,
+            note="where each pod comes to its node again; else from the bucket",
+        )
     if costs.flushes():
         return costs.recovery(
             failure, level, TIER_BUCKET, POD_START_S, steps=1, note="saved within the pods' grace period"
@@ -203,6 +211,8 @@ def _missing(spec: JobSpec, facts: ClusterFacts, rendered: Rendered) -> list[Mis
     if rendered.gang.kind is GangKind.BARRIER and spec.num_nodes > 1:
         cost = rendered.gang.warning or "pods are scheduled one by one and meet at the head"
         found.append(Missing(GANG_SCHEDULER, facts.served is not None, cost))
+    if not rendered.scope.outlives_pods:
+        found.append(_memory_of_nodes(spec, facts))
     topology = spec.placement.topology
     levels = facts.queue_levels
     if (
@@ -221,6 +231,20 @@ def _missing(spec: JobSpec, facts: ClusterFacts, rendered: Rendered) -> list[Mis
         cost = f"{budget.num_replicas(spec)} of {spec.memory.replicas} copies are kept by peers"
         found.append(Missing(f"another {domains}", True, cost))
     return found
+
+
+def _memory_of_nodes(spec: JobSpec, facts: ClusterFacts) -> Missing:
+    """What it would be better for: the failures that are mended from a nearer tier where a node keeps the volume."""
+    costs = _Costs(spec)
+    either = zip(_recoveries(costs, facts, keeps=False), _recoveries(costs, facts, keeps=True), strict=True)
+    better = [pod.failure for pod, node in either if pod.tier != node.tier]
+    if facts.node_memory:
+        feature = "use of the memory that nodes lend (--memory-scope node)"
+    else:
+        feature = f"memory that nodes lend (claim {contract.MEMORY_CLAIM})"
+    return Missing(
+        feature, facts.node_memory is not None, f"not mended from the node's own memory: {', '.join(better)}"
+    )
 
 
 def _assumed(spec: JobSpec) -> tuple[str, ...]:

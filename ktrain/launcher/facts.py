@@ -25,6 +25,7 @@ class ClusterFacts:
     volcano_queues: tuple[str, ...] | None = None
     queue_levels: tuple[str, ...] | None = None  # node labels of the topology of the queue's flavour
     csi_drivers: tuple[str, ...] | None = None
+    node_memory: int | None = None  # bytes that each node lends to the namespace, by its claim; 0 without a bound one
     # Whether a field that was sent in a dry run of the JobSet came back, and every node's kubelet knows it.
     restart_rules: bool | None = None  # restartPolicyRules of a container
     scheduling_group: bool | None = None  # schedulingGroup of a pod
@@ -73,7 +74,9 @@ def _checked(name: str, value: Any) -> Any:
         return value
     if name == "version" and _is_list(value, int) and len(value) == 2:
         return tuple(value)
-    if name not in (*_FLAGS, "version") and _is_list(value, str):
+    if name == "node_memory" and type(value) is int and value >= 0:
+        return value
+    if name not in (*_FLAGS, "version", "node_memory") and _is_list(value, str):
         return frozenset(value) if name == "served" else tuple(value)
     raise ConfigError(f"cluster facts: {name}: cannot use {value!r}; see the reference of the launcher for its form")
 

@@ -32,6 +32,10 @@ _LABEL_KEY = re.compile(r"([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0
 _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?")
 _GIT_URL = re.compile(r"https://[A-Za-z0-9.-]+(:\d+)?(/[A-Za-z0-9._~-]+)+")
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_SECRET_OPTION = re.compile(  # at its end, so that --password-file is none; a tokenizer's --pad-token is none either
+    r"(^|_)(SECRET|PASSWORD|PASSWD|(API|ACCESS|PRIVATE|SECRET)_?KEY|(ACCESS|API|AUTH|BEARER|GITHUB|HF|HUB|WANDB)_TOKEN)$",
+    re.IGNORECASE,
+)
 _OURS = re.compile(
     r"KTRAIN_|TPU_WORKER_|MEGASCALE_"
     r"|(TPU_ACCELERATOR_TYPE|TPU_TOPOLOGY|RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT|HOME)$"
@@ -62,7 +66,9 @@ class Spot(StrEnum):
 class Scope(StrEnum):
     """What the memory tier's volume belongs to, and so what it survives."""
 
+    AUTO = "auto"  # the node where it lends memory that suffices, else the pod
     POD = "pod"
+    NODE = "node"  # the node, by an administrator's node agent
     MTC = "mtc"  # the node, by GKE's multi-tier checkpointing driver
 
 
@@ -205,8 +211,11 @@ class Secret:
 
     def __post_init__(self) -> None:
         _expect_env("secrets.env", self.env)
-        _expect("secrets.secret", _is_dns_name(self.secret), "the name of a Secret", self.secret)
-        _expect("secrets.key", _SECRET_KEY.fullmatch(self.key) is not None, "a key of the Secret", self.key)
+        if not _is_dns_name(self.secret) or _SECRET_KEY.fullmatch(self.key) is None:
+            raise ConfigError(  # which does not show it: it may be the value itself
+                f"secrets.{self.env}: expected the name of a Secret and one of its keys, found what cannot be one; "
+                "make the Secret, and refer to it: --secret NAME=SECRET:KEY"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,6 +342,7 @@ class JobSpec:
         _expect_name(self.name)
         _expect_image("image", self.image)
         _expect("command", len(self.command) > 0 and self.command[0] != "", "a script and its arguments", self.command)
+        _expect_open(self.command)
         _expect("namespace", _is_label(self.namespace), "the name of a namespace", self.namespace)
         _expect_range("user", self.user, 1, 2**31 - 1)
         _expect_range("spares", self.spares, 0, 1000)
@@ -378,7 +388,7 @@ class JobSpec:
                     "put it into a Secret and refer to it: --secret NAME=SECRET:KEY"
                 )
             if "://" in value:
-                _expect_public(name, value)
+                _expect_public(f"env {name}", value)
         names = [secret.env for secret in self.secrets]
         twice = sorted({name for name in names if names.count(name) > 1 or name in self.env})
         _expect("env and secrets", not twice, "every variable once", twice)
@@ -436,6 +446,19 @@ def default_name(run: str) -> str:
     return f"{plain[: MOST_NAME - 9].rstrip('-')}-{ids.text_digest(run, 8)}"
 
 
+def _expect_open(command: tuple[str, ...]) -> None:
+    """The command is stored in plain and stands in process lists: no secret may be in it."""
+    for word in command:
+        option = re.match(r"--?([A-Za-z][\w-]*)", word)
+        if option is not None and _SECRET_OPTION.search(option[1].replace("-", "_")):
+            raise ConfigError(
+                f"command: option {option[0]} reads like a secret, and the command is stored in plain; put it into a "
+                "Secret (--secret NAME=SECRET:KEY) and let the script read the variable"
+            )
+        if "://" in word:
+            _expect_public("command", word[option.end() :].removeprefix("=") if option else word)
+
+
 def _expect_name(name: str) -> None:
     if not _is_label(name) or len(name) > MOST_NAME:
         raise ConfigError(
@@ -451,13 +474,13 @@ def _expect_env(where: str, name: str) -> None:
         raise ConfigError(f"{where} {name}: the launcher sets it; leave it out")
 
 
-def _expect_public(name: str, value: str) -> None:
+def _expect_public(where: str, value: str) -> None:
     try:
         require_public(value)
     except ConfigError:
         raise ConfigError(
-            f"env {name}: expected a URL without password, token and query, found one that may have them, and values "
-            "of env are stored in plain; put it into a Secret: --secret NAME=SECRET:KEY"
+            f"{where}: expected a URL without password, token and query, found one that may have them, and it would be "
+            "stored in plain; put it into a Secret: --secret NAME=SECRET:KEY"
         ) from None
 
 
@@ -474,7 +497,13 @@ def _expect_commit(source: str) -> None:
 
 
 def _expect_image(where: str, image: str) -> None:
-    good = re.fullmatch(r"[a-zA-Z0-9][\w.\-/:@]*", image) is not None
+    name, at, digest = image.partition("@")
+    if at and re.fullmatch(r"sha\d+:[0-9a-f]+", digest) is None:
+        raise ConfigError(  # which does not show it: it may be a password
+            f"{where}: expected a digest after the '@', found something else; credentials of a registry stand in a "
+            "Secret: pull_secrets = ['NAME']"
+        )
+    good = re.fullmatch(r"[a-zA-Z0-9][\w.\-/:]*", name) is not None
     _expect(where, good, "a reference of an image such as ghcr.io/me/train:1", image)
 
 

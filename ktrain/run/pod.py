@@ -194,7 +194,7 @@ def tell_end(container: Container, ended: Ended) -> None:
         return
     role = _MODULES[container.name]
     if container.name == "agent" and ended.told:
-        role = "node"  # a sidecar is told to end when its pod goes, and the volume goes with it
+        role = "node"  # a sidecar is told to end when its pod goes, and what it served goes with it
     said = {"node": container.node, "role": role, "pid": ended.process.number, "exitcode": ended.exit_code}
     _tell(container, {**said, "told": ended.told})
 

@@ -85,6 +85,26 @@ def list_volumes(root: Path) -> list[VolumeInfo]:
     return [_look(record.parent) for record in sorted(root.glob(f"*/*/{contract.VOLUME_FILE}"))]
 
 
+def node_folders(root: Path) -> list[Path]:
+    """The node folders below a volume root that somebody has opened once; links are left out, and nothing is read."""
+    found = [node for run in _folders(root) for node in _folders(run)]
+    return [node for node in found if (node / _LOCK_FILE).is_file() and not (node / _LOCK_FILE).is_symlink()]
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
+
+
+def is_live(folder: Path) -> bool:
+    """Whether any process has a node folder open, also a stopped one."""
+    with translated(f"look at volume {folder}"):
+        # For a moment nobody can open the folder; who tries then waits for it.
+        alone = try_flock(folder / _LOCK_FILE, fcntl.LOCK_EX)
+    if alone is not None:
+        os.close(alone)
+    return alone is None
+
+
 def remove_volume(info: VolumeInfo) -> int:
     """Frees a left-over node folder; the bytes freed.
 
@@ -100,11 +120,8 @@ def _look(folder: Path) -> VolumeInfo:
     except CorruptionError:
         uri = ""  # listed all the same: only what is listed can be removed
     inventory = Inventory(folder, folder.parent.name)
+    live = is_live(folder)
     with translated(f"look at volume {folder}"):
-        # For a moment nobody can open the folder; who tries then waits for it.
-        alone = try_flock(folder / _LOCK_FILE, fcntl.LOCK_EX)
-        if alone is not None:
-            os.close(alone)
         return VolumeInfo(
             path=folder,
             run=folder.parent.name,
@@ -112,7 +129,7 @@ def _look(folder: Path) -> VolumeInfo:
             node=folder.name,
             held=tuple(inventory.scan()),
             nbytes=inventory.allocated_nbytes(),
-            live=alone is None,
+            live=live,
         )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ktrain.base import contract
 from ktrain.launcher.cluster import environment
 from ktrain.launcher.cluster.environment import NotStartedError
 from ktrain.launcher.cluster.shelf import Object
@@ -123,7 +124,10 @@ def _folder(
         memory = (volume["emptyDir"] or {}).get("medium") == "Memory"
         return _made((places.memory if memory else places.pod / "v") / name)
     if "persistentVolumeClaim" in volume:
-        return _made(places.claims / namespace / volume["persistentVolumeClaim"]["claimName"])
+        claim = volume["persistentVolumeClaim"]["claimName"]
+        # Memory that nodes lend is another folder on each of them (ADR 0045); what else is claimed is one for all.
+        home = places.node / "lent" if claim == contract.MEMORY_CLAIM else places.claims
+        return _made(home / namespace / claim)
     if "hostPath" in volume:
         return _made(_inside(places.node / "host", volume["hostPath"]["path"].lstrip("/")))
     if "csi" in volume:

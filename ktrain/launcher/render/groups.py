@@ -9,7 +9,7 @@ from ktrain.launcher.quantity import format_bytes
 from ktrain.launcher.render.common import WORKER, Manifest, metadata
 from ktrain.launcher.render.devices import DevicePlan
 from ktrain.launcher.render.placing import pod_group_name
-from ktrain.launcher.spec import GangKind, JobSpec, TopologyMode
+from ktrain.launcher.spec import GangKind, JobSpec, Scope, TopologyMode
 
 KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
 KUEUE_PRIORITY = "kueue.x-k8s.io/priority-class"
@@ -50,16 +50,16 @@ def _kueue_topology(spec: JobSpec, facts: ClusterFacts) -> dict[str, str]:
     return {_KUEUE_TOPOLOGY.format(mode=topology.mode.value): topology.label}
 
 
-def group_objects(spec: JobSpec, gang: Gang, devices: DevicePlan) -> tuple[Manifest, ...]:
+def group_objects(spec: JobSpec, gang: Gang, devices: DevicePlan, scope: Scope) -> tuple[Manifest, ...]:
     """The groups that have to exist before the pods: workers alone, and spares not counted."""
     if gang.kind is GangKind.VOLCANO:
-        return (_volcano(spec, gang, devices),)
+        return (_volcano(spec, gang, devices, scope),)
     if gang.kind is GangKind.COSCHEDULING:
         return (_coscheduling(spec),)
     return _native(spec, gang.native_version) if gang.native_version is not None else ()
 
 
-def _volcano(spec: JobSpec, gang: Gang, devices: DevicePlan) -> Manifest:
+def _volcano(spec: JobSpec, gang: Gang, devices: DevicePlan, scope: Scope) -> Manifest:
     priority = {} if spec.placement.priority is None else {"priorityClassName": spec.placement.priority}
     return {
         "apiVersion": f"{VOLCANO_GROUP}/v1beta1",
@@ -68,17 +68,17 @@ def _volcano(spec: JobSpec, gang: Gang, devices: DevicePlan) -> Manifest:
         "spec": {
             "minMember": spec.num_nodes,
             "queue": gang.queue,
-            "minResources": _resources_of_all(spec, devices),
+            "minResources": _resources_of_all(spec, devices, scope),
             **priority,
         },
     }
 
 
-def _resources_of_all(spec: JobSpec, devices: DevicePlan) -> dict[str, str]:
+def _resources_of_all(spec: JobSpec, devices: DevicePlan, scope: Scope) -> dict[str, str]:
     """What the queue must have room for before any pod is made."""
     nodes = spec.num_nodes
     return {
-        "memory": format_bytes(nodes * budget.memory_budget(spec).total),
+        "memory": format_bytes(nodes * budget.memory_budget(spec, scope).total_request),
         **{resource: str(nodes * int(count)) for resource, count in devices.limits.items()},
     }
 

@@ -12,8 +12,9 @@ from ktrain.launcher.render import groups, overlay
 from ktrain.launcher.render.access import access_objects
 from ktrain.launcher.render.common import HEAD, WORKER, Manifest, labels, metadata
 from ktrain.launcher.render.devices import DevicePlan, plan_devices
-from ktrain.launcher.render.pods import MTC_DRIVER, head_pod, worker_pod
-from ktrain.launcher.spec import GangKind, JobSpec, Scope
+from ktrain.launcher.render.pods import head_pod, worker_pod
+from ktrain.launcher.scope import ChosenScope, choose_scope
+from ktrain.launcher.spec import GangKind, JobSpec
 
 JOBSET_VERSION = "jobset.x-k8s.io/v1alpha2"
 _EXCLUSIVE = "alpha.jobset.sigs.k8s.io/exclusive-topology"
@@ -29,6 +30,7 @@ class Rendered:
     owned: tuple[Manifest, ...]
     gang: Gang
     devices: DevicePlan
+    scope: ChosenScope  # of the memory tier
 
     @property
     def objects(self) -> tuple[Manifest, ...]:
@@ -49,19 +51,20 @@ def render(spec: JobSpec, facts: ClusterFacts) -> Rendered:
     _expect_possible(spec, facts)
     gang = choose(spec, facts)
     devices = plan_devices(spec, facts)
-    owned = (*access_objects(spec), *devices.objects, *groups.group_objects(spec, gang, devices))
-    return Rendered(_jobset(spec, facts, gang, devices), owned, gang, devices)
+    scope = choose_scope(spec, facts)
+    groups_of_pods = groups.group_objects(spec, gang, devices, scope.scope)
+    owned = (*access_objects(spec), *devices.objects, *groups_of_pods)
+    jobs = [_head(spec, facts, gang), _worker(spec, facts, gang, devices, scope)]
+    return Rendered(_jobset(spec, facts, gang, jobs), owned, gang, devices, scope)
 
 
 def _expect_possible(spec: JobSpec, facts: ClusterFacts) -> None:
     """Refuses what the cluster surely lacks, and no job falls back to something else from by itself."""
-    if spec.memory.scope is Scope.MTC and facts.csi_drivers is not None and MTC_DRIVER not in facts.csi_drivers:
-        raise ConfigError(f"memory.scope 'mtc': the cluster has no driver {MTC_DRIVER}; use 'pod'")
     if spec.code.image is not None and facts.image_volumes is False:
         raise ConfigError(f"code.image {spec.code.image!r}: the cluster drops image volumes; send the code (--code)")
 
 
-def _jobset(spec: JobSpec, facts: ClusterFacts, gang: Gang, devices: DevicePlan) -> Manifest:
+def _jobset(spec: JobSpec, facts: ClusterFacts, gang: Gang, jobs: list[Manifest]) -> Manifest:
     about = metadata(spec, spec.name)
     about["labels"] = {**about["labels"], **groups.job_labels(spec, gang)}
     return {
@@ -74,7 +77,7 @@ def _jobset(spec: JobSpec, facts: ClusterFacts, gang: Gang, devices: DevicePlan)
             "successPolicy": {"operator": "All", "targetReplicatedJobs": [HEAD]},
             "failurePolicy": _failure_policy(spec, facts),
             "ttlSecondsAfterFinished": spec.limits.keep_s,
-            "replicatedJobs": [_head(spec, facts, gang), _worker(spec, facts, gang, devices)],
+            "replicatedJobs": jobs,
         },
     }
 
@@ -143,11 +146,11 @@ def _head(spec: JobSpec, facts: ClusterFacts, gang: Gang) -> Manifest:
     return {"name": HEAD, "replicas": 1, "template": {"spec": {**job, "template": _pod(spec, facts, gang, HEAD, pod)}}}
 
 
-def _worker(spec: JobSpec, facts: ClusterFacts, gang: Gang, devices: DevicePlan) -> Manifest:
+def _worker(spec: JobSpec, facts: ClusterFacts, gang: Gang, devices: DevicePlan, scope: ChosenScope) -> Manifest:
     """One Job, or one for each TPU slice; it never fails by itself, and never waits for a pod that cannot answer."""
     num_jobs = spec.tpus.num_slices if spec.tpus is not None else 1
     num_pods = spec.num_nodes // num_jobs + spec.spares
-    pod = worker_pod(spec, gang, devices, restart_rules=facts.restart_rules is True)
+    pod = worker_pod(spec, gang, devices, scope=scope.scope, restart_rules=facts.restart_rules is True)
     pod = overlay.merged(pod, spec.overlay.worker, where="overlay.worker")
     job = {
         "completionMode": "Indexed",

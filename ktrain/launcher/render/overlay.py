@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ktrain.base.settings import reads_like_secret
 from ktrain.errors import ConfigError
 from ktrain.launcher.render.common import Manifest
 
@@ -16,14 +17,15 @@ def merged(pod: Manifest, over: Mapping[str, Any], *, where: str) -> Manifest:
     """The pod with `over` merged in: tables by key, lists of named things by name, everything else replaced.
 
     Raises:
-        ConfigError: the result is privileged, sees the node, or gives user code a token of the cluster.
+        ConfigError: the result is privileged, sees the node, gives user code a token of the cluster, or has a secret in
+            plain.
     """
     if not over:
         return pod
     result: Manifest = _merge(pod, over)
     found = next(_dangers(result), None)
     if found is not None:
-        raise ConfigError(f"{where}: {found}; a job's pods pass the level `restricted`: leave it out")
+        raise ConfigError(f"{where}: {found}; an overlay takes no protection from a job's pods: leave it out")
     return result
 
 
@@ -67,6 +69,9 @@ def _dangers_of(container: Mapping[str, Any]) -> Iterator[str]:
         yield f"container {name} has capabilities; say capabilities.drop = ['ALL']"
     if security.get("runAsUser") == 0 or security.get("runAsNonRoot") is False:
         yield f"container {name} runs as root"
+    for variable in container.get("env", []):
+        if "value" in variable and reads_like_secret(variable["name"]):
+            yield f"container {name}: variable {variable['name']} reads like a secret; refer to a key of one"
     mounts = {mount["name"] for mount in container.get("volumeMounts", [])}
     if "cluster" in mounts and name != "agent":
         yield f"container {name} mounts the agent's token"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ktrain.base import contract
+from ktrain.base import contract, ids
 from ktrain.base.settings import Timeouts
 from ktrain.launcher import budget
 from ktrain.launcher.gang import Gang
@@ -23,9 +23,9 @@ from ktrain.launcher.render.common import (
     user_environment,
 )
 from ktrain.launcher.render.devices import DevicePlan
+from ktrain.launcher.scope import MTC_DRIVER
 from ktrain.launcher.spec import JobSpec, Scope
 
-MTC_DRIVER = "multitier-checkpoint.csi.storage.gke.io"
 _PROBE_S = 2
 _TOKEN_S = 3600
 _CLUSTER_DIR = "/var/run/secrets/kubernetes.io/serviceaccount"
@@ -64,9 +64,10 @@ def head_pod(spec: JobSpec, gang: Gang) -> Manifest:
     }
 
 
-def worker_pod(spec: JobSpec, gang: Gang, devices: DevicePlan, *, restart_rules: bool) -> Manifest:
+def worker_pod(spec: JobSpec, gang: Gang, devices: DevicePlan, *, scope: Scope, restart_rules: bool) -> Manifest:
     """The pod of one node: the agent holds what must survive, the trainer runs the ranks.
 
+    `scope` is the one that was chosen.
     With `restart_rules` the kubelet restarts the trainer in place, except where it asks for another node; without, it
     restarts it always, which every version does.
     """
@@ -74,9 +75,9 @@ def worker_pod(spec: JobSpec, gang: Gang, devices: DevicePlan, *, restart_rules:
     return {
         **_pod(spec),
         "restartPolicy": "Never" if restart_rules else "OnFailure",
-        "initContainers": [*code.containers(spec), _agent(spec)],
-        "containers": [{**_trainer(spec, devices), **(_RULES if restart_rules else {})}],
-        "volumes": _worker_volumes(spec),
+        "initContainers": [*code.containers(spec), _agent(spec, scope)],
+        "containers": [{**_trainer(spec, devices, scope), **(_RULES if restart_rules else {})}],
+        "volumes": _worker_volumes(spec, scope),
         **({"resourceClaims": claims} if claims else {}),
         **placing.of_worker(spec, gang, devices),
     }
@@ -112,9 +113,8 @@ def _entry(spec: JobSpec, role: str) -> list[str]:
 # Containers
 
 
-def _trainer(spec: JobSpec, devices: DevicePlan) -> Manifest:
-    size = budget.memory_budget(spec)
-    memory = format_bytes(size.trainer_limit)
+def _trainer(spec: JobSpec, devices: DevicePlan, scope: Scope) -> Manifest:
+    size = budget.memory_budget(spec, scope)
     claims = {"claims": [{"name": name} for name in devices.claims]} if devices.claims else {}
     return {
         "name": TRAINER,
@@ -123,14 +123,17 @@ def _trainer(spec: JobSpec, devices: DevicePlan) -> Manifest:
         **({"workingDir": contract.POD_CODE} if spec.code.is_brought else {}),  # else the image's own
         "env": [*_environment(spec, WORKER), *devices.env, *user_environment(spec)],
         "resources": {
-            "requests": {"cpu": spec.resources.cpu or str(4 * spec.num_workers), "memory": memory},
-            "limits": {"memory": memory, **devices.limits},
+            "requests": {
+                "cpu": spec.resources.cpu or str(4 * spec.num_workers),
+                "memory": format_bytes(size.trainer_request),
+            },
+            "limits": {"memory": format_bytes(size.trainer_limit), **devices.limits},
             **claims,
         },
         "securityContext": CONTAINER_SECURITY,
         "volumeMounts": [
             *_common_mounts(),
-            {"name": "memory", "mountPath": contract.POD_VOLUME},
+            _memory_mount(spec, scope),
             {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 -- data loaders look here
             *code.mounts(spec),
             *_claim_mounts(spec),
@@ -138,9 +141,9 @@ def _trainer(spec: JobSpec, devices: DevicePlan) -> Manifest:
     }
 
 
-def _agent(spec: JobSpec) -> Manifest:
+def _agent(spec: JobSpec, scope: Scope) -> Manifest:
     """A native sidecar: ready when it has adopted the volume and joined the head, so the trainer starts only then."""
-    memory = format_bytes(budget.memory_budget(spec).agent_limit)
+    size = budget.memory_budget(spec, scope)
     waits_s = max(spec.limits.gang_wait_s, math.ceil(Timeouts(spec.limits.patience_s).start_s))
     return {
         "name": AGENT,
@@ -148,7 +151,10 @@ def _agent(spec: JobSpec) -> Manifest:
         "command": _entry(spec, AGENT),
         "restartPolicy": "Always",
         "env": [*_environment(spec, WORKER), *user_environment(spec)],
-        "resources": {"requests": {"cpu": "1", "memory": memory}, "limits": {"memory": memory}},
+        "resources": {
+            "requests": {"cpu": "1", "memory": format_bytes(size.agent_request)},
+            "limits": {"memory": format_bytes(size.agent_limit)},
+        },
         "securityContext": CONTAINER_SECURITY,
         "startupProbe": {
             "exec": {"command": ["test", "-e", contract.POD_READY_FILE]},
@@ -157,7 +163,7 @@ def _agent(spec: JobSpec) -> Manifest:
         },
         "volumeMounts": [
             *_common_mounts(),
-            {"name": "memory", "mountPath": contract.POD_VOLUME},
+            _memory_mount(spec, scope),
             {"name": "wire", "mountPath": "/dev/shm"},  # noqa: S108 -- Ray's store lies here
             {"name": "cluster", "mountPath": _CLUSTER_DIR, "readOnly": True},
             *_claim_mounts(spec),
@@ -206,14 +212,26 @@ def _memory_volume(name: str, size: int) -> Manifest:
     return {"name": name, "emptyDir": {"medium": "Memory", "sizeLimit": format_bytes(size)}}
 
 
-def _worker_volumes(spec: JobSpec) -> list[Manifest]:
+def _memory_mount(spec: JobSpec, scope: Scope) -> Manifest:
+    """Of memory that is lent to all jobs of the namespace: the folder of this run alone, whatever the job is called."""
+    part = {"subPath": ids.text_digest(spec.run, 16)} if scope is Scope.NODE else {}
+    return {"name": "memory", "mountPath": contract.POD_VOLUME, **part}
+
+
+def _memory_tier(size: int, scope: Scope) -> Manifest:
+    """The pod's own memory, or the node's, which outlives the pod."""
+    if scope is Scope.NODE:
+        return {"name": "memory", "persistentVolumeClaim": {"claimName": contract.MEMORY_CLAIM}}
+    if scope is Scope.MTC:
+        return {"name": "memory", "csi": {"driver": MTC_DRIVER}}
+    return _memory_volume("memory", size)
+
+
+def _worker_volumes(spec: JobSpec, scope: Scope) -> list[Manifest]:
     size = budget.memory_budget(spec)
-    tier = _memory_volume("memory", size.volume)
-    if spec.memory.scope is Scope.MTC:
-        tier = {"name": "memory", "csi": {"driver": MTC_DRIVER}}  # the node's own memory: it outlives the pod
     return [
         *_common_volumes(spec),
-        tier,
+        _memory_tier(size.volume, scope),
         _memory_volume("shm", size.shm),
         _memory_volume("wire", max(size.in_flight, 64 * MIB)),
         {"name": "cluster", "projected": {"sources": _cluster_sources(), "defaultMode": 0o440}},

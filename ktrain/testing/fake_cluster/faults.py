@@ -31,6 +31,7 @@ class Fault:
     times: int = 1
     retry_after_s: int | None = None
     performed: bool = False
+    message: str | None = None  # in the place of the server's usual words
 
     def matches(self, request: Request) -> bool:
         return self.method in (None, request.method) and self.path in request.path
@@ -38,7 +39,8 @@ class Fault:
     def response(self) -> Response | None:
         if self.status is None:
             return None
-        reason, message = _REASONS.get(self.status, ("", "injected"))
+        reason, usual = _REASONS.get(self.status, ("", "injected"))
+        message = usual if self.message is None else self.message
         details = {} if self.retry_after_s is None else {"retryAfterSeconds": self.retry_after_s}
         headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
         refusal = Refusal(self.status, message, reason, details, headers)

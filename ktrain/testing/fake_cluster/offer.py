@@ -25,6 +25,7 @@ _GROUPS = (  # Kubernetes' own in the order in which a server lists them; custom
     "networking.k8s.io",
     "policy",
     "rbac.authorization.k8s.io",
+    "storage.k8s.io",
     "apiextensions.k8s.io",
     "scheduling.k8s.io",
     "coordination.k8s.io",

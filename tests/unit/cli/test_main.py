@@ -23,9 +23,9 @@ EITHER = {"--backend", *ON_CLUSTER}
 OPTIONS = {
     "launch": {
         "--nodes", "--workers-per-node", "--run", "--backend", "--fault", "--max-restarts", "--patience", "--detach",
-        "--job", "--name", "--namespace", "--image", "--accelerator", "--tpu", "--slices", "--state", "--spares",
-        "--queue", "--gang", "--env", "--secret", "--volume", "--code", "--set", "--facts", "--dry-run", "--explain",
-        "--output", "--wait", "--follow", "--timeout", "--kubeconfig", "--context",
+        "--job", "--name", "--namespace", "--image", "--accelerator", "--tpu", "--slices", "--state",
+        "--memory-scope", "--spares", "--queue", "--gang", "--env", "--secret", "--volume", "--code", "--set",
+        "--facts", "--dry-run", "--explain", "--output", "--wait", "--follow", "--timeout", "--kubeconfig", "--context",
     },
     "status": {"--output", *EITHER},
     "logs": {"--rank", "--attempt", "--follow", "--previous", "--head", *EITHER},

@@ -87,6 +87,16 @@ SETUPS: dict[str, tuple[str, str, list[tuple[str, str]]]] = {
         "The memory tier's volume is the node's, by GKE's driver: it outlives pods. The code is sent along.",
         [(_POD, "volumes[memory]"), (_POD, "initContainers[code].command")],
     ),
+    "11-memory-of-nodes": (
+        "Memory that nodes lend",
+        "The scope is `auto`, and each node lends enough: the tier lies on the claim of the namespace, in a folder of "
+        "the run, and outlives the pod. What is lent is not requested again, and stays within the limits.",
+        [
+            (_POD, "volumes[memory]"),
+            (_POD, "containers[trainer].volumeMounts[memory]"),
+            (_POD, "containers[trainer].resources"),
+        ],
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tests.unit.launcher import setups
 from tests.unit.launcher.test_spec import job
 
 ALL = ClusterFacts(restart_rules=True, message_patterns=True, served=frozenset())
+LENT = "memory that nodes lend (claim ktrain-memory)"
 KNOWN = {"saving": {"every": 10, "step_s": 2.0, "bucket_bytes_per_s": 10**9}}
 
 
@@ -56,13 +58,31 @@ def test_plan_a_lost_node_is_mended_from_the_nearest_other_place(changes: dict[s
 
 
 def test_plan_memory_of_the_node_outlives_pods_where_a_driver_keeps_it() -> None:
-    pods, node = (job(nodes=2, memory={"state": "1Gi", "scope": scope}) for scope in ("pod", "mtc"))
+    pods, node, driver = (job(nodes=2, memory={"state": "1Gi", "scope": scope}) for scope in ("pod", "node", "mtc"))
 
+    assert tiers(plan(node)) == tiers(plan(driver))
     assert one(plan(pods), "evicted").tier == contract.TIER_PEER
     assert one(plan(node), "evicted").tier == contract.TIER_MEMORY
     assert one(plan(pods), "preempted").tier == contract.TIER_BUCKET
     assert one(plan(node), "preempted").tier == contract.TIER_MEMORY
     assert one(plan(node), "a node is lost").tier == contract.TIER_PEER
+
+
+def test_plan_names_the_failures_that_memory_of_the_node_would_mend() -> None:
+    """And says so where it is there and not used, where it is not there, and where nobody knows."""
+    for facts, feature, is_known in (
+        (replace(ALL, node_memory=1 << 40), "use of the memory that nodes lend (--memory-scope node)", True),
+        (replace(ALL, node_memory=0), LENT, True),
+        (ALL, LENT, False),
+    ):
+        [item] = [item for item in plan(job(nodes=2), facts).missing if "lend" in item.feature]
+        assert (item.feature, item.is_known) == (feature, is_known)
+        assert "a pod is deleted or evicted" in item.cost and "the job is preempted" in item.cost
+        assert "a node is lost" not in item.cost and "a worker process" not in item.cost
+
+    node = job(nodes=2, memory={"state": "1Gi", "scope": "node"})
+    assert not any("lend" in item.feature for item in plan(node).missing)
+    assert plan(node).scope == "node: asked for"
 
 
 def test_plan_steps_and_seconds_follow_from_the_numbers_of_the_job() -> None:
@@ -100,9 +120,9 @@ def test_plan_names_what_is_missing_and_whether_it_was_asked() -> None:
     def missing(facts: ClusterFacts, **changes: Any) -> dict[str, bool]:
         return {item.feature: item.is_known for item in plan(job(nodes=2, **changes), facts).missing}
 
-    assert missing(ALL) == {"a gang scheduler": True}
-    asked = ClusterFacts(restart_rules=False, message_patterns=False, served=frozenset())
-    assert missing(asked) == dict.fromkeys(missing(ClusterFacts()), True) and len(missing(asked)) == 3
+    assert missing(ALL) == {"a gang scheduler": True, LENT: False}
+    asked = ClusterFacts(restart_rules=False, message_patterns=False, served=frozenset(), node_memory=0)
+    assert missing(asked) == dict.fromkeys(missing(ClusterFacts()), True) and len(missing(asked)) == 4
     assert not any(missing(ClusterFacts()).values())
     assert "ComputeDomain" in missing(ALL, accelerator="gb200:4")
     assert "another node" in missing(ALL, memory={"state": "1Gi", "replicas": 2})
@@ -113,7 +133,8 @@ def test_plan_of_a_setup_has_its_memory_and_every_failure_a_tier(name: str) -> N
     spec = setups.read_spec(name)
     found = plan(spec, setups.read_facts(name))
 
-    assert found.memory == budget.memory_budget(spec) and found.bucket_bytes >= 4 * spec.memory.state
+    chosen = render(spec, setups.read_facts(name)).scope.scope
+    assert found.memory == budget.memory_budget(spec, chosen) and found.bucket_bytes >= 4 * spec.memory.state
     assert all(item.tier in (*contract.TIERS, None) for item in found.recoveries) and len(found.recoveries) == 10
 
 

@@ -55,7 +55,7 @@ def job_object(jobset: dict[str, Any], role: str) -> dict[str, Any]:
 
 
 def test_setups_are_the_named_ones() -> None:
-    assert len(setups.NAMES) == 10
+    assert len(setups.NAMES) == 11
 
 
 @pytest.mark.parametrize("name", setups.NAMES)

@@ -67,7 +67,7 @@ def test_job_spec_size_follows_from_its_devices(changes: dict[str, Any], nodes: 
         ({"memory": {}}, "memory.state: it is missing"),
         ({"memory": {"state": "many"}}, "memory.state: expected bytes"),
         ({"memory": {"state": -1}}, "memory.state: expected bytes"),
-        ({"memory": {"state": "1Gi", "scope": "rack"}}, "memory.scope: expected one of pod, mtc"),
+        ({"memory": {"state": "1Gi", "scope": "rack"}}, "memory.scope: expected one of auto, pod, node, mtc"),
         ({"accelerator": "h100:3"}, "h100; expected 1, 2, 4, 8"),
         ({"accelerator": "h101:8"}, "no model 'h101'; known are a100"),
         ({"accelerator": "v6e:8"}, "it is a TPU"),

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from ktrain.base import contract
 from ktrain.errors import ForbiddenError, NotFoundError
 from ktrain.launcher import probe
 from ktrain.launcher.backends.kubernetes.client import Client, Object, path_of
 from ktrain.launcher.dropped import lost_fields
 from ktrain.launcher.facts import ClusterFacts, served_resources, server_version
 from ktrain.launcher.gang import KUEUE_GROUP, VOLCANO_GROUP
+from ktrain.launcher.quantity import parse_bytes
 from ktrain.launcher.render.job import JOBSET_VERSION, Rendered, render
 from ktrain.launcher.spec import JobSpec
 
@@ -39,7 +41,8 @@ def discover(client: Client, spec: JobSpec) -> ClusterFacts:
         found = _told(lambda: client.list(path_of(_newest(facts, VOLCANO_GROUP, "queues"), "queues")).items)
         facts = replace(facts, volcano_queues=_names(found))
     drivers = _told(lambda: client.list(path_of("storage.k8s.io/v1", "csidrivers")).items)
-    return replace(facts, csi_drivers=_names(drivers))
+    memory = _told(lambda: _node_memory(client, spec.namespace))
+    return replace(facts, csi_drivers=_names(drivers), node_memory=memory)
 
 
 def try_fields(client: Client, spec: JobSpec, facts: ClusterFacts) -> ClusterFacts:
@@ -139,6 +142,14 @@ def _levels(client: Client, version: str, queues: Iterable[Object], wanted: str 
                 topology = client.get(path_of(version, "topologies", None, about["topologyName"]))
                 found += [level["nodeLabel"] for level in topology["spec"]["levels"]]
     return tuple(dict.fromkeys(found))
+
+
+def _node_memory(client: Client, namespace: str) -> int:
+    """Bytes that each node lends to the namespace: the size of the claim, once it is bound."""
+    claim = client.try_get(path_of("v1", "persistentvolumeclaims", namespace, contract.MEMORY_CLAIM))
+    status = {} if claim is None else claim.get("status") or {}
+    size = (status.get("capacity") or {}).get("storage")
+    return parse_bytes(str(size), name="size of the claim") if size and status.get("phase") == "Bound" else 0
 
 
 def _oldest_kubelet(client: Client) -> tuple[int, int] | None:
