@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tomllib
 from collections.abc import Mapping
@@ -130,6 +131,24 @@ def job_from_options(
             f"code {given['code']}: it does not have the script {spec.command[0]!r}; give its path in that directory"
         )
     return spec
+
+
+def job_from_value(value: Mapping[str, Any], given: Mapping[str, Any], *, digest: str | None) -> JobSpec:
+    """A job that was sent before, with the options that were typed on top, and other code where there is a digest.
+
+    Raises:
+        ConfigError: something in it cannot be.
+    """
+    changed: dict[str, Any] = copy.deepcopy(dict(value))
+    for name, path in _FIELDS.items():
+        if name in given and given[name] is not None:
+            _put(changed, path, given[name])
+    for text in given.get("settings", ()):
+        name, item = _split(text, "=", "--set FIELD=VALUE")
+        _put(changed, name, _toml_value(item))
+    if digest is not None:
+        changed["code"] = {"archive": digest}
+    return spec_file.from_value(changed)
 
 
 def _put(value: dict[str, Any], path: str, item: Any) -> None:

@@ -17,9 +17,12 @@ from ktrain.cli import (
     cluster_list,
     delete,
     exchange,
+    gc,
+    history,
     launch,
     logs,
     quarantine,
+    resume,
     status,
     upgrade,
     wait,
@@ -41,6 +44,9 @@ cli.add_command(wait.wait)
 cli.add_command(cluster_events.events)
 cli.add_command(delete.delete)
 cli.add_command(cluster_list.list_command)
+cli.add_command(resume.resume)
+cli.add_command(history.history)
+cli.add_command(gc.collect)
 cli.add_command(ckpt.ckpt)
 ckpt.ckpt.add_command(upgrade.upgrade)
 ckpt.ckpt.add_command(exchange.export_command)

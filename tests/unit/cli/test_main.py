@@ -34,6 +34,12 @@ OPTIONS = {
     "events": {"--output", *ON_CLUSTER},
     "delete": {"--timeout", *ON_CLUSTER},
     "list": {"--output", *ON_CLUSTER},
+    "resume": {
+        "--nodes", "--image", "--accelerator", "--queue", "--gang", "--max-restarts", "--code", "--set", "--dry-run",
+        "--output", "--wait", "--timeout", *EITHER,
+    },
+    "history": {"--output", *EITHER},
+    "gc": {"--older-than", "--confirm", "--dry-run", "--output", *ON_CLUSTER},
     "ckpt ls": {"--volume", "--output"},
     "ckpt verify": {"--step", "--tier", "--output"},
     "ckpt upgrade": {"--confirm", "--dry-run", "--output"},

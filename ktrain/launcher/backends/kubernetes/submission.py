@@ -170,7 +170,8 @@ def changes(before: Submission, spec: JobSpec, facts: ClusterFacts, gang: Gang) 
 
 
 def _job_changes(old: Any, new: Any, path: str) -> list[str]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
+    if isinstance(old, Mapping | None) and isinstance(new, Mapping | None) and old != new:
+        old, new = old or {}, new or {}
         names = sorted({*old, *new})
         return [
             line
