@@ -183,7 +183,8 @@ def _made_by_ktrain(client: Client, namespace: str | None, search: _Search) -> I
 
 
 def _consider_job(search: _Search, jobset: Object) -> None:
-    if stamp_of(jobset) is None or state_of(jobset) not in FINAL:
+    is_leaving = jobset["metadata"].get("deletionTimestamp") is not None
+    if is_leaving or stamp_of(jobset) is None or state_of(jobset) not in FINAL:
         return
     obj = {**jobset, "kind": "JobSet", "apiVersion": jobset.get("apiVersion", "jobset.x-k8s.io/v1alpha2")}
     try:

@@ -102,7 +102,8 @@ def _from_cluster(client: Client, view: View, ticket: Ticket | None) -> Last | N
     is_ours = ticket is not None and stored.stamp_of(view.jobset) == ticket.submission.id
     if is_ours and there is not None and status.state in _LIVE:
         return Last(view.namespace, view.name, there, status, view.jobset, is_cut_off=False, is_sent=True)
-    if not view.jobset["metadata"].get("deletionTimestamp"):  # what is being deleted does not live on
+    is_leaving = view.jobset["metadata"].get("deletionTimestamp") is not None and status.state is not State.DONE
+    if not is_leaving:  # what is being deleted does not live on
         _expect_at_rest(status, cut_off=is_ours)
     has_ended = is_ours and there is not None and status.state in FINAL  # its ticket was not removed, that is all
     if ticket is not None and not has_ended:
@@ -222,14 +223,33 @@ def _unknown(namespace: str, name: str, view: View | None) -> str:
 def _end(client: Client, jobset: Object, deadline: Deadline) -> None:
     """Deletes that very JobSet, and returns once it and the pods below it are gone."""
     path, uid = object_path(jobset), jobset["metadata"]["uid"]
-    client.delete(path, uid, propagation="Foreground")
     while True:
         there = client.try_get(path)
         if there is None or there["metadata"]["uid"] != uid:
             return
+        if not there["metadata"].get("deletionTimestamp") and _try_delete(client, path, there):
+            continue
         if deadline.expired():
             raise DeadlineError(_still_there(client, jobset, deadline.total_s))
         client.clock.sleep(min(_PAUSE_S, deadline.remaining_s()))
+
+
+def _try_delete(client: Client, path: str, jobset: Object) -> bool:
+    """Deletes a JobSet as it was just seen: somebody may have let it go on since it was found at rest.
+
+    False where it changed between the two calls, so that it has to be looked at again.
+
+    Raises:
+        ConflictError: it is live.
+    """
+    about = jobset["metadata"]
+    if state_of(jobset) in (*_LIVE, State.STOPPING):
+        raise ConflictError(f"job {about['name']}: somebody let it go on meanwhile; it was not touched")
+    try:
+        client.delete(path, about["uid"], propagation="Foreground", version=about["resourceVersion"])
+    except ConflictError:
+        return False
+    return True
 
 
 def _still_there(client: Client, jobset: Object, total_s: float) -> str:

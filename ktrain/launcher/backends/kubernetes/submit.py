@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from ktrain.base import ids
 from ktrain.base.retry import BusyError
 from ktrain.errors import ConfigError, ForbiddenError, KtrainError
 from ktrain.launcher.backends.kubernetes.client import Client, Object, path_of
@@ -37,7 +38,6 @@ PLURALS = {
     "ServiceAccount": "serviceaccounts",
     "Workload": "workloads",
 }
-_TRIAL = "-trial"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,8 @@ def try_job(client: Client, spec: JobSpec, archive: bytes | None = None, facts: 
 
 def try_successor(client: Client, spec: JobSpec, archive: bytes | None = None) -> Tried:
     """Like `try_job`, where a job of that name may be there and is to be replaced: tried under a name beside it."""
-    trial = replace(spec, name=f"{spec.name[: MOST_NAME - len(_TRIAL)].rstrip('-')}{_TRIAL}")
+    mark = f"-{ids.random_id(3)}"
+    trial = replace(spec, name=f"{spec.name[: MOST_NAME - len(mark)].rstrip('-')}{mark}")
     facts = _ask(client, trial)
     found = _try_objects(client, trial, render(trial, facts), archive)
     named = tuple(replace(item, name=item.name.replace(trial.name, spec.name, 1)) for item in found)
@@ -191,7 +192,8 @@ def _expect_jobsets(facts: ClusterFacts) -> None:
 def _taken(error: AlreadyExistsError, spec: JobSpec) -> AlreadyExistsError:
     """The same with what to do: a run goes on from its checkpoints when it is launched again."""
     return AlreadyExistsError(
-        f"{error}; wait for it, or end it with `ktrain delete --namespace {spec.namespace} {spec.name}`"
+        f"{error}; wait for it, have it go on with `ktrain resume --namespace {spec.namespace} {spec.name}`, or end it "
+        f"with `ktrain delete --namespace {spec.namespace} {spec.name}`"
     )
 
 

@@ -16,6 +16,7 @@ from ktrain.errors import ConfigError, ConflictError, DeadlineError, ForbiddenEr
 from ktrain.launcher.backends.kubernetes import act, stored
 from ktrain.launcher.backends.kubernetes.client import Client
 from ktrain.launcher.backends.kubernetes.resume import find_last
+from ktrain.launcher.backends.kubernetes.submission import Submission
 from ktrain.launcher.backends.kubernetes.submit import submit, try_job
 from ktrain.launcher.cluster import resources as known
 from ktrain.testing.fake_cluster import Access, FakeCluster, Fault, Offer, Rule
@@ -227,6 +228,51 @@ def test_misspelt_override_leaves_the_old_job_as_it_was(cluster: FakeCluster, cl
 # Never two
 
 
+def test_job_that_somebody_let_go_on_meanwhile_is_not_deleted(cluster: FakeCluster, client: Client) -> None:
+    first = submit(client, try_job(client, job()))
+    act.cancel(client, "default", "net", deadline=Deadline.after(60, client.clock))
+
+    def let_go(jobset: dict[str, Any]) -> None:
+        jobset["spec"]["suspend"] = False
+        del jobset["metadata"]["annotations"][contract.ANNOTATION_CANCELLED]
+
+    class Meanwhile(RunRecords):
+        def keep(self, submission: Submission) -> str | None:
+            cluster.store.mutate(known.JOB_SET, "default", "net", let_go)
+            return super().keep(submission)
+
+    with pytest.raises(ConflictError, match="somebody let it go on"):
+        go_on(client, records=Meanwhile())
+    assert jobset_of(cluster)["metadata"]["uid"] == first.uid
+
+    end(cluster, "net")
+    last, done = go_on(client)
+    assert last.is_cut_off and done is not None and config_maps(cluster, "net") == ["net"]
+
+
+def test_job_whose_status_changes_as_it_is_deleted_is_looked_at_again(cluster: FakeCluster, client: Client) -> None:
+    submit(client, try_job(client, job()))
+    end(cluster, "net")
+    changes = iter(range(2))
+
+    class Changing:
+        """Lets the job's status change just before a deletion gets there."""
+
+        def send(self, method: str, path: str, headers: Any, body: bytes | None, timeout_s: float) -> Any:
+            if method == "DELETE" and path.endswith("/jobsets/net") and next(changes, None) is not None:
+                end(cluster, "net", since="2026-01-02T00:00:00Z")
+                cluster.store.mutate(known.JOB_SET, "default", "net", touch)
+            return door.send(method, path, headers, body, timeout_s)
+
+    def touch(jobset: dict[str, Any]) -> None:
+        jobset["metadata"].setdefault("labels", {})[f"touched-{client.clock.monotonic():.0f}"] = "yes"
+
+    door = client._door
+    _, done = go_on(Client(Changing(), clock=client.clock))
+    assert done is not None and next(changes, None) is None
+    assert jobset_of(cluster)["metadata"]["uid"] == done.sent.uid
+
+
 def test_job_whose_pods_stay_is_not_replaced_and_they_are_named(cluster: FakeCluster, client: Client) -> None:
     submit(client, try_job(client, job()))
     make_pod(cluster, finalizers=["example.org/held"])
@@ -279,7 +325,7 @@ def test_of_two_resumes_at_once_one_wins_and_the_other_touches_nothing_of_it(
     other = client_of(cluster, tmp_path)
 
     class Overtaken(RunRecords):
-        def keep(self, submission: Any) -> str | None:
+        def keep(self, submission: Submission) -> str | None:
             go_on(other)  # all of it, while this one is between its ticket and the deletion
             return super().keep(submission)
 
