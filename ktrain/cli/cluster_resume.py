@@ -17,7 +17,7 @@ from ktrain.launcher.backends.kubernetes.client import Client
 from ktrain.launcher.backends.kubernetes.resume import Last, find_last, resume
 from ktrain.launcher.backends.kubernetes.status import run_of
 from ktrain.launcher.backends.kubernetes.submission import Submission, changes
-from ktrain.launcher.backends.kubernetes.submit import try_successor
+from ktrain.launcher.backends.kubernetes.submit import Tried, try_successor
 from ktrain.launcher.backends.kubernetes.view import list_jobsets
 from ktrain.launcher.code.archive import pack_code
 from ktrain.launcher.facts import ClusterFacts
@@ -49,22 +49,24 @@ def resume_job(target: str, given: Mapping[str, Any]) -> int:
     tried = try_successor(client, spec, data)
     for line in tried.warnings:
         click.echo(f"ktrain: {line}", err=True)
+    said = changes(last.submission, spec, tried.facts, tried.rendered.gang)
     if given.get("dry_run"):
-        return _show(
-            spec, tried.rendered, changes(last.submission, spec, tried.facts, tried.rendered.gang), data, given
-        )
+        return _show(spec, tried.rendered, said, data, given)
     if last.is_cut_off:
         click.echo("ktrain: a resume of this job was cut off; this one goes on from where that was", err=True)
-    deadline = cluster_run.deadline_of(client, _MOST_S)
-    done = resume(client, last, tried, data, keep=run_records.try_keep, deadline=deadline)
-    sent = done.sent.submission
-    _say_changes(sent.changes)
-    gang = tried.rendered.gang
+    _say_changes(said)
+    return _replace(client, last, tried, data, given)
+
+
+def _replace(client: Client, last: Last, tried: Tried, data: bytes | None, given: Mapping[str, Any]) -> int:
+    gang, deadline = tried.rendered.gang, cluster_run.deadline_of(client, _MOST_S)
     click.echo(f"ktrain: gang {gang.kind.value}: {gang.reason}", err=True)
+    done = resume(client, last, tried, data, keep=run_records.try_keep, deadline=deadline)
     for text in filter(None, (gang.warning, done.unkept, done.sent.left)):
         click.echo(f"ktrain: {text}", err=True)
-    released = "" if done.sent.released_by == "ktrain" else f"; {done.sent.released_by} starts it"
-    click.echo(f"{last.namespace}/{last.name}: resumed as submission {sent.number}{released}")
+    number, by = done.sent.submission.number, done.sent.released_by
+    released = "" if by == "ktrain" else f"; {by} starts it"
+    click.echo(f"{last.namespace}/{last.name}: resumed as submission {number}{released}")
     return _wait(client, last, given)
 
 

@@ -63,4 +63,4 @@ def has(run: str, submission_id: str) -> bool:
 def _expect_reachable(run: str) -> None:
     path = local_path(run)
     if path is not None and not path.is_dir():
-        raise NotFoundError(f"run {run}: it is a path of the job's pods, which this machine does not have")
+        raise NotFoundError(f"run {run}: this machine does not have that path; the pods of a job may")

@@ -235,7 +235,7 @@ def test_history_of_a_run_out_of_reach_shows_the_cluster_and_says_so(cluster: Fa
     found = json.loads(out)
 
     assert code == contract.EXIT_OK and [item["outcome"] for item in found["submissions"]] == ["starting"]
-    assert "this machine does not have" in found["unknown"][0]
+    assert "this machine does not have that path" in found["unknown"][0]
     assert ktrain("history", "nope")[0] == contract.EXIT_USAGE
 
 
