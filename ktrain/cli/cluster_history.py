@@ -69,10 +69,10 @@ def of_cluster(target: str, namespace: str, given: Mapping[str, Any]) -> dict[st
                 "restarts": status.restarts,
             }
     ticket = _told(lambda: stored.try_read_ticket(client, namespace, cluster_run.job_name(target)), unknown)
-    if ticket is not None and ticket.submission.id not in stands:
-        run = run or str(ticket.submission.spec["run"])
-        shown.append(ticket.submission)
-        stands[ticket.submission.id] = {"state": "cut off"}
+    if ticket is not None and ticket.id not in stands:
+        run = run or str(ticket.spec["run"])
+        shown.append(ticket)
+        stands[ticket.id] = {"state": "cut off"}
     records, attempts = _told_by_run(run, unknown)
     known = {item.id for item in records}
     everything = [*records, *(item for item in shown if item.id not in known)]

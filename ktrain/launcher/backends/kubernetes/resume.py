@@ -17,7 +17,6 @@ from ktrain.errors import ConfigError, ConflictError, DeadlineError, ForbiddenEr
 from ktrain.launcher.backends.kubernetes import stored
 from ktrain.launcher.backends.kubernetes.client import Client, Object, path_of
 from ktrain.launcher.backends.kubernetes.status import FINAL, State, Status, assess, run_of, state_of
-from ktrain.launcher.backends.kubernetes.stored import Ticket
 from ktrain.launcher.backends.kubernetes.submission import Submission, new_sending
 from ktrain.launcher.backends.kubernetes.submit import Submitted, Tried, carried, object_path, submit
 from ktrain.launcher.backends.kubernetes.view import View, jobset_path, list_jobsets, look
@@ -91,15 +90,15 @@ def find_last(
     return last
 
 
-def _from_ticket(namespace: str, name: str, ticket: Ticket | None) -> Last | None:
+def _from_ticket(namespace: str, name: str, ticket: Submission | None) -> Last | None:
     """Where a resume was cut off between the old job and the new one."""
-    return None if ticket is None else Last(namespace, name, ticket.submission, None, None, is_cut_off=True)
+    return None if ticket is None else Last(namespace, name, ticket, None, None, is_cut_off=True)
 
 
-def _from_cluster(client: Client, view: View, ticket: Ticket | None) -> Last | None:
+def _from_cluster(client: Client, view: View, ticket: Submission | None) -> Last | None:
     """Of a job that is there; None where neither it nor a ticket has its submission."""
     status, there = assess(view), stored.try_read_submission(client, view.jobset)
-    is_ours = ticket is not None and stored.stamp_of(view.jobset) == ticket.submission.id
+    is_ours = ticket is not None and stored.stamp_of(view.jobset) == ticket.id
     if is_ours and there is not None and status.state in _LIVE:
         return Last(view.namespace, view.name, there, status, view.jobset, is_cut_off=False, is_sent=True)
     is_leaving = view.jobset["metadata"].get("deletionTimestamp") is not None and status.state is not State.DONE
@@ -107,7 +106,7 @@ def _from_cluster(client: Client, view: View, ticket: Ticket | None) -> Last | N
         _expect_at_rest(status, cut_off=is_ours)
     has_ended = is_ours and there is not None and status.state in FINAL  # its ticket was not removed, that is all
     if ticket is not None and not has_ended:
-        return Last(view.namespace, view.name, ticket.submission, status, view.jobset, is_cut_off=True)
+        return Last(view.namespace, view.name, ticket, status, view.jobset, is_cut_off=True)
     return None if there is None else Last(view.namespace, view.name, there, status, view.jobset, is_cut_off=False)
 
 
@@ -163,12 +162,12 @@ def _try_look(client: Client, namespace: str, name: str) -> View | None:
         return None
 
 
-def _is_current(ticket: Ticket | None, view: View | None) -> bool:
+def _is_current(ticket: Submission | None, view: View | None) -> bool:
     """Whether a ticket is about the job that is there, or none is; else a later submission made it worthless."""
     if ticket is None or view is None:
         return ticket is not None
     stamp = stored.stamp_of(view.jobset)
-    return stamp in (ticket.submission.id, (ticket.submission.before or {}).get("id"))
+    return stamp in (ticket.id, (ticket.before or {}).get("id"))
 
 
 def _expect_at_rest(status: Status, *, cut_off: bool) -> None:

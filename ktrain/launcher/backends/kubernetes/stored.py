@@ -11,7 +11,6 @@ import base64
 import binascii
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ktrain.base import contract
@@ -27,14 +26,6 @@ from ktrain.launcher.spec import JobSpec
 TICKET_SUFFIX = "-resume"
 _JOB_KEY = contract.POD_JOB_FILE.rpartition("/")[2]
 _CODE_KEY = "code.zip"
-
-
-@dataclass(frozen=True, slots=True)
-class Ticket:
-    """A submission that was begun."""
-
-    submission: Submission
-    uid: str
 
 
 def config_map_path(namespace: str, name: str) -> str:
@@ -101,15 +92,15 @@ def try_read_code(client: Client, namespace: str, job: JobSpec) -> bytes | None:
 # Tickets
 
 
-def try_read_ticket(client: Client, namespace: str, name: str) -> Ticket | None:
-    """The ticket of a job; None where there is none. Raises ConfigError, ForbiddenError."""
+def try_read_ticket(client: Client, namespace: str, name: str) -> Submission | None:
+    """The submission that was begun by a resume; None where there is none. Raises ConfigError, ForbiddenError."""
     found = client.try_get(config_map_path(namespace, name + TICKET_SUFFIX))
     if found is None:
         return None
     text = (found.get("data") or {}).get(contract.SUBMISSION_FILE)
     if stamp_of(found) is None or text is None:
         raise ConfigError(f"ConfigMap {name}{TICKET_SUFFIX}: ktrain did not make it; rename or remove it")
-    return Ticket(_parse(text, f"ConfigMap {name}{TICKET_SUFFIX}"), found["metadata"]["uid"])
+    return _parse(text, f"ConfigMap {name}{TICKET_SUFFIX}")
 
 
 def write_ticket(client: Client, job: JobSpec, submission: Submission, archive: bytes | None) -> None:
