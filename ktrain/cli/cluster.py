@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tomllib
 from collections.abc import Mapping
@@ -72,12 +73,12 @@ def launch_on_cluster(command: tuple[str, ...], given: Mapping[str, Any]) -> int
     if given.get("dry_run") or given.get("explain"):
         return _show_job(spec, tried.facts, given, archive)
     _say_gang(tried.rendered)
-    _bring_code(spec, archive)
+    bring_code(spec, archive)
     stay = cluster_run.Stay(stays[0]) if stays and stays[0] != "detach" else cluster_run.Stay.NOT
     return cluster_run.send(client, tried, data, stay=stay, timeout_s=given.get("timeout"))
 
 
-def _bring_code(spec: JobSpec, archive: CodeArchive | None) -> None:
+def bring_code(spec: JobSpec, archive: CodeArchive | None) -> None:
     """Before the job is created, its code is where its pods look for it."""
     if spec.code.archive is None or (archive is not None and not spec.code.is_in_bucket):
         return  # objects that are created with the job carry it
@@ -185,9 +186,31 @@ def job_with_code(command: tuple[str, ...], given: Mapping[str, Any]) -> tuple[J
     Raises:
         ConfigError: something in it cannot be.
     """
-    spec = job_from_options(command, given)
+    return _and_code(job_from_options(command, given), given)
+
+
+def _and_code(spec: JobSpec, given: Mapping[str, Any]) -> tuple[JobSpec, CodeArchive | None]:
     archive = _pack(given.get("code"))
     return (spec if archive is None else _with_code(spec, archive, given["code"])), archive
+
+
+def job_from_value(value: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[JobSpec, CodeArchive | None]:
+    """A job that was sent before, with the options that were typed on top, and the code where a directory is sent.
+
+    Raises:
+        ConfigError: something in it cannot be.
+    """
+    changed: dict[str, Any] = copy.deepcopy(dict(value))
+    for name, path in _FIELDS.items():
+        if name in given and given[name] is not None:
+            _put(changed, path, given[name])
+    for text in given.get("settings", ()):
+        name, item = _split(text, "=", "--set FIELD=VALUE")
+        _put(changed, name, _toml_value(item))
+    if given.get("code"):
+        known = {name: item for name, item in changed.get("code", {}).items() if name != "way"}  # it is chosen anew
+        changed["code"] = _code(known, given["code"])
+    return _and_code(spec_file.from_value(changed), given)
 
 
 def _put(value: dict[str, Any], path: str, item: Any) -> None:

@@ -19,10 +19,13 @@ from ktrain.cli import (
     doctor,
     exchange,
     exec_in_pod,
+    gc,
+    history,
     launch,
     logs,
     port_forward,
     quarantine,
+    resume,
     status,
     upgrade,
     wait,
@@ -47,6 +50,9 @@ cli.add_command(port_forward.port_forward)
 cli.add_command(delete.delete)
 cli.add_command(cluster_list.list_command)
 cli.add_command(doctor.doctor)
+cli.add_command(resume.resume)
+cli.add_command(history.history)
+cli.add_command(gc.collect)
 cli.add_command(ckpt.ckpt)
 ckpt.ckpt.add_command(upgrade.upgrade)
 ckpt.ckpt.add_command(exchange.export_command)

@@ -37,7 +37,7 @@ from ktrain.checkpoint.intake import Intake
 from ktrain.checkpoint.relay import newest_numbers
 from ktrain.checkpoint.roster import RankProgress
 from ktrain.errors import ConflictError, DeadlineError, KtrainError, UnavailableError
-from ktrain.run import worker
+from ktrain.run import submissions, worker
 from ktrain.run.failure import Budgets, Exit, Verdict
 from ktrain.run.notes import FileNotes, open_notes
 from ktrain.run.states import Action, Adopt, Allocate, Close, Finish, Machine, Say, State
@@ -498,6 +498,7 @@ def main(argv: list[str]) -> int:
         return exit_code(error)
     if spec.pod is not None:
         signal.signal(signal.SIGTERM, lambda signum, frame: head.leave())
+        submissions.keep_own(work.path, spec.run, timeouts=Timeouts(spec.patience_s))
     return head.run()
 
 

@@ -171,6 +171,9 @@ def _write(container: Container, place: PodSettings) -> None:
         if container.node:
             work.node(container.node).mkdir(mode=0o700, exist_ok=True)
             atomic.write_json(work.head, {"address": container.head})
+        submission = place.job_file.with_name(contract.SUBMISSION_FILE)
+        if container.name == "head" and submission.is_file():
+            atomic.write_bytes(work.path / contract.SUBMISSION_FILE, submission.read_bytes())
         link = work.path / f"token-{container.name}"
         link.unlink(missing_ok=True)
         link.symlink_to(place.token_file)  # the token stays in memory, where the Secret lies

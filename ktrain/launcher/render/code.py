@@ -39,11 +39,11 @@ def config_maps(spec: JobSpec, archive: bytes | None) -> tuple[Manifest, ...]:
             "immutable": True,
             "binaryData": {key: base64.b64encode(archive[at * MOST_CARRIED : (at + 1) * MOST_CARRIED]).decode("ascii")},
         }
-        for at, (name, key) in enumerate(_parts(spec))
+        for at, (name, key) in enumerate(parts(spec))
     )
 
 
-def _parts(spec: JobSpec) -> list[tuple[str, str]]:
+def parts(spec: JobSpec) -> list[tuple[str, str]]:
     """Name and key of each ConfigMap; the digest in the name makes it another one for other code."""
     assert spec.code.archive is not None
     name = f"{spec.name}-code-{spec.code.archive[:10]}"
@@ -60,7 +60,7 @@ def containers(spec: JobSpec) -> list[Manifest]:
         return []
     if spec.code.is_in_bucket:
         return [_container(spec, _bucket_command(spec), memory="512Mi", env=_bucket_environment(spec))]
-    carried = [f"{contract.POD_CARRIED}/{key}" for _, key in _parts(spec)]
+    carried = [f"{contract.POD_CARRIED}/{key}" for _, key in parts(spec)]
     command = [*_python(spec, "ktrain.launcher.code.unpack"), *carried, spec.code.archive, contract.POD_CODE]
     return [_container(spec, command, memory="256Mi", env=[])]
 
@@ -141,10 +141,10 @@ def _carried(spec: JobSpec) -> Manifest:
         return {"emptyDir": {"sizeLimit": "2Gi"}}
     if spec.code.is_in_bucket:
         return {"emptyDir": {"sizeLimit": "1Gi"}}
-    parts = _parts(spec)
-    if len(parts) == 1:
-        return {"configMap": {"name": parts[0][0]}}
-    return {"projected": {"sources": [{"configMap": {"name": name}} for name, _ in parts]}}
+    carriers = parts(spec)
+    if len(carriers) == 1:
+        return {"configMap": {"name": carriers[0][0]}}
+    return {"projected": {"sources": [{"configMap": {"name": name}} for name, _ in carriers]}}
 
 
 def mounts(spec: JobSpec) -> list[Manifest]:

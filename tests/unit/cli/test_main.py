@@ -41,6 +41,12 @@ OPTIONS = {
         "--accelerator", "--tpu", "--slices", "--state", "--spares", "--queue", "--gang", "--env", "--secret",
         "--volume", "--code", "--set", "--kubeconfig", "--context",
     },
+    "resume": {
+        "--nodes", "--image", "--accelerator", "--queue", "--gang", "--max-restarts", "--code", "--set", "--dry-run",
+        "--output", "--wait", "--timeout", *EITHER,
+    },
+    "history": {"--output", *EITHER},
+    "gc": {"--older-than", "--confirm", "--dry-run", "--output", *ON_CLUSTER},
     "ckpt ls": {"--volume", "--output"},
     "ckpt verify": {"--step", "--tier", "--output"},
     "ckpt upgrade": {"--confirm", "--dry-run", "--output"},

@@ -18,6 +18,9 @@ from ktrain.base.process import ProcessId
 from ktrain.base.settings import PodSettings
 from ktrain.errors import ConfigError
 from ktrain.launcher import spec_file
+from ktrain.launcher.backends.kubernetes.submission import new_sending
+from ktrain.launcher.facts import ClusterFacts
+from ktrain.launcher.gang import choose
 from ktrain.run import pod
 from ktrain.run.init import Ended
 
@@ -235,6 +238,24 @@ def test_prepare_run_that_is_not_the_job_s_is_refused(place: PodSettings) -> Non
 def test_prepare_work_folder_that_is_not_there_is_refused(place: PodSettings) -> None:
     with pytest.raises(ConfigError, match="work folder"):
         pod.prepare("agent", replace(place, work=place.work / "gone"))
+
+
+def test_prepare_head_alone_takes_along_what_made_its_pod(place: PodSettings) -> None:
+    place.job_file.with_name(contract.SUBMISSION_FILE).write_text('{"id": "a"}')
+    agent = pod.prepare("agent", place)
+    assert not (agent.work.path / contract.SUBMISSION_FILE).exists()
+
+    head = pod.prepare("head", replace(place, role="head", pod_index=0))
+    assert json.loads((head.work.path / contract.SUBMISSION_FILE).read_text()) == {"id": "a"}
+
+
+def test_launch_of_a_submission_is_that_of_its_pods(place: PodSettings) -> None:
+    job = spec_file.from_value(VALUE)
+    facts = ClusterFacts()
+    sending = new_sending(job, facts, choose(job, facts), time=0.0)
+
+    assert sending.submission.launch == pod.launch_of(job, place, sending.token).launch_id
+    assert sending.token not in repr(sending) and sending.token not in json.dumps(sending.submission.to_value())
 
 
 @pytest.mark.parametrize("argv", [[], ["supervisor"], ["head", "agent"]])

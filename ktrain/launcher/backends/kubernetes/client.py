@@ -93,14 +93,19 @@ class Client:
         """Merges a change into an object. Raises NotFoundError, ConflictError, RejectedError."""
         return self._call("PATCH", path, {}, change, content=_MERGE)
 
-    def delete(self, path: str, uid: str, *, propagation: str = "Background") -> bool:
-        """Deletes that very object; false where it is gone, or another one has its name."""
+    def delete(self, path: str, uid: str, *, propagation: str = "Background", version: str | None = None) -> bool:
+        """Deletes that very object; false where it is gone, or another one has its name.
+
+        Raises:
+            ConflictError: it is no longer as it was at `version`.
+        """
         options = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": propagation}
         now = self.try_get(path)
         if now is None or now["metadata"]["uid"] != uid:
             return False
+        seen = {"uid": uid} if version is None else {"uid": uid, "resourceVersion": version}
         try:
-            self._call("DELETE", path, {}, {**options, "preconditions": {"uid": uid}})
+            self._call("DELETE", path, {}, {**options, "preconditions": seen})
         except NotFoundError:
             return False
         return True

@@ -8,22 +8,24 @@ before it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ktrain.base import contract, ids
+from ktrain.base import ids
 from ktrain.base.retry import BusyError
 from ktrain.errors import ConfigError, ForbiddenError, KtrainError
 from ktrain.launcher.backends.kubernetes.client import Client, Object, path_of
 from ktrain.launcher.backends.kubernetes.discover import discover, sample_pods, try_fields
 from ktrain.launcher.backends.kubernetes.refusals import AlreadyExistsError, RejectedError
+from ktrain.launcher.backends.kubernetes.stored import drop_ticket, stamp_of, stamps, with_submission
+from ktrain.launcher.backends.kubernetes.submission import Sending, Submission, new_sending
 from ktrain.launcher.dropped import Lost, lost_fields
 from ktrain.launcher.facts import ClusterFacts
 from ktrain.launcher.render import code
 from ktrain.launcher.render.access import token_secret
 from ktrain.launcher.render.job import Rendered, render
-from ktrain.launcher.spec import GangKind, JobSpec
+from ktrain.launcher.spec import MOST_NAME, GangKind, JobSpec
 
-_PLURALS = {
+PLURALS = {
     "ComputeDomain": "computedomains",
     "ConfigMap": "configmaps",
     "JobSet": "jobsets",
@@ -37,7 +39,6 @@ _PLURALS = {
     "ServiceAccount": "serviceaccounts",
     "Workload": "workloads",
 }
-_TOKEN_NBYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,8 @@ class Submitted:
     namespace: str
     uid: str  # of the JobSet
     released_by: str
+    submission: Submission
+    left: str | None = None  # a ticket that could not be removed, and why
 
 
 def try_job(client: Client, spec: JobSpec, archive: bytes | None = None, facts: ClusterFacts | None = None) -> Tried:
@@ -93,34 +96,39 @@ def try_job(client: Client, spec: JobSpec, archive: bytes | None = None, facts: 
         ForbiddenError: this user may not create what the job needs.
     """
     if facts is None:
-        facts = discover(client, spec)
-        _expect_jobsets(facts)
-        try:
-            facts = try_fields(client, spec, facts)
-        except AlreadyExistsError as error:
-            raise _taken(error, spec) from error
+        facts = _ask(client, spec)
     rendered = render(spec, facts)
-    objects = (rendered.jobset, *code.config_maps(spec, archive), token_secret(spec, "dry-run"), *rendered.owned)
-    found = [_compared(client, obj) for obj in objects]
-    found += [_pod_compared(client, pod) for pod in sample_pods(rendered, spec)]
-    return Tried(spec, facts, rendered, tuple(item for item in found if item.lost or item.unknown is not None))
+    return Tried(spec, facts, rendered, _try_objects(client, spec, rendered, archive))
 
 
-def submit(client: Client, tried: Tried, archive: bytes | None = None) -> Submitted:
-    """Creates the job and releases it, unless Kueue is to do that.
+def try_successor(client: Client, spec: JobSpec, archive: bytes | None = None) -> Tried:
+    """Like `try_job`, where a job of that name may be there and is to be replaced: tried under a name beside it."""
+    mark = f"-{ids.random_id(3)}"
+    trial = replace(spec, name=f"{spec.name[: MOST_NAME - len(mark)].rstrip('-')}{mark}")
+    facts = _ask(client, trial)
+    found = _try_objects(client, trial, render(trial, facts), archive)
+    named = tuple(replace(item, name=item.name.replace(trial.name, spec.name, 1)) for item in found)
+    return Tried(spec, facts, render(spec, facts), named)
+
+
+def submit(client: Client, tried: Tried, archive: bytes | None = None, *, sending: Sending | None = None) -> Submitted:
+    """Creates the job and releases it, unless Kueue is to do that. Without `sending` it is the first of its job.
 
     Raises:
         ConflictError: a job of that name is there; it was not touched.
         KtrainError: a step failed; what had been created is gone again, or the error names what is left.
     """
-    spec, submission = tried.spec, ids.random_id()
+    spec = tried.spec
+    if sending is None:
+        sending = new_sending(spec, tried.facts, tried.rendered.gang, time=client.clock.wall())
     made: list[Object] = []
     try:
-        jobset = _create(client, tried.rendered.jobset, submission, spec)
+        jobset = _create(client, tried.rendered.jobset, sending.submission)
         made.append(jobset)
-        secret = token_secret(spec, ids.random_id(_TOKEN_NBYTES))
+        secret = token_secret(spec, sending.token)
         for obj in (*code.config_maps(spec, archive), secret, *tried.rendered.owned):
-            made.append(_create(client, _owned_by(jobset, obj), submission, spec))
+            whole = with_submission(obj, sending.submission)
+            made.append(_create(client, _owned_by(jobset, whole), sending.submission))
         if tried.rendered.gang.kind is not GangKind.KUEUE:
             client.patch(object_path(jobset), {"spec": {"suspend": False}})
     except BaseException as error:
@@ -132,16 +140,44 @@ def submit(client: Client, tried: Tried, archive: bytes | None = None) -> Submit
         if isinstance(error, AlreadyExistsError) and not made:
             raise _taken(error, spec) from error
         raise
-    return Submitted(spec.name, spec.namespace, jobset["metadata"]["uid"], tried.rendered.released_by)
+    left_ticket = _try_drop_ticket(client, spec)
+    uid = jobset["metadata"]["uid"]
+    return Submitted(spec.name, spec.namespace, uid, tried.rendered.released_by, sending.submission, left_ticket)
 
 
 def object_path(obj: Object) -> str:
     """The path of an object that has a name."""
-    return path_of(obj["apiVersion"], _PLURALS[obj["kind"]], obj["metadata"]["namespace"], obj["metadata"]["name"])
+    return path_of(obj["apiVersion"], PLURALS[obj["kind"]], obj["metadata"]["namespace"], obj["metadata"]["name"])
 
 
 def _collection(obj: Object) -> str:
-    return path_of(obj["apiVersion"], _PLURALS[obj["kind"]], obj["metadata"]["namespace"])
+    return path_of(obj["apiVersion"], PLURALS[obj["kind"]], obj["metadata"]["namespace"])
+
+
+def _ask(client: Client, spec: JobSpec) -> ClusterFacts:
+    """What the cluster has and keeps, as a dry run of this job tells."""
+    facts = discover(client, spec)
+    _expect_jobsets(facts)
+    try:
+        return try_fields(client, spec, facts)
+    except AlreadyExistsError as error:
+        raise _taken(error, spec) from error
+
+
+def _try_objects(client: Client, spec: JobSpec, rendered: Rendered, archive: bytes | None) -> tuple[Found, ...]:
+    objects = (rendered.jobset, *code.config_maps(spec, archive), token_secret(spec, "dry-run"), *rendered.owned)
+    found = [_compared(client, obj) for obj in objects]
+    found += [_pod_compared(client, pod) for pod in sample_pods(rendered, spec)]
+    return tuple(item for item in found if item.lost or item.unknown is not None)
+
+
+def _try_drop_ticket(client: Client, spec: JobSpec) -> str | None:
+    """Of an older submission of this name, which this one takes the place of; why it is still there, if it is."""
+    try:
+        drop_ticket(client, spec.namespace, spec.name)
+    except KtrainError as error:
+        return str(error)
+    return None
 
 
 def _expect_jobsets(facts: ClusterFacts) -> None:
@@ -152,7 +188,8 @@ def _expect_jobsets(facts: ClusterFacts) -> None:
 def _taken(error: AlreadyExistsError, spec: JobSpec) -> AlreadyExistsError:
     """The same with what to do: a run goes on from its checkpoints when it is launched again."""
     return AlreadyExistsError(
-        f"{error}; wait for it, or end it with `ktrain delete --namespace {spec.namespace} {spec.name}`"
+        f"{error}; wait for it, have it go on with `ktrain resume --namespace {spec.namespace} {spec.name}`, or end it "
+        f"with `ktrain delete --namespace {spec.namespace} {spec.name}`"
     )
 
 
@@ -187,17 +224,16 @@ def _costs(client: Client, obj: Object) -> str:
     return "".join(f"\n  {item.describe()}" for item in lost_fields(obj, back))
 
 
-def _create(client: Client, obj: Object, submission: str, spec: JobSpec) -> Object:
+def _create(client: Client, obj: Object, submission: Submission) -> Object:
     """Creates it once: a write whose answer was lost is found again by its stamp."""
     about = obj["metadata"]
-    stamps = {contract.ANNOTATION_SUBMISSION: submission, contract.ANNOTATION_RUN: spec.run}
-    stamped = {**obj, "metadata": {**about, "annotations": {**about.get("annotations", {}), **stamps}}}
+    annotations = {**about.get("annotations", {}), **stamps(submission)}
+    stamped = {**obj, "metadata": {**about, "annotations": annotations}}
     try:
         return client.create(_collection(obj), stamped)
     except (AlreadyExistsError, BusyError):
         there = client.try_get(object_path(obj))
-        annotations = {} if there is None else there["metadata"].get("annotations") or {}
-        if there is None or annotations.get(contract.ANNOTATION_SUBMISSION) != submission:
+        if there is None or stamp_of(there) != submission.id:
             raise
         return there
 
