@@ -38,7 +38,7 @@ OPTIONS = {
     "list": {"--output", *ON_CLUSTER},
     "doctor": {
         "--backend", "--run", "--nodes", "--active", "--output", "--job", "--name", "--namespace", "--image",
-        "--accelerator", "--tpu", "--slices", "--state", "--spares", "--queue", "--gang", "--env", "--secret",
+        "--accelerator", "--tpu", "--slices", "--state", "--memory-scope", "--queue", "--gang", "--env", "--secret",
         "--volume", "--code", "--set", "--kubeconfig", "--context",
     },
     "resume": {
