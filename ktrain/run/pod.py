@@ -111,14 +111,14 @@ def launch_of(job: cluster.JobSpec, place: PodSettings, token: str) -> JobSpec:
 
     The token is made at submission, so a name made of it tells one submission from another, and its pods agree on it.
     """
-    run = canonical_url(job.run)
+    run = canonical_url(_run_here(job))
     path = local_path(run)
     waits_s = max(float(job.limits.gang_wait_s), Timeouts(job.limits.patience_s).start_s)
     return JobSpec(
         launch_id=ids.text_digest(f"launch {token}"),
         run=run,
         script=job.command[0],
-        args=job.command[1:],
+        args=tuple(_argument_here(text, job) for text in job.command[1:]),
         nodes=job.num_nodes,
         workers_per_node=job.num_workers,
         max_restarts=job.limits.max_restarts,
@@ -137,6 +137,23 @@ def launch_of(job: cluster.JobSpec, place: PodSettings, token: str) -> JobSpec:
     )
 
 
+def _run_here(job: cluster.JobSpec) -> str:
+    """The run's URL; one on a volume by the path at which this container has that."""
+    path = local_path(job.run)
+    return job.run if path is None else str(settings.path_in_pod(str(path)))
+
+
+def _is_run(told: str, job: cluster.JobSpec) -> bool:
+    path = local_path(told)
+    return told == job.run or (path is not None and str(path.resolve()) == _run_here(job))
+
+
+def _argument_here(text: str, job: cluster.JobSpec) -> str:
+    """An argument that is a path on one of the job's volumes, likewise; any other as it is."""
+    on_volume = any(f"{text}/".startswith(f"{volume.path}/") for volume in job.volumes)
+    return str(settings.path_in_pod(text)) if on_volume else text
+
+
 def _ready_file(place: PodSettings) -> Path:
     return place.work / contract.POD_READY_FILE.rpartition("/")[2]
 
@@ -153,7 +170,7 @@ def prepare(name: str, place: PodSettings) -> Container:
             f"found {place.role!r}"
         )
     job = read_job(place.job_file)
-    if place.run != job.run:
+    if not _is_run(place.run, job):
         raise ConfigError(f"environment variable {contract.ENV_RUN}: expected {job.run!r}, found {place.run!r}")
     token = read_token(place.token_file)
     index = None if name == "head" else node_index(place, job)

@@ -63,7 +63,6 @@ def environment(place: PodSettings) -> dict[str, str]:
         contract.ENV_JOB: str(place.job_file),
         contract.ENV_TOKEN_FILE: str(place.token_file),
         contract.ENV_VOLUME: str(place.volume),
-        contract.ENV_WORK: str(place.work),
         contract.ENV_POD_IP: place.address,
         contract.ENV_HOST: place.host,
         contract.ENV_JOB_INDEX: str(place.job_index),
@@ -77,9 +76,42 @@ def test_pod_settings_environment_of_the_manifest_is_understood(
     for name, value in environment(place).items():
         monkeypatch.setenv(name, value)
 
-    assert settings.pod_settings() == place
-    monkeypatch.delenv(contract.ENV_WORK)
-    assert settings.pod_settings().work == Path(contract.POD_WORK)
+    assert settings.pod_settings() == replace(place, work=Path(contract.POD_WORK))
+
+
+def test_pod_settings_of_a_pod_that_runs_as_processes_are_the_same_in_all_its_containers(
+    place: PodSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for container in ("agent", "trainer"):
+        root = tmp_path / container
+        (root / "ktrain").mkdir(parents=True)
+        (root / "ktrain" / "work").symlink_to(place.work)
+        (root / "ktrain" / "token").symlink_to(place.token_file.parent)
+        told = {**environment(place), contract.ENV_TOKEN_FILE: str(root / "ktrain" / "token" / "token")}
+        for name, value in {**told, contract.ENV_ROOT: str(root)}.items():
+            monkeypatch.setenv(name, value)
+        found.append(settings.pod_settings())
+
+    assert found == [place, place]
+
+
+def test_prepare_run_on_a_volume_of_a_pod_that_runs_as_processes_is_found_below_its_root(
+    place: PodSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim, root = tmp_path / "claims" / "runs", tmp_path / "root"
+    claim.mkdir(parents=True)
+    root.mkdir()
+    (root / "data").symlink_to(claim)
+    monkeypatch.setenv(contract.ENV_ROOT, str(root))
+    volumes = [{"claim": "runs", "path": "/data"}]
+    command = ["train.py", "/data/text", "/database"]
+    place.job_file.write_text(json.dumps({**VALUE, "run": "/data/small", "command": command, "volumes": volumes}))
+
+    made = pod.prepare("trainer", replace(place, run=f"{root}/data/small"))
+
+    assert made.spec.run == str(claim / "small")
+    assert made.spec.args == (str(claim / "text"), "/database")
 
 
 @pytest.mark.parametrize(
