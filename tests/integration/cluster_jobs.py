@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ from ktrain.launcher import spec_file
 from ktrain.launcher.backends.kubernetes import act
 from ktrain.launcher.backends.kubernetes.client import Client
 from ktrain.launcher.backends.kubernetes.connect import connect
-from ktrain.launcher.backends.kubernetes.status import Status, assess
+from ktrain.launcher.backends.kubernetes.status import Pod, Status, assess
 from ktrain.launcher.backends.kubernetes.submit import Tried, submit, try_job
 from ktrain.launcher.backends.kubernetes.view import look
 from ktrain.launcher.cluster.kubelet import NodeSpec
-from ktrain.launcher.code.archive import CodeArchive, pack_code
+from ktrain.launcher.cluster.resources import CLUSTER_QUEUE, LOCAL_QUEUE, PRIORITY_CLASS, RESOURCE_FLAVOR
+from ktrain.launcher.code.archive import CodeArchive
 from ktrain.launcher.explain import Plan, explain
 from ktrain.testing.fake_cluster.offer import Offer
 from ktrain.testing.running_cluster import RunningCluster
@@ -29,9 +29,17 @@ from tests.unit.launcher.setups import CRDS
 Object = dict[str, Any]
 ENDS_WITHIN_S = 150.0  # generous: CI shares two cores
 CLAIM, PATH = "runs", "/data"
-SIZE = {"cpu": "4", "memory": "16Gi", "pods": "20"}
-FRONT, POOL = "front", "train"
-NODES = (NodeSpec(FRONT, SIZE), *(NodeSpec(f"n{at}", SIZE, {"pool": POOL}) for at in range(3)))
+QUEUE, FIRST = "queue", "first"  # a queue, and the priority that goes before
+FRONT, POOL = "front", {"pool": "train"}
+_SIZE = {"cpu": "4", "memory": "16Gi", "pods": "20"}
+NODES = (NodeSpec(FRONT, _SIZE), *(NodeSpec(f"n{at}", _SIZE, POOL) for at in range(3)))
+_SILENT = "node.kubernetes.io/unreachable"
+
+CONTAINER_ENDS = "the trainer's container ends (out of memory)"
+POD_GOES = "a pod is deleted or evicted"
+NODE_GOES = "a node is lost"
+ALL_GO = "all pods are made anew"
+PREEMPTED = "the job is preempted"
 
 
 class Job:
@@ -48,12 +56,9 @@ class Job:
 
     def events(self, kind: str, **fields: Any) -> list[dict[str, Any]]:
         path = self.run / contract.EVENTS_FILE
-        found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = path.read_text().splitlines() if path.exists() else []
+        found = [json.loads(line) for line in lines if line.endswith("}")]
         return [event for event in found if event["kind"] == kind and fields.items() <= event.items()]
-
-    def tiers(self) -> list[str]:
-        """The tier of each restore so far."""
-        return [event["tier"] for event in self.events("restored")]
 
     def promised(self, failure: str) -> str | None:
         """The tier that the plan restores from after a kind of failure."""
@@ -63,37 +68,27 @@ class Job:
     def status(self) -> Status:
         return assess(look(self.client, self.spec.namespace, self.spec.name))
 
-    def pod(self, role: str, index: int = 0) -> str:
-        """The name of a role's pod that is not on its way out."""
-        pods = self.status().pods
-        assert pods is not None
-        found = [pod for pod in pods if (pod.role, pod.index) == (role, index) and pod.phase in ("Pending", "Running")]
-        assert len(found) == 1, (role, index, pods)
-        return found[0].name
+    def pods(self, role: str) -> list[Pod]:
+        """The pods of a role that are not on their way out, by index."""
+        found = [pod for pod in self.status().pods or () if pod.role == role and pod.phase in ("Pending", "Running")]
+        return sorted(found, key=lambda pod: pod.index)
 
-    def node_of(self, role: str, index: int = 0) -> str:
-        pods, name = self.status().pods, self.pod(role, index)
-        assert pods is not None
-        (node,) = [pod.node for pod in pods if pod.name == name]
-        assert node is not None
-        return node
+    def pod(self, role: str, index: int = 0) -> Pod:
+        def there() -> Pod | None:
+            return next((pod for pod in self.pods(role) if pod.index == index), None)
+
+        found: Pod = self.await_that(f"pod {index} of {role}", there)
+        return found
 
     def await_that(self, what: str, holds: Callable[[], Any]) -> Any:
         deadline = Deadline.after(ENDS_WITHIN_S)
         while not (found := holds()):
             assert not deadline.expired(), f"{what}: not within {ENDS_WITHIN_S:g} s\n{self.describe()}"
-            SYSTEM_CLOCK.sleep(0.05)
+            SYSTEM_CLOCK.sleep(0.1)
         return found
 
-    def await_event(self, kind: str, number: int = 1, **fields: Any) -> dict[str, Any]:
-        """The `number`-th event of a kind with these fields."""
-
-        def there() -> dict[str, Any] | None:
-            found = self.events(kind, **fields)
-            return found[number - 1] if len(found) >= number else None
-
-        event: dict[str, Any] = self.await_that(f"{number} x {kind} {fields}", there)
-        return event
+    def await_event(self, kind: str, **fields: Any) -> None:
+        self.await_that(f"{kind} {fields}", lambda: self.events(kind, **fields))
 
     def await_end(self) -> Status:
         deadline = Deadline.after(ENDS_WITHIN_S, self.client.clock)
@@ -101,49 +96,75 @@ class Job:
 
     def describe(self) -> str:
         """Status and last words of the containers, for who reads a failed test."""
-        found = [str(self.status())]
-        for path in sorted(self.running.logs()):
-            found.append(f"--- {path}\n{path.read_text(errors='replace')[-1500:]}")
-        return "\n".join(found)
+        logs = (f"--- {path}\n{path.read_text(errors='replace')[-1500:]}" for path in self.running.logs())
+        return "\n".join([str(self.status()), *logs])
+
+    def volume(self, pod: Pod) -> Path:
+        """The folder of the memory tier of a pod that runs."""
+        run = self.running.call(lambda cluster: cluster.run_of(self.spec.namespace, pod.name))
+        return run.places.memory / "memory"
 
     # What is done to it
 
     def kill(self, role: str, index: int, container: str) -> None:
         """Kills the first process of a container, as the kernel does when memory is short."""
-        name = self.pod(role, index)
+        name, namespace = self.pod(role, index).name, self.spec.namespace
 
         def pid() -> int | None:
-            return self.running.call(
-                lambda cluster: _pid(cluster.run_of(self.spec.namespace, name).container(container))
-            )
+            found = self.running.call(lambda cluster: cluster.run_of(namespace, name)).container(container)
+            return None if found is None else found.pid()
 
         os.kill(self.await_that(f"process of {container} in {name}", pid), signal.SIGKILL)
 
     def delete(self, role: str, index: int = 0) -> None:
-        """Deletes a pod, which is then made anew."""
-        self.client.delete(f"/api/v1/namespaces/{self.spec.namespace}/pods/{self.pod(role, index)}")
+        """Deletes a pod; whoever it belongs to makes another."""
+        path = f"{self._pods_path()}/{self.pod(role, index).name}"
+        self.client.delete(path, self.client.get(path)["metadata"]["uid"])
+
+    def evict(self, role: str, index: int = 0) -> None:
+        """Has a pod evicted by the API, as a drained node or a scheduler does."""
+        name = self.pod(role, index).name
+        eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": name}}
+        self.client.create(f"{self._pods_path()}/{name}/eviction", eviction)
+
+    def lose_node(self, role: str, index: int = 0) -> str:
+        """Ends the machine below a pod; returns its name."""
+        node = self.pod(role, index).node
+        assert node is not None
+        self.running.lose(node)
+        return node
+
+    def _pods_path(self) -> str:
+        return f"/api/v1/namespaces/{self.spec.namespace}/pods"
 
 
-def _pid(container: Any) -> int | None:
-    found: int | None = None if container is None else container.pid()
-    return found
-
-
-@contextmanager
-def cluster(nodes: Sequence[NodeSpec] = NODES, offer: Offer | None = None) -> Iterator[RunningCluster]:
-    """A running cluster under the definitions of a real one, where these are beside the repository."""
-    with RunningCluster(nodes, offer, crds=CRDS if CRDS.is_dir() else None) as running:
-        yield running
+def start(nodes: Sequence[NodeSpec] = NODES, offer: Offer | None = None) -> RunningCluster:
+    """A cluster under the definitions of a real one, where these are beside the repository."""
+    return RunningCluster(nodes, offer, crds=CRDS if CRDS.is_dir() else None)
 
 
 def client_of(running: RunningCluster, folder: Path) -> Client:
     return Client(connect(running.api.write_kubeconfig(folder / "kubeconfig.json")))
 
 
-def send(running: RunningCluster, folder: Path, code: Path, **fields: Any) -> Job:
-    """Sends a job of a folder of code; its run lies on a claim."""
-    archive: CodeArchive = pack_code(code)
+def add_queue(running: RunningCluster, cpus: int) -> None:
+    """A queue of Kueue with room for so many CPUs, in which the priority `FIRST` goes before others."""
+    quota = {"name": "any", "resources": [{"name": "cpu", "nominalQuota": str(cpus)}]}
+    groups = [{"coveredResources": ["cpu"], "flavors": [quota]}]
+    preemption = {"withinClusterQueue": "LowerPriority"}
+    spec = {"namespaceSelector": {}, "resourceGroups": groups, "preemption": preemption}
+    store = running.api.store
+    store.create(RESOURCE_FLAVOR, {"metadata": {"name": "any"}, "spec": {}})
+    store.create(CLUSTER_QUEUE, {"metadata": {"name": "all"}, "spec": spec})
+    local = {"metadata": {"name": QUEUE, "namespace": "default"}, "spec": {"clusterQueue": "all"}}
+    store.create(LOCAL_QUEUE, local)
+    store.create(PRIORITY_CLASS, {"metadata": {"name": FIRST}, "value": 1000})
+
+
+def send(running: RunningCluster, folder: Path, archive: CodeArchive | None, **fields: Any) -> Job:
+    """Sends a job of two nodes, whose run lies on a claim; its pods leave a node that is silent after a second."""
     name = fields.get("name", "small")
+    soon = [{"key": _SILENT, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 1}]
     value = {
         "name": name,
         "run": f"{PATH}/{name}",
@@ -152,12 +173,12 @@ def send(running: RunningCluster, folder: Path, code: Path, **fields: Any) -> Jo
         "memory": {"state": "1Mi"},
         "resources": {"cpu": "100m", "memory": "64Mi", "shm": "1Mi"},
         "volumes": [{"claim": CLAIM, "path": PATH}],
-        "code": {"archive": archive.sha256},
+        "overlay": {"head": {"nodeSelector": {"kubernetes.io/hostname": FRONT}}, "worker": {"tolerations": soon}},
+        **({} if archive is None else {"code": {"archive": archive.sha256}}),
         **fields,
+        "placement": {"node_selector": POOL, **fields.get("placement", {})},
     }
-    value["placement"] = {"node_selector": {"pool": POOL}, **fields.get("placement", {})}
-    value["overlay"] = {"head": {"nodeSelector": {"kubernetes.io/hostname": FRONT}}, **fields.get("overlay", {})}
-    client = client_of(running, folder)
-    tried = try_job(client, spec_file.from_value(value), archive.data)
-    submit(client, tried, archive.data)
+    client, data = client_of(running, folder), None if archive is None else archive.data
+    tried = try_job(client, spec_file.from_value(value), data)
+    submit(client, tried, data)
     return Job(running, client, tried)

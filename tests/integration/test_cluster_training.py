@@ -1,7 +1,8 @@
-"""Whole training jobs through the Kubernetes backend to a cluster whose pods run."""
+"""Whole training jobs through the Kubernetes backend to a cluster whose pods run, and what they lose on the way."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,28 +10,112 @@ import pytest
 
 from ktrain.base import contract
 from ktrain.launcher.backends.kubernetes.status import State
-from tests.integration import launch_worker
-from tests.integration.cluster_jobs import cluster, send
+from ktrain.launcher.code.archive import CodeArchive, pack_code
+from ktrain.launcher.spec import GangKind
+from ktrain.testing.fake_cluster.offer import Offer
+from tests.integration import cluster_jobs, launch_worker
+from tests.integration.cluster_jobs import CONTAINER_ENDS, NODE_GOES, POD_GOES, PREEMPTED, Job, send, start
+from tests.integration.test_running_cluster import Client
+from tests.integration.test_running_cluster_gangs import SETS, jobset
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "01_text_gpt.py"
+TINY = "--layers 1 --width 32 --heads 2 --context 32 --global-batch 8 --megabytes 1 --every 5 --no-check".split()
 
 
-def code_folder(folder: Path) -> Path:
+def small_training(folder: Path) -> CodeArchive:
     code = folder / "code"
     code.mkdir()
     shutil.copy(Path(launch_worker.__file__), code / "train.py")
-    return code
+    return pack_code(code)
 
 
-@pytest.mark.slow
+def text_model(folder: Path) -> CodeArchive:
+    """The text model of the examples, whose steps take their time while the run has a file `slow`."""
+    code, update = folder / "code", "            step.update(optimizer, clip=1.0)\n"
+    code.mkdir()
+    text = EXAMPLE.read_text()
+    assert text.count(update) == 1
+    wait = '            if Path(args.run, "slow").exists():\n                __import__("time").sleep(0.2)\n'
+    (code / "train.py").write_text(text.replace(update, update + wait))
+    return pack_code(code)
+
+
 def test_cluster_training_job_is_sent_runs_and_leaves_checkpoints(tmp_path: Path) -> None:
-    with cluster() as running:
-        job = send(
-            running, tmp_path, code_folder(tmp_path), command=["train.py", "40", "0.05"], limits={"patience_s": 20}
-        )
+    command, limits = ["train.py", "40", "0.05"], {"patience_s": 20}
+    with start() as running:
+        job = send(running, tmp_path, small_training(tmp_path), command=command, limits=limits)
         ended = job.await_end()
 
         assert (ended.state, ended.exit_code) == (State.DONE, contract.EXIT_OK), job.describe()
         expected = launch_worker.reference(40)
         assert [(event["step"], event["loss"]) for event in job.events("step")] == sorted(expected.items())
         assert list((job.run / contract.CHECKPOINTS_DIR).glob("step-00000040/commit-*"))
+
+
+def restored(job: Job) -> list[str]:
+    return [event["tier"] for event in job.events("restored")]
+
+
+def spent(job: Job) -> dict[str, int]:
+    """What the job's failures have cost so far, as a new head would read it."""
+    found: dict[str, int] = json.loads((job.run / contract.HEAD_FILE).read_text())["budgets"]["spent"]
+    return found
+
+
+def lose(job: Job, failure: str, tier: str) -> None:
+    """Loses something once the newest step is in a tier; returns when the job has gone on from a tier."""
+    attempt, number = max(event["attempt"] for event in job.events("attempt_started")), len(restored(job))
+    job.await_event("committed", tier=tier, attempt=attempt)
+    node = None
+    if failure == CONTAINER_ENDS:
+        job.kill("worker", 1, "trainer")
+    elif failure == POD_GOES:
+        job.delete("worker", 1)
+    elif failure == NODE_GOES:
+        node = job.lose_node("worker", 0)
+    else:
+        preempt(job)
+    job.await_that(f"restored after: {failure}", lambda: len(restored(job)) > number)
+    if node is not None:
+        job.running.restore(node)  # empty; its old pod, which nobody could end, is gone now
+
+
+def preempt(job: Job) -> None:
+    """Another job takes the whole queue, and leaves it when nothing of ours runs any more."""
+    client, queued = Client(job.running), {"kueue.x-k8s.io/queue-name": cluster_jobs.QUEUE}
+    client.send("POST", SETS, jobset("other", "exec sleep 600", labels=queued, priorityClassName=cluster_jobs.FIRST))
+    job.await_that("preemption", lambda: job.status().state is State.PREEMPTED)
+    job.await_that("end of the pods", lambda: not job.status().pods)
+    client.send("DELETE", f"{SETS}/other")
+
+
+def test_text_model_in_a_queue_goes_on_from_the_tiers_that_its_plan_promised(tmp_path: Path) -> None:
+    with start(offer=Offer(kueue=True)) as running:
+        cluster_jobs.add_queue(running, cpus=4)
+        slow = running.claim(cluster_jobs.CLAIM) / "small" / "slow"
+        slow.parent.mkdir(parents=True)
+        slow.touch()
+        command = ["train.py", *TINY, "--steps", "300"]
+        limits, placement = {"patience_s": 20}, {"queue": cluster_jobs.QUEUE}
+        job = send(running, tmp_path, text_model(tmp_path), command=command, limits=limits, placement=placement)
+        assert job.plan.gang.startswith(f"{GangKind.KUEUE}: ")
+        job.await_event("attempt_started")
+
+        lose(job, CONTAINER_ENDS, contract.TIER_MEMORY)
+        lose(job, POD_GOES, contract.TIER_PEER)
+        lose(job, NODE_GOES, contract.TIER_PEER)
+        before = spent(job)
+        lose(job, PREEMPTED, contract.TIER_BUCKET)
+        slow.unlink()
+        ended = job.await_end()
+
+        assert (ended.state, ended.exit_code, ended.restarts) == (State.DONE, contract.EXIT_OK, 0), job.describe()
+        assert restored(job) == [job.promised(each) for each in (CONTAINER_ENDS, POD_GOES, NODE_GOES, PREEMPTED)]
+        assert spent(job) == before == {contract.CAUSE_CRASH: 1, contract.CAUSE_NODE_LOST: 2}
+        losses: dict[int, set[float]] = {}
+        for event in job.events("step"):
+            losses.setdefault(event["step"], set()).add(event["loss"])
+        assert sorted(losses) == list(range(1, 301))
+        assert [step for step, values in losses.items() if len(values) > 1] == [], "a step was not done the same again"
