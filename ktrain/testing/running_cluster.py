@@ -23,6 +23,7 @@ from ktrain.testing.fake_cluster.logs import FileLogs
 from ktrain.testing.fake_cluster.offer import Offer
 
 _T = TypeVar("_T")
+_DELAYS = Delays(first_s=0.05, longest_s=1.0, probe_s=0.2)
 QUICK = Pace(job_back_off_s=0.05, silence=Silence(0.2))
 
 
@@ -44,7 +45,7 @@ class RunningCluster:
         self._network = Network()
         addresses = Addresses(self._network.number)
         machine = Machine(
-            ProcessRuntime(), SYSTEM_CLOCK, self._folders, environment, addresses=addresses, delays=Delays(0.05, 1.0)
+            ProcessRuntime(), SYSTEM_CLOCK, self._folders, environment, addresses=addresses, delays=_DELAYS
         )
         self.cluster = LocalCluster(nodes, machine, pace=pace, store=self.api.store)
         self._driver = Driver(self.cluster)

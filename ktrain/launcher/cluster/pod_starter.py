@@ -75,7 +75,7 @@ class Addresses:
 class Network:
     """A network of loopback addresses that no other cluster of this machine has. Close it.
 
-    It is ours as long as a socket of ours listens on its first address, so that a cluster which is killed gives it back.
+    It is ours as long as a socket of ours listens on its first address: a cluster that is killed gives it back.
     """
 
     def __init__(self) -> None:
