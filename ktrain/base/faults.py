@@ -33,6 +33,9 @@ POINTS = (
     "read.parts",  # before a node's agent reads parts of a peer's snapshot for a rank
     "restore.loaded",  # bytes are proven, nothing is applied
     "restore.applied",  # applied here, perhaps not yet on other ranks
+    "pod.prepared",  # process 1 of a container knows the job, and nobody knows of it (rank: the node, epoch: its start)
+    "pod.begun",  # before it starts its child
+    "pod.ended",  # its child has ended, the head is not told
 )
 ACTIONS = ("kill", "stop", "raise")
 

@@ -19,7 +19,9 @@ from typing import Any
 from ktrain.base import atomic, contract, ids, settings
 from ktrain.base.control import Client
 from ktrain.base.exits import exit_code
+from ktrain.base.faults import FaultPoints
 from ktrain.base.job import JobSpec, PodPlace, WorkDir, canonical_url, local_path
+from ktrain.base.process import ProcessId
 from ktrain.base.settings import PodSettings, Timeouts
 from ktrain.errors import ConfigError, KtrainError
 from ktrain.launcher import spec as cluster
@@ -40,11 +42,20 @@ class Container:
     work: WorkDir
     head: str  # address
     node_index: int | None  # None for the head
-    begins_pod: bool = False  # nothing of this pod ran before
 
     @property
     def node(self) -> str:
         return "" if self.node_index is None else contract.node_name(self.node_index)
+
+    @property
+    def begun(self) -> Path:
+        """There once the head has been told that this pod took its place."""
+        return self.work.path / "begun"
+
+    @property
+    def child(self) -> Path:
+        """Which process ran last below process 1 of this container."""
+        return self.work.path / f"child-{self.name}.json"
 
     def command(self) -> list[str]:
         """What runs below this process."""
@@ -174,9 +185,7 @@ def prepare(name: str, place: PodSettings) -> Container:
         raise ConfigError(f"environment variable {contract.ENV_RUN}: expected {job.run!r}, found {place.run!r}")
     token = read_token(place.token_file)
     index = None if name == "head" else node_index(place, job)
-    work = WorkDir(place.work / "launch")
-    begins_pod = name == "agent" and not work.path.exists()
-    made = Container(name, launch_of(job, place, token), work, place.head, index, begins_pod)
+    made = Container(name, launch_of(job, place, token), WorkDir(place.work / "launch"), place.head, index)
     _write(made, place)
     return made
 
@@ -201,9 +210,22 @@ def _write(container: Container, place: PodSettings) -> None:
 
 
 def tell_begin(container: Container) -> None:
-    """A pod that is new in its place says that the one before it is gone, so that nobody waits or listens for that."""
-    if container.begins_pod:
+    """What is new in its place says that what was before it is gone, so that nobody waits or listens for that.
+
+    A pod says it of the pod before. Its trainer is started later, so that saying it again, after a death before the
+    mark was made, unsays nothing. A container says it of the one before, whose process 1 may have died without a word.
+    """
+    if container.name == "agent" and not container.begun.exists():
         _tell(container, {"node": container.node, "role": "node", "pid": 0})
+        container.begun.touch()
+    before = atomic.try_read_json(container.child)
+    if before is not None:
+        _tell(container, {"node": container.node, "role": _MODULES[container.name], "pid": before["number"]})
+
+
+def _note_child(container: Container, child: ProcessId) -> None:
+    if container.node_index is not None:
+        atomic.write_json(container.child, {"number": child.number})
 
 
 def tell_end(container: Container, ended: Ended) -> None:
@@ -235,10 +257,24 @@ def main(argv: list[str]) -> int:
     except KtrainError as error:
         _LOG.error("%s", error)
         return exit_code(error)
+    faults = _fault_points(container)
+    faults.reached("pod.prepared", rank=container.node_index)
     tell_begin(container)
-    ended = run_as_init(container.command())
+    faults.reached("pod.begun", rank=container.node_index)
+    ended = run_as_init(container.command(), lambda child: _note_child(container, child))
+    faults.reached("pod.ended", rank=container.node_index)
     tell_end(container, ended)
     return ended.exit_code
+
+
+def _fault_points(container: Container) -> FaultPoints:
+    """The plan of this start: the epochs of process 1 are the starts of its container in the life of the pod."""
+    if settings.env(contract.ENV_FAULTS) is None:
+        return FaultPoints([], epoch=0)
+    path = container.work.path / f"starts-{container.name}.json"
+    starts = 1 + int((atomic.try_read_json(path) or {}).get("starts", 0))
+    atomic.write_json(path, {"starts": starts})
+    return FaultPoints.from_environment(starts)
 
 
 if __name__ == "__main__":

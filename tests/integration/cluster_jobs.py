@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,10 +21,11 @@ from ktrain.launcher.backends.kubernetes.submit import Tried, submit, try_job
 from ktrain.launcher.backends.kubernetes.view import look
 from ktrain.launcher.cluster.kubelet import NodeSpec
 from ktrain.launcher.cluster.resources import CLUSTER_QUEUE, LOCAL_QUEUE, PRIORITY_CLASS, RESOURCE_FLAVOR
-from ktrain.launcher.code.archive import CodeArchive
+from ktrain.launcher.code.archive import CodeArchive, pack_code
 from ktrain.launcher.explain import Plan, explain
 from ktrain.testing.fake_cluster.offer import Offer
 from ktrain.testing.running_cluster import RunningCluster
+from tests.integration import launch_worker
 from tests.unit.launcher.setups import CRDS
 
 Object = dict[str, Any]
@@ -35,6 +37,7 @@ _SIZE = {"cpu": "4", "memory": "16Gi", "pods": "20"}
 NODES = (NodeSpec(FRONT, _SIZE), *(NodeSpec(f"n{at}", _SIZE, POOL) for at in range(3)))
 _SILENT = "node.kubernetes.io/unreachable"
 
+HELPER_ENDS = "an agent or the head ends"
 CONTAINER_ENDS = "the trainer's container ends (out of memory)"
 POD_GOES = "a pod is deleted or evicted"
 NODE_GOES = "a node is lost"
@@ -106,15 +109,20 @@ class Job:
 
     # What is done to it
 
-    def kill(self, role: str, index: int, container: str) -> None:
-        """Kills the first process of a container, as the kernel does when memory is short."""
+    def pid(self, role: str, index: int, container: str) -> int:
+        """The first process of a container."""
         name, namespace = self.pod(role, index).name, self.spec.namespace
 
-        def pid() -> int | None:
+        def running() -> int | None:
             found = self.running.call(lambda cluster: cluster.run_of(namespace, name)).container(container)
             return None if found is None else found.pid()
 
-        os.kill(self.await_that(f"process of {container} in {name}", pid), signal.SIGKILL)
+        pid: int = self.await_that(f"process of {container} in {name}", running)
+        return pid
+
+    def kill(self, role: str, index: int, container: str) -> None:
+        """Kills the first process of a container, as the kernel does when memory is short."""
+        os.kill(self.pid(role, index, container), signal.SIGKILL)
 
     def delete(self, role: str, index: int = 0) -> None:
         """Deletes a pod; whoever it belongs to makes another."""
@@ -141,6 +149,14 @@ class Job:
 def start(nodes: Sequence[NodeSpec] = NODES, offer: Offer | None = None) -> RunningCluster:
     """A cluster under the definitions of a real one, where these are beside the repository."""
     return RunningCluster(nodes, offer, crds=CRDS if CRDS.is_dir() else None)
+
+
+def small_training(folder: Path) -> CodeArchive:
+    """The training of `launch_worker.py`, as `train.py`."""
+    code = folder / "code"
+    code.mkdir()
+    shutil.copy(Path(launch_worker.__file__), code / "train.py")
+    return pack_code(code)
 
 
 def client_of(running: RunningCluster, folder: Path) -> Client:
@@ -173,10 +189,13 @@ def send(running: RunningCluster, folder: Path, archive: CodeArchive | None, **f
         "memory": {"state": "1Mi"},
         "resources": {"cpu": "100m", "memory": "64Mi", "shm": "1Mi"},
         "volumes": [{"claim": CLAIM, "path": PATH}],
-        "overlay": {"head": {"nodeSelector": {"kubernetes.io/hostname": FRONT}}, "worker": {"tolerations": soon}},
         **({} if archive is None else {"code": {"archive": archive.sha256}}),
         **fields,
         "placement": {"node_selector": POOL, **fields.get("placement", {})},
+        "overlay": {
+            "head": {"nodeSelector": {"kubernetes.io/hostname": FRONT}},
+            "worker": {"tolerations": soon, **fields.get("overlay", {}).get("worker", {})},
+        },
     }
     client, data = client_of(running, folder), None if archive is None else archive.data
     tried = try_job(client, spec_file.from_value(value), data)

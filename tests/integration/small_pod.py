@@ -2,8 +2,8 @@
 
     small_pod.py -P -m ktrain.run.pod head|agent|trainer
 
-A trainer counts steps. Each is written to the pod's memory volume and kept by the other worker's agent, some are written
-to the run. When a trainer begins it says in the run's file `restored` which of the three, the nearest first, had a step
+A trainer counts steps. Each is written to the pod's memory volume and kept by the other worker's agent, some go to the
+run. When a trainer begins it says in the run's file `restored` which of the three, the nearest first, had a step
 of it. The head ends the job when the run has a file `finish`.
 """
 

@@ -120,7 +120,6 @@ def test_small_job_goes_on_from_the_tiers_that_its_plan_promised_under(name: str
         job.await_that("start", lambda: restored(job, 0) == restored(job, 1) == [None])
 
         assert lose(job, lambda: job.kill("worker", 1, "trainer"), 1) == [job.promised(CONTAINER_ENDS)]
-        assert lose(job, lambda: job.delete("worker", 1), 1) == [job.promised(POD_GOES)]
         assert lose(job, lambda: job.evict("worker", 1), 1) == [job.promised(POD_GOES)]
         lost = job.pod("worker", 1).node or ""
         assert lose(job, lambda: running.lose(lost), 1) == [job.promised(NODE_GOES)]

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
-from ktrain.base import contract
+from ktrain.base import contract, events
 from ktrain.launcher.backends.kubernetes.status import State
 from ktrain.launcher.code.archive import CodeArchive, pack_code
 from ktrain.launcher.spec import GangKind
+from ktrain.testing import invariants
 from ktrain.testing.fake_cluster.offer import Offer
 from tests.integration import cluster_jobs, launch_worker
-from tests.integration.cluster_jobs import CONTAINER_ENDS, NODE_GOES, POD_GOES, PREEMPTED, Job, send, start
+from tests.integration.cluster_jobs import (
+    CONTAINER_ENDS,
+    HELPER_ENDS,
+    NODE_GOES,
+    POD_GOES,
+    PREEMPTED,
+    Job,
+    send,
+    small_training,
+    start,
+)
 from tests.integration.test_running_cluster import Client
 from tests.integration.test_running_cluster_gangs import SETS, jobset
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "01_text_gpt.py"
+STEPS = 120
 TINY = "--layers 1 --width 32 --heads 2 --context 32 --global-batch 8 --megabytes 1 --every 5 --no-check".split()
-
-
-def small_training(folder: Path) -> CodeArchive:
-    code = folder / "code"
-    code.mkdir()
-    shutil.copy(Path(launch_worker.__file__), code / "train.py")
-    return pack_code(code)
 
 
 def text_model(folder: Path) -> CodeArchive:
@@ -42,16 +46,31 @@ def text_model(folder: Path) -> CodeArchive:
     return pack_code(code)
 
 
-def test_cluster_training_job_is_sent_runs_and_leaves_checkpoints(tmp_path: Path) -> None:
-    command, limits = ["train.py", "40", "0.05"], {"patience_s": 20}
+def test_cluster_training_without_an_agent_and_its_head_for_a_while_goes_on(tmp_path: Path) -> None:
+    command, limits = ["train.py", "80", "0.15"], {"patience_s": 20}
     with start() as running:
         job = send(running, tmp_path, small_training(tmp_path), command=command, limits=limits)
+        assert job.promised(HELPER_ENDS) is None
+        job.await_event("step", step=5)
+        job.kill("worker", 0, "agent")
+        job.delete("head")
+        job.await_event("head_adopted", attempt=1)
         ended = job.await_end()
 
-        assert (ended.state, ended.exit_code) == (State.DONE, contract.EXIT_OK), job.describe()
-        expected = launch_worker.reference(40)
+        assert (ended.state, ended.exit_code, ended.restarts) == (State.DONE, contract.EXIT_OK, 0), job.describe()
+        assert restored(job) == []
+        expected = launch_worker.reference(80)
         assert [(event["step"], event["loss"]) for event in job.events("step")] == sorted(expected.items())
-        assert list((job.run / contract.CHECKPOINTS_DIR).glob("step-00000040/commit-*"))
+        assert list((job.run / contract.CHECKPOINTS_DIR).glob("step-00000080/commit-*"))
+
+
+def test_cluster_training_of_a_script_that_is_not_there_fails_at_once_as_bad_input(tmp_path: Path) -> None:
+    with start() as running:
+        job = send(running, tmp_path, small_training(tmp_path), command=["absent.py"], limits={"patience_s": 20})
+        ended = job.await_end()
+
+        assert (ended.state, ended.exit_code) == (State.FAILED, contract.EXIT_USAGE), job.describe()
+        assert "absent.py" in job.events("run_ended")[0]["reason"]
 
 
 def restored(job: Job) -> list[str]:
@@ -97,7 +116,7 @@ def test_text_model_in_a_queue_goes_on_from_the_tiers_that_its_plan_promised(tmp
         slow = running.claim(cluster_jobs.CLAIM) / "small" / "slow"
         slow.parent.mkdir(parents=True)
         slow.touch()
-        command = ["train.py", *TINY, "--steps", "300"]
+        command = ["train.py", *TINY, "--steps", str(STEPS)]
         limits, placement = {"patience_s": 20}, {"queue": cluster_jobs.QUEUE}
         job = send(running, tmp_path, text_model(tmp_path), command=command, limits=limits, placement=placement)
         assert job.plan.gang.startswith(f"{GangKind.KUEUE}: ")
@@ -114,8 +133,6 @@ def test_text_model_in_a_queue_goes_on_from_the_tiers_that_its_plan_promised(tmp
         assert (ended.state, ended.exit_code, ended.restarts) == (State.DONE, contract.EXIT_OK, 0), job.describe()
         assert restored(job) == [job.promised(each) for each in (CONTAINER_ENDS, POD_GOES, NODE_GOES, PREEMPTED)]
         assert spent(job) == before == {contract.CAUSE_CRASH: 1, contract.CAUSE_NODE_LOST: 2}
-        losses: dict[int, set[float]] = {}
-        for event in job.events("step"):
-            losses.setdefault(event["step"], set()).add(event["loss"])
-        assert sorted(losses) == list(range(1, 301))
-        assert [step for step, values in losses.items() if len(values) > 1] == [], "a step was not done the same again"
+        found = events.parse_lines((job.run / contract.EVENTS_FILE).read_bytes().splitlines())
+        assert invariants.check_run(found, job.run) == []
+        assert invariants.check_steps(found, STEPS) == []

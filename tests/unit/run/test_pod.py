@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ktrain.base.control import Server
 from ktrain.base.job import JobSpec
 from ktrain.base.process import ProcessId
 from ktrain.base.settings import PodSettings
-from ktrain.errors import ConfigError
+from ktrain.errors import ConfigError, InternalError
 from ktrain.launcher import spec_file
 from ktrain.run import pod
 from ktrain.run.init import Ended
@@ -259,6 +260,21 @@ def test_prepare_work_folder_that_is_not_there_is_refused(place: PodSettings) ->
         pod.prepare("agent", replace(place, work=place.work / "gone"))
 
 
+@contextmanager
+def hearing() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A head that hears which processes ended: its address, and what it heard."""
+    heard: list[dict[str, Any]] = []
+    server = Server(
+        {"process_exited": lambda said: heard.extend(said["processes"]) or {}},  # type: ignore[func-returns-value]
+        address="tcp:127.0.0.1:0",
+        token="0123456789abcdef",
+    )
+    try:
+        yield server.address, heard
+    finally:
+        server.close()
+
+
 @pytest.mark.parametrize("argv", [[], ["supervisor"], ["head", "agent"]])
 def test_main_other_words_are_bad_input(argv: list[str]) -> None:
     assert pod.main(argv) == contract.EXIT_USAGE
@@ -274,18 +290,9 @@ def test_main_other_words_are_bad_input(argv: list[str]) -> None:
     ],
 )
 def test_tell_end_is_said_with_what_goes_with_the_process(name: str, told: bool, role: str, place: PodSettings) -> None:
-    heard: list[dict[str, Any]] = []
-    server = Server(
-        {"process_exited": lambda said: heard.extend(said["processes"]) or {}},  # type: ignore[func-returns-value]
-        address="tcp:127.0.0.1:0",
-        token="0123456789abcdef",
-    )
-    try:
-        made = pod.prepare(name, replace(place, head=server.address))
-        process = ProcessId(12, 345)
-        pod.tell_end(made, Ended(process, 137, told))
-    finally:
-        server.close()
+    process = ProcessId(12, 345)
+    with hearing() as (address, heard):
+        pod.tell_end(pod.prepare(name, replace(place, head=address)), Ended(process, 137, told))
 
     assert heard == [{"node": "node-1", "role": role, "pid": process.number, "exitcode": 137}]
 
@@ -303,16 +310,53 @@ def test_job_spec_with_a_place_survives_its_file(place: PodSettings) -> None:
 
 
 def test_tell_begin_new_pod_says_that_the_one_before_it_is_gone(place: PodSettings) -> None:
-    heard: list[dict[str, Any]] = []
-    server = Server(
-        {"process_exited": lambda said: heard.extend(said["processes"]) or {}},  # type: ignore[func-returns-value]
-        address="tcp:127.0.0.1:0",
-        token="0123456789abcdef",
-    )
-    try:
+    with hearing() as (address, heard):
         for name in ("agent", "trainer", "agent"):  # the last one is started again in the same pod
-            pod.tell_begin(pod.prepare(name, replace(place, head=server.address)))
-    finally:
-        server.close()
+            pod.tell_begin(pod.prepare(name, replace(place, head=address)))
 
     assert heard == [{"node": "node-1", "role": "node", "pid": 0}]
+
+
+def test_tell_begin_container_after_one_that_died_without_a_word_says_so(
+    place: PodSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(pod.Container, "command", lambda self: ["/bin/sh", "-c", "exit 0"])
+    with hearing() as (address, heard):
+        for name, value in environment(replace(place, head=address)).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv(contract.ENV_ROOT, str(tmp_path))
+        (tmp_path / "ktrain").mkdir()
+        (tmp_path / "ktrain" / "work").symlink_to(place.work)
+        monkeypatch.setenv(contract.ENV_FAULTS, "raise@pod.ended")
+        with pytest.raises(InternalError, match="ended"):
+            pod.main(["trainer"])
+        said_before = list(heard)
+        pod.tell_begin(pod.prepare("trainer", replace(place, head=address)))
+
+    assert said_before == []
+    number = json.loads((place.work / "launch" / "child-trainer.json").read_text())["number"]
+    assert heard == [{"node": "node-1", "role": "supervisor", "pid": number}]
+
+
+def test_tell_begin_after_a_death_before_it_was_said_is_said(place: PodSettings) -> None:
+    pod.prepare("agent", place)
+
+    assert not pod.prepare("agent", place).begun.exists(), "the next start of the container must say it"
+
+
+def test_main_fault_points_count_the_starts_of_a_container_in_its_pod(
+    place: PodSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in environment(place).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(contract.ENV_ROOT, str(tmp_path))
+    (tmp_path / "ktrain").mkdir()
+    (tmp_path / "ktrain" / "work").symlink_to(place.work)
+    plan = "raise@pod.prepared,rank=1;raise@pod.begun,epoch=2;raise@pod.prepared,rank=0,epoch=3"
+    monkeypatch.setenv(contract.ENV_FAULTS, plan)
+    monkeypatch.setattr(pod, "run_as_init", lambda command, note: Ended(None, 7, told=False))
+
+    for point in ("pod.prepared", "pod.begun"):
+        with pytest.raises(InternalError, match=point):
+            pod.main(["trainer"])
+    assert pod.main(["trainer"]) == 7
