@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,17 +34,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "01_text_gpt.py"
 STEPS = 120
 TINY = "--layers 1 --width 32 --heads 2 --context 32 --global-batch 8 --megabytes 1 --every 5 --no-check".split()
-
-
-def text_model(folder: Path) -> CodeArchive:
-    """The text model of the examples, whose steps take their time while the run has a file `slow`."""
-    code, update = folder / "code", "            step.update(optimizer, clip=1.0)\n"
-    code.mkdir()
-    text = EXAMPLE.read_text()
-    assert text.count(update) == 1
-    wait = '            if Path(args.run, "slow").exists():\n                __import__("time").sleep(0.2)\n'
-    (code / "train.py").write_text(text.replace(update, update + wait))
-    return pack_code(code)
 
 
 def test_cluster_training_without_an_agent_and_its_head_for_a_while_goes_on(tmp_path: Path) -> None:
@@ -77,28 +67,78 @@ def restored(job: Job) -> list[str]:
     return [event["tier"] for event in job.events("restored")]
 
 
+# One job of the text model, in a queue: the tests below take things from it, one after the other.
+
+
+@pytest.fixture(scope="module")
+def text_job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
+    """The job, in its first attempt; its steps take their time while its run has a file `slow`."""
+    folder = tmp_path_factory.mktemp("text")
+    with start(offer=Offer(kueue=True)) as running:
+        cluster_jobs.add_queue(running, cpus=4)
+        slow = running.claim(cluster_jobs.CLAIM) / "small" / "slow"
+        slow.parent.mkdir(parents=True)
+        slow.touch()
+        command, placement = ["train.py", *TINY, "--steps", str(STEPS)], {"queue": cluster_jobs.QUEUE}
+        limits = {"patience_s": 20}
+        job = send(running, folder, text_model(folder), command=command, limits=limits, placement=placement)
+        job.await_event("attempt_started")
+        yield job
+
+
+def text_model(folder: Path) -> CodeArchive:
+    code, update = folder / "code", "            step.update(optimizer, clip=1.0)\n"
+    code.mkdir()
+    text = EXAMPLE.read_text()
+    assert text.count(update) == 1
+    wait = '            if Path(args.run, "slow").exists():\n                __import__("time").sleep(0.2)\n'
+    (code / "train.py").write_text(text.replace(update, update + wait))
+    return pack_code(code)
+
+
+def lose(job: Job, tier: str, take: Callable[[], object]) -> dict[str, int]:
+    """Takes something away once a step of this attempt is in a tier; waits for the next restore; returns its cost."""
+    before, number = spent(job), len(restored(job))
+    attempt = max(event["attempt"] for event in job.events("attempt_started"))
+    job.await_event("committed", tier=tier, attempt=attempt)
+    take()
+    job.await_that("the next restore", lambda: len(restored(job)) > number)
+    after = spent(job)
+    return {cause: after[cause] - before.get(cause, 0) for cause in after if after[cause] != before.get(cause, 0)}
+
+
 def spent(job: Job) -> dict[str, int]:
     """What the job's failures have cost so far, as a new head would read it."""
     found: dict[str, int] = json.loads((job.run / contract.HEAD_FILE).read_text())["budgets"]["spent"]
     return found
 
 
-def lose(job: Job, failure: str, tier: str) -> None:
-    """Loses something once the newest step is in a tier; returns when the job has gone on from a tier."""
-    attempt, number = max(event["attempt"] for event in job.events("attempt_started")), len(restored(job))
-    job.await_event("committed", tier=tier, attempt=attempt)
-    node = None
-    if failure == CONTAINER_ENDS:
-        job.kill("worker", 1, "trainer")
-    elif failure == POD_GOES:
-        job.delete("worker", 1)
-    elif failure == NODE_GOES:
-        node = job.lose_node("worker", 0)
-    else:
-        preempt(job)
-    job.await_that(f"restored after: {failure}", lambda: len(restored(job)) > number)
-    if node is not None:
-        job.running.restore(node)  # empty; its old pod, which nobody could end, is gone now
+def test_text_model_that_loses_a_container_goes_on_from_the_promised_tier(text_job: Job) -> None:
+    cost = lose(text_job, contract.TIER_MEMORY, lambda: text_job.kill("worker", 1, "trainer"))
+
+    assert (restored(text_job)[-1], cost) == (text_job.promised(CONTAINER_ENDS), {contract.CAUSE_CRASH: 1})
+
+
+def test_text_model_that_loses_a_pod_goes_on_from_the_promised_tier(text_job: Job) -> None:
+    cost = lose(text_job, contract.TIER_PEER, lambda: text_job.delete("worker", 1))
+
+    assert (restored(text_job)[-1], cost) == (text_job.promised(POD_GOES), {contract.CAUSE_NODE_LOST: 1})
+
+
+def test_text_model_that_loses_a_node_goes_on_from_the_promised_tier(text_job: Job) -> None:
+    node = text_job.pod("worker", 0).node
+    assert node is not None
+    cost = lose(text_job, contract.TIER_PEER, lambda: text_job.running.lose(node))
+    text_job.running.restore(node)  # empty; its old pod, which nobody could end, is gone now
+
+    assert (restored(text_job)[-1], cost) == (text_job.promised(NODE_GOES), {contract.CAUSE_NODE_LOST: 1})
+
+
+def test_text_model_that_is_preempted_goes_on_from_the_promised_tier_and_pays_nothing(text_job: Job) -> None:
+    assert text_job.plan.gang.startswith(f"{GangKind.KUEUE}: ")
+    cost = lose(text_job, contract.TIER_BUCKET, lambda: preempt(text_job))
+
+    assert (restored(text_job)[-1], cost) == (text_job.promised(PREEMPTED), {})
 
 
 def preempt(job: Job) -> None:
@@ -110,29 +150,11 @@ def preempt(job: Job) -> None:
     client.send("DELETE", f"{SETS}/other")
 
 
-def test_text_model_in_a_queue_goes_on_from_the_tiers_that_its_plan_promised(tmp_path: Path) -> None:
-    with start(offer=Offer(kueue=True)) as running:
-        cluster_jobs.add_queue(running, cpus=4)
-        slow = running.claim(cluster_jobs.CLAIM) / "small" / "slow"
-        slow.parent.mkdir(parents=True)
-        slow.touch()
-        command = ["train.py", *TINY, "--steps", str(STEPS)]
-        limits, placement = {"patience_s": 20}, {"queue": cluster_jobs.QUEUE}
-        job = send(running, tmp_path, text_model(tmp_path), command=command, limits=limits, placement=placement)
-        assert job.plan.gang.startswith(f"{GangKind.KUEUE}: ")
-        job.await_event("attempt_started")
+def test_text_model_that_lost_so_much_ends_with_every_step_done_the_same_way(text_job: Job) -> None:
+    (text_job.run / "slow").unlink()
+    ended = text_job.await_end()
 
-        lose(job, CONTAINER_ENDS, contract.TIER_MEMORY)
-        lose(job, POD_GOES, contract.TIER_PEER)
-        lose(job, NODE_GOES, contract.TIER_PEER)
-        before = spent(job)
-        lose(job, PREEMPTED, contract.TIER_BUCKET)
-        slow.unlink()
-        ended = job.await_end()
-
-        assert (ended.state, ended.exit_code, ended.restarts) == (State.DONE, contract.EXIT_OK, 0), job.describe()
-        assert restored(job) == [job.promised(each) for each in (CONTAINER_ENDS, POD_GOES, NODE_GOES, PREEMPTED)]
-        assert spent(job) == before == {contract.CAUSE_CRASH: 1, contract.CAUSE_NODE_LOST: 2}
-        found = events.parse_lines((job.run / contract.EVENTS_FILE).read_bytes().splitlines())
-        assert invariants.check_run(found, job.run) == []
-        assert invariants.check_steps(found, STEPS) == []
+    assert (ended.state, ended.exit_code, ended.restarts) == (State.DONE, contract.EXIT_OK, 0), text_job.describe()
+    found = events.parse_lines((text_job.run / contract.EVENTS_FILE).read_bytes().splitlines())
+    assert invariants.check_run(found, text_job.run) == []
+    assert invariants.check_steps(found, STEPS) == []
