@@ -14,9 +14,9 @@ from ktrain.testing import invariants
 from tests.integration import launch_worker
 from tests.integration.cluster_jobs import Job, send, small_training, start
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600), pytest.mark.usefixtures("undumped")]
 
-STEPS = 300
+STEPS = 200
 AGENT_DIES = "kill@pod.prepared,rank=1;kill@pod.begun,rank=1,epoch=2"
 TRAINER_DIES = "kill@pod.prepared,rank=0;kill@pod.begun,rank=0,epoch=2;kill@pod.ended,rank=1"
 

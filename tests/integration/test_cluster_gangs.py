@@ -20,7 +20,7 @@ from ktrain.testing.fake_cluster.offer import Offer
 from ktrain.testing.running_cluster import RunningCluster
 from tests.integration.cluster_jobs import ALL_GO, CLAIM, CONTAINER_ENDS, NODE_GOES, PATH, POD_GOES, Job, send, start
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(200), pytest.mark.usefixtures("undumped")]
 
 SMALL_POD = Path(__file__).with_name("small_pod.py")
 GROUP = "scheduling.k8s.io"
