@@ -30,7 +30,7 @@ class Ended:
 def run_as_init(command: Sequence[str], note: Callable[[ProcessId], None] = lambda child: None) -> Ended:
     """Runs a command to its end. Call once, from the main thread; the child dies with it if it asks for that.
 
-    `note` is told which process that is as soon as it is there; what it raises ends this process, and so the child.
+    `note` is told which process that is as soon as it is there. It may not raise: nobody would wait for the child.
     The wait has no deadline: it is as long as the container's life, and whoever runs the container ends that.
     """
     told: list[int] = []

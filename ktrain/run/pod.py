@@ -47,15 +47,9 @@ class Container:
     def node(self) -> str:
         return "" if self.node_index is None else contract.node_name(self.node_index)
 
-    @property
-    def begun(self) -> Path:
-        """There once the head has been told that this pod took its place."""
-        return self.work.path / "begun"
-
-    @property
-    def child(self) -> Path:
-        """Which process ran last below process 1 of this container."""
-        return self.work.path / f"child-{self.name}.json"
+    def child_of(self, name: str) -> Path:
+        """Which process ran last below process 1 of a container of this pod; absent before the first."""
+        return self.work.path / f"child-{name}.json"
 
     def command(self) -> list[str]:
         """What runs below this process."""
@@ -212,20 +206,23 @@ def _write(container: Container, place: PodSettings) -> None:
 def tell_begin(container: Container) -> None:
     """What is new in its place says that what was before it is gone, so that nobody waits or listens for that.
 
-    A pod says it of the pod before. Its trainer is started later, so that saying it again, after a death before the
-    mark was made, unsays nothing. A container says it of the one before, whose process 1 may have died without a word.
+    A pod says it of the pod before, again and again until its trainer starts: nothing of this pod is known before that,
+    which would be taken for gone as well. A container says it of the one before, whose process 1 may have died without
+    a word.
     """
-    if container.name == "agent" and not container.begun.exists():
+    if container.name == "agent" and not container.child_of("trainer").exists():
         _tell(container, {"node": container.node, "role": "node", "pid": 0})
-        container.begun.touch()
-    before = atomic.try_read_json(container.child)
-    if before is not None:
+    before = atomic.try_read_json(container.child_of(container.name))
+    if before is not None and container.node:
         _tell(container, {"node": container.node, "role": _MODULES[container.name], "pid": before["number"]})
 
 
-def _note_child(container: Container, child: ProcessId) -> None:
-    if container.node_index is not None:
-        atomic.write_json(container.child, {"number": child.number})
+def note_child(container: Container, child: ProcessId) -> None:
+    """For the next start of the container: which process is gone by then."""
+    try:
+        atomic.write_json(container.child_of(container.name), {"number": child.number})
+    except OSError as error:
+        _LOG.warning("%s: its process is not noted: %s", container.name, error)
 
 
 def tell_end(container: Container, ended: Ended) -> None:
@@ -261,7 +258,7 @@ def main(argv: list[str]) -> int:
     faults.reached("pod.prepared", rank=container.node_index)
     tell_begin(container)
     faults.reached("pod.begun", rank=container.node_index)
-    ended = run_as_init(container.command(), lambda child: _note_child(container, child))
+    ended = run_as_init(container.command(), lambda child: note_child(container, child))
     faults.reached("pod.ended", rank=container.node_index)
     tell_end(container, ended)
     return ended.exit_code

@@ -16,7 +16,7 @@ from tests.integration.cluster_jobs import Job, send, small_training, start
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600), pytest.mark.usefixtures("undumped")]
 
-STEPS = 200
+STEPS = 300
 AGENT_DIES = "kill@pod.prepared,rank=1;kill@pod.begun,rank=1,epoch=2"
 TRAINER_DIES = "kill@pod.prepared,rank=0;kill@pod.begun,rank=0,epoch=2;kill@pod.ended,rank=1"
 
@@ -27,6 +27,12 @@ def faulty(container: str, plan: str) -> dict[str, Any]:
 
 def restarts(job: Job, index: int) -> int:
     return job.pod("worker", index).restarts
+
+
+def await_newer(job: Job, tier: str) -> None:
+    """Waits until a step that is not done yet is in a tier."""
+    now = max(event["step"] for event in job.events("step"))
+    job.await_that(f"newer {tier}", lambda: any(event["step"] > now for event in job.events("committed", tier=tier)))
 
 
 def test_pods_whose_processes_die_at_every_point_of_their_life_go_on(tmp_path: Path) -> None:
@@ -50,6 +56,7 @@ def test_pods_whose_processes_die_at_every_point_of_their_life_go_on(tmp_path: P
         job.kill("worker", 0, "agent")
         job.kill("head", 0, "head")
         job.await_event("head_adopted", attempt=2)
+        await_newer(job, contract.TIER_PEER)  # over the wire of the new head
         job.delete("worker", 1)
         job.await_event("attempt_started", attempt=3)
         assert restarts(job, 1) == 2, "the agent of the new pod died twice as well"

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from ktrain.base.clock import Deadline
 from ktrain.errors import NotFoundError
-from ktrain.launcher.cluster.authorities import RootCertificates
+from ktrain.launcher.cluster.certificates import RootCertificates
 from ktrain.launcher.cluster.defaults import complete
 from ktrain.launcher.cluster.job import JobController
 from ktrain.launcher.cluster.jobset import JobSetController

@@ -311,10 +311,14 @@ def test_job_spec_with_a_place_survives_its_file(place: PodSettings) -> None:
 
 def test_tell_begin_new_pod_says_that_the_one_before_it_is_gone(place: PodSettings) -> None:
     with hearing() as (address, heard):
-        for name in ("agent", "trainer", "agent"):  # the last one is started again in the same pod
-            pod.tell_begin(pod.prepare(name, replace(place, head=address)))
+        agent, trainer = (pod.prepare(name, replace(place, head=address)) for name in ("agent", "trainer"))
+        pod.tell_begin(agent)
+        pod.tell_begin(agent)  # it died before the trainer was started
+        pod.tell_begin(trainer)
+        pod.note_child(trainer, ProcessId(12, 345))
+        pod.tell_begin(agent)  # started again in a pod that has begun
 
-    assert heard == [{"node": "node-1", "role": "node", "pid": 0}]
+    assert heard == [{"node": "node-1", "role": "node", "pid": 0}] * 2
 
 
 def test_tell_begin_container_after_one_that_died_without_a_word_says_so(
@@ -336,12 +340,6 @@ def test_tell_begin_container_after_one_that_died_without_a_word_says_so(
     assert said_before == []
     number = json.loads((place.work / "launch" / "child-trainer.json").read_text())["number"]
     assert heard == [{"node": "node-1", "role": "supervisor", "pid": number}]
-
-
-def test_tell_begin_after_a_death_before_it_was_said_is_said(place: PodSettings) -> None:
-    pod.prepare("agent", place)
-
-    assert not pod.prepare("agent", place).begun.exists(), "the next start of the container must say it"
 
 
 def test_main_fault_points_count_the_starts_of_a_container_in_its_pod(
