@@ -324,7 +324,9 @@ def test_tell_begin_new_pod_says_that_the_one_before_it_is_gone(place: PodSettin
 def test_tell_begin_container_after_one_that_died_without_a_word_says_so(
     place: PodSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(pod.Container, "command", lambda self: ["/bin/sh", "-c", "exit 0"])
+    noted = place.work / "launch" / "child-trainer.json"
+    until_noted = f"until [ -e {noted} ]; do sleep 0.01; done"
+    monkeypatch.setattr(pod.Container, "command", lambda self: ["/bin/sh", "-c", until_noted])
     with hearing() as (address, heard):
         for name, value in environment(replace(place, head=address)).items():
             monkeypatch.setenv(name, value)
@@ -338,7 +340,7 @@ def test_tell_begin_container_after_one_that_died_without_a_word_says_so(
         pod.tell_begin(pod.prepare("trainer", replace(place, head=address)))
 
     assert said_before == []
-    number = json.loads((place.work / "launch" / "child-trainer.json").read_text())["number"]
+    number = json.loads(noted.read_text())["number"]
     assert heard == [{"node": "node-1", "role": "supervisor", "pid": number}]
 
 
