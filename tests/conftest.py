@@ -47,6 +47,15 @@ def _seeded_random(seed: int) -> None:
     random.seed(seed)
 
 
+@pytest.fixture
+def undumped() -> None:
+    """For tests beside whose thread a cluster works: CPython 3.11 may crash where it dumps the stack of a busy thread.
+
+    Their time limit still ends them, and shows the stacks then.
+    """
+    faulthandler.cancel_dump_traceback_later()
+
+
 @pytest.fixture(autouse=True)
 def _same_log_level() -> Generator[None]:
     """What a test silences is heard again in the next."""

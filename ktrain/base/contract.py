@@ -30,7 +30,6 @@ ENV_POD_IP = "KTRAIN_POD_IP"
 ENV_POD_NAME = "KTRAIN_POD_NAME"
 ENV_POD_NAMESPACE = "KTRAIN_POD_NAMESPACE"
 ENV_HOST = "KTRAIN_HOST"  # name of the machine below the pod
-ENV_WORK = "KTRAIN_WORK"  # folder of sockets and logs, where it is not POD_WORK: a pod that is folders of this machine
 
 # Environment of the init container of code from git, out of a Secret that it names (ADR 0043).
 ENV_GIT_USERNAME = "KTRAIN_GIT_USERNAME"

@@ -20,6 +20,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, Protocol
 
+from ktrain.base import hosts
 from ktrain.errors import (
     ConfigError,
     DeadlineError,
@@ -229,4 +230,4 @@ class Client:
         if scheme == "unix":
             return _UnixConnection(rest, timeout_s)
         host, _, port = rest.rpartition(":")
-        return http.client.HTTPConnection(host, int(port), timeout=timeout_s)
+        return http.client.HTTPConnection(hosts.address_of(host), int(port), timeout=timeout_s)

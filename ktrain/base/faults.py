@@ -39,6 +39,9 @@ POINTS = (
     "code.archive",  # before an archive of code is written to the bucket
     "code.record",  # it is there and read back, nothing says so
     "code.fetched",  # it has arrived in a pod, nothing of it is proven or unpacked
+    "pod.prepared",  # process 1 of a container knows the job, and nobody knows of it (rank: the node, epoch: its start)
+    "pod.begun",  # before it starts its child
+    "pod.ended",  # its child has ended, the head is not told
 )
 ACTIONS = ("kill", "stop", "raise")
 

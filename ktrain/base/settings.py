@@ -196,15 +196,36 @@ def pod_settings() -> PodSettings:
         run=_in_pod(contract.ENV_RUN, "the URL of the run"),
         head=head,
         head_port=int(found[1]),
-        job_file=Path(_in_pod(contract.ENV_JOB, "a path")),
-        token_file=Path(_in_pod(contract.ENV_TOKEN_FILE, "a path")),
-        volume=Path(_in_pod(contract.ENV_VOLUME, "a path")),
-        work=Path(env(contract.ENV_WORK) or contract.POD_WORK),
+        job_file=_pod_path(contract.ENV_JOB),
+        token_file=_pod_path(contract.ENV_TOKEN_FILE),
+        volume=_pod_path(contract.ENV_VOLUME),
+        work=path_in_pod(contract.POD_WORK),
         address=_pod_address(),
         host=_in_pod(contract.ENV_HOST, "the name of a machine"),
         job_index=_pod_index(contract.ENV_JOB_INDEX),
         pod_index=_pod_index(contract.ENV_POD_INDEX),
     )
+
+
+def path_in_pod(path: str) -> Path:
+    """Where an absolute path of this container lies: the path itself, but in a pod that runs as processes (ADR 0036).
+
+    There it is a folder of this machine, the same one for all containers that mount it.
+    """
+    root = env(contract.ENV_ROOT)
+    return Path(path) if root is None else Path(root, path.lstrip("/")).resolve()
+
+
+def hosts_file() -> Path | None:
+    """The file that stands for the name service of pods that run as processes; None where there is a real one."""
+    path = env(contract.ENV_HOSTS)
+    return None if path is None else Path(path)
+
+
+def _pod_path(name: str) -> Path:
+    """A path that the manifest names; whoever runs pods as processes has put the real one in its place."""
+    path = Path(_in_pod(name, "a path"))
+    return path if env(contract.ENV_ROOT) is None else path.resolve()
 
 
 def _in_pod(name: str, expected: str) -> str:

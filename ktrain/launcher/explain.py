@@ -111,10 +111,6 @@ class _Costs:
     def load_s(self, tier: str) -> float:
         return self.spec.memory.state / self._rates[tier]
 
-    def flushes(self) -> bool:
-        """Whether a save that is in no bucket yet gets there between SIGTERM and SIGKILL."""
-        return self.load_s(TIER_BUCKET) <= budget.grace_s(self.spec)
-
     def steps(self, tier: str) -> int | None:
         """At most so many: a snapshot is sealed in the step after its own, and a farther tier has what moved since."""
         sealed = self.spec.saving.every + 1
@@ -125,11 +121,9 @@ class _Costs:
         transfers = 1 if tier == TIER_PEER else 2  # the bucket's drain begins when the one before has ended
         return sealed + math.ceil(transfers * self.load_s(tier) / self.spec.saving.step_s)
 
-    def recovery(
-        self, failure: str, restart: Level, tier: str, before_s: float, *, steps: int | None = None, note: str = ""
-    ) -> Recovery:
+    def recovery(self, failure: str, restart: Level, tier: str, before_s: float, *, note: str = "") -> Recovery:
         """`before_s` is the time until workers can be started."""
-        lost = self.steps(tier) if steps is None else steps
+        lost = self.steps(tier)
         seconds = None
         if lost is not None and self.spec.saving.step_s is not None:
             seconds = before_s + WORKERS_START_S + self.load_s(tier) + lost * self.spec.saving.step_s
@@ -191,13 +185,7 @@ def _everything(costs: _Costs, failure: str, level: Level, *, keeps: bool) -> Re
             POD_START_S,
             note="where each pod comes to its node again; else from the bucket",
         )
-    if costs.flushes():
-        return costs.recovery(
-            failure, level, TIER_BUCKET, POD_START_S, steps=1, note="saved within the pods' grace period"
-        )
-    return costs.recovery(
-        failure, level, TIER_BUCKET, POD_START_S, note="the grace period is too short for a last save"
-    )
+    return costs.recovery(failure, level, TIER_BUCKET, POD_START_S, note="what is not in the bucket by then is lost")
 
 
 def _missing(spec: JobSpec, facts: ClusterFacts, rendered: Rendered) -> list[Missing]:

@@ -1,27 +1,54 @@
-"""Kubernetes quantities of bytes: `40Gi` <-> a number."""
+"""Kubernetes quantities <-> numbers: `40Gi` -> 42949672960, `500m` -> 1/2."""
 
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from ktrain.errors import ConfigError
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": KIB, "Mi": MIB, "Gi": GIB, "Ti": 1 << 40}
-_FORM = re.compile(r"(\d+(?:\.\d+)?)([kMGT]i?|Ki|)")
+_SUFFIXES = {
+    "": Fraction(1),
+    "n": Fraction(1, 10**9),
+    "u": Fraction(1, 10**6),
+    "m": Fraction(1, 1000),
+    **{suffix: Fraction(1000 ** (power + 1)) for power, suffix in enumerate("kMGTPE")},
+    **{f"{suffix}i": Fraction(1024 ** (power + 1)) for power, suffix in enumerate("KMGTPE")},
+}
+_FORM = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:[eE]([+-]?\d{1,2})|([a-zA-Z]*))", re.ASCII)
+
+
+def parse(text: str | float) -> Fraction:
+    """The exact number that a quantity names.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    match = _FORM.fullmatch(str(text).strip())
+    if match is None or (match[3] or "") not in _SUFFIXES:
+        raise ConfigError(f"expected a quantity such as 500m, 2 or 4Gi, found {text!r}")
+    return Fraction(match[1]) * _SUFFIXES[match[3] or ""] * Fraction(10) ** int(match[2] or 0)
 
 
 def parse_bytes(text: str, *, name: str) -> int:
-    """The bytes that a quantity names.
+    """The bytes that a quantity names, rounded to whole ones.
 
     Raises:
-        ConfigError: it is none, or not more than 0.
+        ConfigError: it is none, or less than one.
     """
-    match = _FORM.fullmatch(text.strip())
-    size = round(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
+    try:
+        size = round(parse(text))
+    except ConfigError:
+        size = 0
     if size <= 0:
         raise ConfigError(f"{name}: expected bytes such as 512Mi, 40Gi or 1.5Ti, found {text!r}")
     return size
+
+
+def show(amount: Fraction) -> str:
+    """`2`, or `500m` where it is not whole."""
+    return str(amount.numerator) if amount.denominator == 1 else f"{-(-amount * 1000 // 1)}m"
 
 
 def format_bytes(size: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
@@ -27,9 +27,10 @@ class Ended:
     told: bool  # a signal asked for the end of the container
 
 
-def run_as_init(command: Sequence[str]) -> Ended:
+def run_as_init(command: Sequence[str], note: Callable[[ProcessId], None] = lambda child: None) -> Ended:
     """Runs a command to its end. Call once, from the main thread; the child dies with it if it asks for that.
 
+    `note` is told which process that is as soon as it is there. It may not raise: nobody would wait for the child.
     The wait has no deadline: it is as long as the container's life, and whoever runs the container ends that.
     """
     told: list[int] = []
@@ -46,6 +47,8 @@ def run_as_init(command: Sequence[str]) -> Ended:
         pid = os.posix_spawn(command[0], list(command), settings.child_environment({}))
         process = ProcessId.of(pid)
         child_fd = os.pidfd_open(pid)  # ours until it is reaped below
+        if process is not None:
+            note(process)
         for signum in list(told):  # came before there was a child; twice does no harm
             _send(child_fd, signum)
         code = _reap_until(pid)

@@ -19,7 +19,9 @@ from typing import Any
 from ktrain.base import atomic, contract, ids, settings
 from ktrain.base.control import Client
 from ktrain.base.exits import exit_code
+from ktrain.base.faults import FaultPoints
 from ktrain.base.job import JobSpec, PodPlace, WorkDir, canonical_url, local_path
+from ktrain.base.process import ProcessId
 from ktrain.base.settings import PodSettings, Timeouts
 from ktrain.errors import ConfigError, KtrainError
 from ktrain.launcher import spec as cluster
@@ -40,11 +42,14 @@ class Container:
     work: WorkDir
     head: str  # address
     node_index: int | None  # None for the head
-    begins_pod: bool = False  # nothing of this pod ran before
 
     @property
     def node(self) -> str:
         return "" if self.node_index is None else contract.node_name(self.node_index)
+
+    def child_of(self, name: str) -> Path:
+        """Which process ran last below process 1 of a container of this pod; absent before the first."""
+        return self.work.path / f"child-{name}.json"
 
     def command(self) -> list[str]:
         """What runs below this process."""
@@ -109,14 +114,14 @@ def launch_of(job: cluster.JobSpec, place: PodSettings, token: str) -> JobSpec:
 
     The token is made at submission, so a name made of it tells one submission from another, and its pods agree on it.
     """
-    run = canonical_url(job.run)
+    run = canonical_url(_run_here(job))
     path = local_path(run)
     waits_s = max(float(job.limits.gang_wait_s), Timeouts(job.limits.patience_s).start_s)
     return JobSpec(
         launch_id=ids.text_digest(f"launch {token}"),
         run=run,
         script=job.command[0],
-        args=job.command[1:],
+        args=tuple(_argument_here(text, job) for text in job.command[1:]),
         nodes=job.num_nodes,
         spares=job.spares,
         workers_per_node=job.num_workers,
@@ -136,6 +141,23 @@ def launch_of(job: cluster.JobSpec, place: PodSettings, token: str) -> JobSpec:
     )
 
 
+def _run_here(job: cluster.JobSpec) -> str:
+    """The run's URL; one on a volume by the path at which this container has that."""
+    path = local_path(job.run)
+    return job.run if path is None else str(settings.path_in_pod(str(path)))
+
+
+def _is_run(told: str, job: cluster.JobSpec) -> bool:
+    path = local_path(told)
+    return told == job.run or (path is not None and str(path.resolve()) == _run_here(job))
+
+
+def _argument_here(text: str, job: cluster.JobSpec) -> str:
+    """An argument that is a path on one of the job's volumes, likewise; any other as it is."""
+    on_volume = any(f"{text}/".startswith(f"{volume.path}/") for volume in job.volumes)
+    return str(settings.path_in_pod(text)) if on_volume else text
+
+
 def _ready_file(place: PodSettings) -> Path:
     return place.work / contract.POD_READY_FILE.rpartition("/")[2]
 
@@ -152,13 +174,11 @@ def prepare(name: str, place: PodSettings) -> Container:
             f"found {place.role!r}"
         )
     job = read_job(place.job_file)
-    if place.run != job.run:
+    if not _is_run(place.run, job):
         raise ConfigError(f"environment variable {contract.ENV_RUN}: expected {job.run!r}, found {place.run!r}")
     token = read_token(place.token_file)
     index = None if name == "head" else node_index(place, job)
-    work = WorkDir(place.work / "launch")
-    begins_pod = name == "agent" and not work.path.exists()
-    made = Container(name, launch_of(job, place, token), work, place.head, index, begins_pod)
+    made = Container(name, launch_of(job, place, token), WorkDir(place.work / "launch"), place.head, index)
     _write(made, place)
     return made
 
@@ -186,9 +206,25 @@ def _write(container: Container, place: PodSettings) -> None:
 
 
 def tell_begin(container: Container) -> None:
-    """A pod that is new in its place says that the one before it is gone, so that nobody waits or listens for that."""
-    if container.begins_pod:
+    """What is new in its place says that what was before it is gone, so that nobody waits or listens for that.
+
+    A pod says it of the pod before, again and again until its trainer starts: nothing of this pod is known before that,
+    which would be taken for gone as well. A container says it of the one before, whose process 1 may have died without
+    a word.
+    """
+    if container.name == "agent" and not container.child_of("trainer").exists():
         _tell(container, {"node": container.node, "role": "node", "pid": 0})
+    before = atomic.try_read_json(container.child_of(container.name))
+    if before is not None and container.node:
+        _tell(container, {"node": container.node, "role": _MODULES[container.name], "pid": before["number"]})
+
+
+def note_child(container: Container, child: ProcessId) -> None:
+    """For the next start of the container: which process is gone by then."""
+    try:
+        atomic.write_json(container.child_of(container.name), {"number": child.number})
+    except OSError as error:
+        _LOG.warning("%s: its process is not noted: %s", container.name, error)
 
 
 def tell_end(container: Container, ended: Ended) -> None:
@@ -220,10 +256,24 @@ def main(argv: list[str]) -> int:
     except KtrainError as error:
         _LOG.error("%s", error)
         return exit_code(error)
+    faults = _fault_points(container)
+    faults.reached("pod.prepared", rank=container.node_index)
     tell_begin(container)
-    ended = run_as_init(container.command())
+    faults.reached("pod.begun", rank=container.node_index)
+    ended = run_as_init(container.command(), lambda child: note_child(container, child))
+    faults.reached("pod.ended", rank=container.node_index)
     tell_end(container, ended)
     return ended.exit_code
+
+
+def _fault_points(container: Container) -> FaultPoints:
+    """The plan of this start: the epochs of process 1 are the starts of its container in the life of the pod."""
+    if settings.env(contract.ENV_FAULTS) is None:
+        return FaultPoints([], epoch=0)
+    path = container.work.path / f"starts-{container.name}.json"
+    starts = 1 + int((atomic.try_read_json(path) or {}).get("starts", 0))
+    atomic.write_json(path, {"starts": starts})
+    return FaultPoints.from_environment(starts)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,14 @@ from ktrain.launcher.cluster.kubelet import NodeSpec, base_environment
 from ktrain.launcher.cluster.local import LocalCluster, Pace
 from ktrain.launcher.cluster.nodes import Silence
 from ktrain.launcher.cluster.pod_run import Delays
-from ktrain.launcher.cluster.pod_starter import Folders, Machine
+from ktrain.launcher.cluster.pod_starter import Addresses, Folders, Machine, Network
 from ktrain.launcher.cluster.processes import ProcessRuntime
 from ktrain.testing.fake_cluster.cluster import FakeCluster
 from ktrain.testing.fake_cluster.logs import FileLogs
 from ktrain.testing.fake_cluster.offer import Offer
 
 _T = TypeVar("_T")
+_DELAYS = Delays(first_s=0.05, longest_s=1.0, probe_s=0.2)
 QUICK = Pace(job_back_off_s=0.05, silence=Silence(0.2))
 
 
@@ -40,8 +41,12 @@ class RunningCluster:
         self._root = Path(tempfile.mkdtemp(prefix="ktp-"))  # short: sockets lie below it
         self._memory = Path(tempfile.mkdtemp(prefix="ktp-", dir=settings.volume_root().parent))
         environment = base_environment(settings.child_environment({}))
-        folders = Folders(self._root, self._memory)
-        machine = Machine(ProcessRuntime(), SYSTEM_CLOCK, folders, environment, delays=Delays(0.05, 1.0))
+        self._folders = Folders(self._root, self._memory)
+        self._network = Network()
+        addresses = Addresses(self._network.number)
+        machine = Machine(
+            ProcessRuntime(), SYSTEM_CLOCK, self._folders, environment, addresses=addresses, delays=_DELAYS
+        )
         self.cluster = LocalCluster(nodes, machine, pace=pace, store=self.api.store)
         self._driver = Driver(self.cluster)
 
@@ -55,12 +60,21 @@ class RunningCluster:
             self._driver.close()
         finally:
             self.api.__exit__(*error)
+            self._network.close()
             for folder in (self._root, self._memory):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def call(self, do: Callable[[LocalCluster], _T]) -> _T:
         """Does something with the cluster in its own thread."""
         return self._driver.call(lambda: do(self.cluster))
+
+    def claim(self, name: str, namespace: str = "default") -> Path:
+        """The folder of a persistent volume claim; it need not be there yet."""
+        return self._folders.claim(namespace, name)
+
+    def logs(self) -> list[Path]:
+        """The log of each run of each container of the pods that are there: POD/logs/CONTAINER/RUN.log."""
+        return sorted(self._root.glob("p*/logs/*/*.log"))
 
     def lose(self, node: str) -> None:
         """Ends a node: its processes, its memory and its word."""

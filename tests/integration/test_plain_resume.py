@@ -15,10 +15,11 @@ from tests.integration.plain import Place, same_losses
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 IN_EVERY_RUN = ("save.staged", "save.sealed", "drain.manifest", "commit.record")
-# A plain run has no disk tier, no peers and one rank: test_disks.py and test_launch_spread.py, and the fault matrix.
+# A plain run has no disk tier, no peers, one rank and no pod: test_disks.py, test_launch_spread.py, tests/chaos, and
+# the fault matrix.
 NOT_IN_A_PLAIN_RUN = (
     "disk.doomed", "disk.manifest", "restore.fill", "replica.pull", "read.parts",
-    "code.archive", "code.record", "code.fetched", "log.part",
+    "code.archive", "code.record", "code.fetched", "log.part", "pod.prepared", "pod.begun", "pod.ended",
 )  # fmt: skip
 KILLED = -signal.SIGKILL
 

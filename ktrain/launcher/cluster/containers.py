@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ktrain.base.clock import Clock
-from ktrain.launcher.cluster.probes import Attempt, Probe
+from ktrain.launcher.cluster.probes import PROBES, Attempt, Probe
 from ktrain.launcher.cluster.processes import EXIT_KILLED, EXIT_NOT_STARTED, Ended, Process
 from ktrain.launcher.cluster.restarts import BackOff
 from ktrain.launcher.cluster.shelf import Object
@@ -16,7 +16,7 @@ from ktrain.launcher.cluster.times import timestamp
 
 _MOST_MESSAGE = 4096  # bytes of last words
 _MOST_LOG = 2048  # bytes of the log that stand in for them
-_STARTUP, _READINESS, _LIVENESS = "startupProbe", "readinessProbe", "livenessProbe"
+_STARTUP, _READINESS, _LIVENESS = PROBES
 
 
 class Kind(Enum):

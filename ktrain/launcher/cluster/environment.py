@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from ktrain.errors import KtrainError, NotFoundError
-from ktrain.launcher.cluster import quantity
+from ktrain.launcher import quantity
 from ktrain.launcher.cluster.resources import CONFIG_MAP, SECRET
 from ktrain.launcher.cluster.shelf import Object
 from ktrain.launcher.cluster.store import Store

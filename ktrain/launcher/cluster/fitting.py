@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from ktrain.launcher.cluster import quantity
-from ktrain.launcher.cluster.quantity import Amounts
+from ktrain.launcher.cluster import amounts
+from ktrain.launcher.cluster.amounts import Amounts
 from ktrain.launcher.cluster.shelf import Object
 
 HOST_LABEL = "kubernetes.io/hostname"
@@ -27,7 +27,7 @@ class Room:
     @classmethod
     def of(cls, node: Object, pods: Iterable[Object]) -> Room:
         """The node with those pods on it."""
-        room = cls(node, quantity.amounts(node.get("status", {}).get("allocatable")))
+        room = cls(node, amounts.amounts(node.get("status", {}).get("allocatable")))
         for pod in pods:
             room.take(pod)
         return room
@@ -53,7 +53,7 @@ class Room:
 
 def request(pod: Object) -> Amounts:
     """What a pod takes of a node, its place among the node's pods included."""
-    return {**quantity.of_pod(pod["spec"]), "pods": Fraction(1)}
+    return {**amounts.of_pod(pod["spec"]), "pods": Fraction(1)}
 
 
 def obstacles(pod: Object, room: Room, rooms: Sequence[Room]) -> list[str]:
@@ -63,7 +63,7 @@ def obstacles(pod: Object, room: Room, rooms: Sequence[Room]) -> list[str]:
     taint = next((taint for taint in taints(room.node) if not is_tolerated(pod, taint)), None)
     if taint is not None:
         return [f"node(s) had untolerated taint(s) {{{taint['key']}: {taint.get('value', '')}}}"]
-    short = quantity.lacking(request(pod), room.free)
+    short = amounts.lacking(request(pod), room.free)
     if short:
         return ["Too many pods" if name == "pods" else f"Insufficient {name}" for name in short]
     return _quarrels(pod, room, rooms)

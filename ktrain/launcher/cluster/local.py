@@ -10,6 +10,7 @@ from typing import Protocol
 
 from ktrain.base.clock import Deadline
 from ktrain.errors import NotFoundError
+from ktrain.launcher.cluster.certificates import RootCertificates
 from ktrain.launcher.cluster.defaults import complete
 from ktrain.launcher.cluster.job import JobController
 from ktrain.launcher.cluster.jobset import JobSetController
@@ -70,6 +71,7 @@ class LocalCluster:
             Scheduler(self.store),
             self.nodes,
             Names(self.store, machine.folders),
+            RootCertificates(self.store),
         )
         self.store.on_change(machine.runtime.wake)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ktrain.base import atomic
-from ktrain.launcher.cluster.job_pods import is_terminal
+from ktrain.launcher.cluster.job_pods import is_deleting, is_terminal
 from ktrain.launcher.cluster.pod_starter import Folders
 from ktrain.launcher.cluster.resources import POD, SERVICE
 from ktrain.launcher.cluster.shelf import Object
@@ -24,7 +24,7 @@ class Names:
             (item["metadata"]["namespace"], item["metadata"]["name"]): item for item in self._store.list(SERVICE).items
         }
         lines: dict[str, list[str]] = {namespace: [] for namespace in self._written}
-        for pod in self._store.list(POD).items:
+        for pod in sorted(self._store.list(POD).items, key=is_deleting):  # a name is its first line's
             namespace = pod["metadata"]["namespace"]
             service = services.get((namespace, pod["spec"].get("subdomain", "")))
             if service is not None and _is_served(pod, service):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -11,6 +12,7 @@ from typing import Any
 from ktrain.base.clock import Clock
 from ktrain.launcher.cluster.containers import ContainerRun, Kind, Starter
 from ktrain.launcher.cluster.environment import NotStartedError
+from ktrain.launcher.cluster.probes import PROBES
 from ktrain.launcher.cluster.restarts import After, BackOff, after_exit
 from ktrain.launcher.cluster.shelf import Object
 from ktrain.launcher.cluster.volumes import Places
@@ -21,10 +23,11 @@ _DEFAULT_GRACE_S = 30
 
 @dataclass(frozen=True, slots=True)
 class Delays:
-    """The kubelet's back-off between restarts of one container."""
+    """The kubelet's back-off between restarts of one container, and a bound for the periods of probes."""
 
     first_s: float = 10.0
     longest_s: float = 300.0
+    probe_s: float = math.inf  # at most, whatever a manifest says; a probe's time as a whole stays what it is
 
 
 class Stage(Enum):
@@ -57,7 +60,7 @@ class PodRun:
         self._stopping: list[list[ContainerRun]] = []  # what is asked to end next, the first group already was
         self.containers = [
             ContainerRun(
-                spec,
+                _paced(spec, delays.probe_s),
                 kind,
                 starter,
                 clock,
@@ -242,6 +245,17 @@ class PodRun:
                 self._ask_first()
         if not self._stopping:
             self.stage = Stage.ENDED
+
+
+def _paced(spec: Mapping[str, Any], probe_s: float) -> Mapping[str, Any]:
+    """A container whose probes are asked again after `probe_s` at the latest, so many times more often."""
+    found = dict(spec)
+    for name in (name for name in PROBES if name in spec):
+        period_s = float(spec[name].get("periodSeconds") or 10)
+        times = max(math.ceil(period_s / probe_s), 1)
+        least = times * int(spec[name].get("failureThreshold") or 3)
+        found[name] = {**spec[name], "periodSeconds": period_s / times, "failureThreshold": least}
+    return found
 
 
 def _kinds(spec: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Kind]]:

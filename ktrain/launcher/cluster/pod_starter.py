@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 from ktrain.base import contract
 from ktrain.base.clock import Clock
+from ktrain.errors import UnavailableError
 from ktrain.launcher.cluster import environment, probes, volumes
 from ktrain.launcher.cluster.pod_run import Delays
 from ktrain.launcher.cluster.probes import Attempt
@@ -19,6 +21,7 @@ from ktrain.launcher.cluster.store import Store
 from ktrain.launcher.cluster.volumes import Mounts, Places
 
 HOST_IP = "127.0.0.1"
+FIRST_NETWORK = 77
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,22 +43,56 @@ class Folders:
         """What is lost with a node."""
         return self.root / "nodes" / name
 
+    @property
+    def claims(self) -> Path:
+        """What stays when pods and nodes go, below the name of its namespace."""
+        return self.root / "claims"
+
+    def claim(self, namespace: str, name: str) -> Path:
+        """The folder of one persistent volume claim."""
+        return self.claims / namespace / name
+
     def places(self, node: str, number: int) -> Places:
         """The folders of the `number`-th pod."""
         at = f"p{number}"
-        return Places(self.root / at, self.memory / at, self.node(node), self.root / "claims")
+        return Places(self.root / at, self.memory / at, self.node(node), self.claims)
 
 
 class Addresses:
     """Numbers the pods of a cluster, and gives each an address of its own on this machine: 127.77.0.2 and on."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: int = FIRST_NETWORK) -> None:
+        """`network` is the second number of the addresses."""
+        self._network = network
         self._last = 0
 
     def take(self) -> tuple[int, str]:
         """The next number and its address."""
         self._last += 1
-        return self._last, f"127.77.{self._last // 254 % 256}.{self._last % 254 + 1}"
+        return self._last, f"127.{self._network}.{self._last // 254 % 256}.{self._last % 254 + 1}"
+
+
+class Network:
+    """A network of loopback addresses that no other cluster of this machine has. Close it.
+
+    It is ours as long as a socket of ours listens on its first address: a cluster that is killed gives it back.
+    """
+
+    def __init__(self) -> None:
+        for number in range(FIRST_NETWORK, 256):
+            claim = socket.socket()
+            try:
+                claim.bind((f"127.{number}.0.1", contract.POD_HEAD_PORT))
+                claim.listen(1)
+            except OSError:
+                claim.close()
+                continue
+            self.number, self._claim = number, claim
+            return
+        raise UnavailableError(f"local cluster: all networks from 127.{FIRST_NETWORK} to 127.255 are taken")
+
+    def close(self) -> None:
+        self._claim.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 from ktrain.base.clock import Clock
 from ktrain.launcher.cluster.processes import Process
 
+PROBES = ("startupProbe", "readinessProbe", "livenessProbe")  # of a container
+
 
 class Attempt(Protocol):
     """One question under way."""

@@ -7,7 +7,8 @@ from typing import Any
 
 from ktrain.base.clock import Clock
 from ktrain.errors import ConflictError, NotFoundError
-from ktrain.launcher.cluster import job_policy, jobset_jobs, quantity, quota
+from ktrain.launcher import quantity
+from ktrain.launcher.cluster import job_policy, jobset_jobs, quota
 from ktrain.launcher.cluster.conditions import find_condition, has_condition, set_meta_condition
 from ktrain.launcher.cluster.events import NORMAL, WARNING, Recorder
 from ktrain.launcher.cluster.job_pods import owned, owner

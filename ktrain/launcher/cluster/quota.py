@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from ktrain.launcher.cluster import quantity
-from ktrain.launcher.cluster.quantity import Amounts
+from ktrain.launcher import quantity
+from ktrain.launcher.cluster import amounts
+from ktrain.launcher.cluster.amounts import Amounts
 from ktrain.launcher.cluster.shelf import Object
 
 Usage = dict[tuple[str, str], Fraction]  # (flavor, resource) -> amount
@@ -27,7 +28,7 @@ def requests(workload: Object) -> dict[str, Amounts]:
     """What each pod set of a workload asks for, all of its pods together."""
     found = {}
     for pod_set in workload["spec"]["podSets"]:
-        one = quantity.of_pod(pod_set["template"]["spec"])
+        one = amounts.of_pod(pod_set["template"]["spec"])
         found[pod_set["name"]] = {name: amount * int(pod_set["count"]) for name, amount in one.items()}
     return found
 

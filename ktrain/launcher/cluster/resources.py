@@ -156,6 +156,9 @@ VOLCANO_QUEUE = Resource(
 COSCHEDULING_POD_GROUP = Resource(
     "scheduling.x-k8s.io", "v1alpha1", "podgroups", "PodGroup", True, _STATUS, ("pg", "pgs"), counts_generation=True
 )
+KAI_POD_GROUP = Resource(
+    "scheduling.run.ai", "v2alpha2", "podgroups", "PodGroup", True, _STATUS, ("pg",), counts_generation=True
+)
 COMPUTE_DOMAIN = Resource(
     "resource.nvidia.com", "v1beta1", "computedomains", "ComputeDomain", True, _STATUS, (), counts_generation=True
 )

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 from ktrain.errors import ForbiddenError, KtrainError, NotFoundError
-from ktrain.launcher import accelerators
+from ktrain.launcher import accelerators, quantity
 from ktrain.launcher.backends.kubernetes.client import Object, path_of
-from ktrain.launcher.cluster import quantity
+from ktrain.launcher.cluster import amounts
 from ktrain.launcher.cluster.fitting import request
 from ktrain.launcher.doctor.finding import Finding, Outcome
 from ktrain.launcher.doctor.looks import Looks, condition
@@ -134,7 +134,7 @@ _TRY = "`ktrain doctor --active` tries it"
 
 def _quota(name: str, queue: Object, wanted: Sequence[Wanted]) -> Iterator[Finding]:
     """A job that asks for what the queue does not cover, or more than it could ever have, is never admitted."""
-    needs = quantity.add(*({key: value * item.count for key, value in request(item.pod).items()} for item in wanted))
+    needs = amounts.add(*({key: value * item.count for key, value in request(item.pod).items()} for item in wanted))
     covered: dict[str, Fraction] = {}
     for group in queue["spec"].get("resourceGroups") or ():
         for flavor in group["flavors"]:

@@ -13,11 +13,11 @@ from typing import Any
 
 from ktrain.base.clock import Deadline
 from ktrain.errors import ForbiddenError, KtrainError
+from ktrain.launcher import quantity
 from ktrain.launcher.backends.kubernetes.client import Client, Object, path_of
 from ktrain.launcher.backends.kubernetes.discover import discover, try_fields
 from ktrain.launcher.backends.kubernetes.pending import reasons
 from ktrain.launcher.backends.kubernetes.view import look
-from ktrain.launcher.cluster import quantity
 from ktrain.launcher.cluster.fitting import HOST_LABEL, Room, taints
 from ktrain.launcher.doctor.finding import Finding, Outcome
 from ktrain.launcher.doctor.looks import Looks, condition

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from ktrain.base.clock import Deadline
-from ktrain.launcher import catalogue
+from ktrain.launcher import catalogue, quantity
 from ktrain.launcher.backends.kubernetes.client import Object
-from ktrain.launcher.cluster import quantity
+from ktrain.launcher.cluster import amounts
 from ktrain.launcher.cluster.fitting import HOST_LABEL, Room
 from ktrain.launcher.doctor.finding import Finding, Outcome
 from ktrain.launcher.doctor.gang_trial import Terms
@@ -92,7 +92,7 @@ def _free_device(looks: Looks) -> tuple[str, str] | None:
         here = [pod for pod in pods if (pod.get("spec") or {}).get("nodeName") == node["metadata"]["name"]]
         alive = [pod for pod in here if (pod.get("status") or {}).get("phase") not in ("Succeeded", "Failed")]
         room = Room.of(node, alive)
-        free = sorted(name for name in known if not quantity.lacking({name: quantity.parse(1)}, room.free))
+        free = sorted(name for name in known if not amounts.lacking({name: quantity.parse(1)}, room.free))
         if free:
             return room.labels[HOST_LABEL], free[0]
     return None

@@ -9,10 +9,11 @@ from fractions import Fraction
 from typing import Any
 
 from ktrain.errors import ForbiddenError, KtrainError
+from ktrain.launcher import quantity
 from ktrain.launcher.backends.kubernetes.client import Object
 from ktrain.launcher.backends.kubernetes.discover import sample_pods
 from ktrain.launcher.budget import memory_budget
-from ktrain.launcher.cluster import quantity
+from ktrain.launcher.cluster import amounts
 from ktrain.launcher.cluster.fitting import Room, obstacles, request
 from ktrain.launcher.doctor.finding import Finding, Outcome
 from ktrain.launcher.doctor.looks import Looks, condition
@@ -152,17 +153,17 @@ def _with_devices(rendered: Rendered, nodes: Sequence[Object]) -> list[Object]:
     """The nodes with the devices of a worker and their marks, whoever uses them now; all, where none are asked for."""
     plan = rendered.devices
     pod = {"metadata": {}, "spec": {"containers": [], "nodeSelector": plan.node_selector, **_affinity(plan.terms)}}
-    asked = quantity.amounts(plan.limits)
+    asked = amounts.amounts(plan.limits)
     found = []
     for node in nodes:
         open_to_all = Room({**node, "spec": {}}, {"pods": Fraction(1)})
-        if not obstacles(pod, open_to_all, ()) and not quantity.lacking(asked, _offers(node)):
+        if not obstacles(pod, open_to_all, ()) and not amounts.lacking(asked, _offers(node)):
             found.append(node)
     return found
 
 
-def _offers(node: Object) -> quantity.Amounts:
-    return quantity.amounts((node.get("status") or {}).get("allocatable"))
+def _offers(node: Object) -> amounts.Amounts:
+    return amounts.amounts((node.get("status") or {}).get("allocatable"))
 
 
 # Memory

@@ -49,6 +49,7 @@ class Offer:
     kueue: bool = False
     volcano: bool = False
     coscheduling: bool = False
+    kai: bool = False
     apis: frozenset[str] = frozenset()
     gates: Mapping[str, bool] = field(default_factory=dict)
     more: tuple[str, ...] = ()
@@ -88,6 +89,8 @@ class Served:
         else:
             for name in _files(offer, crds):
                 self._define(read_definition(crds / f"{name}.yaml"))
+            if offer.kai:  # nobody writes its groups but KAI itself
+                self._add(known.KAI_POD_GROUP, None)
 
     def __iter__(self) -> Iterator[Resource]:
         return iter(self._resources.values())
@@ -147,6 +150,8 @@ def _custom_resources(offer: Offer) -> Iterator[Resource]:
     yield from _VOLCANO if offer.volcano else ()
     if offer.coscheduling:
         yield known.COSCHEDULING_POD_GROUP
+    if offer.kai:
+        yield known.KAI_POD_GROUP
     for resource in known.known():
         if f"{resource.group}_{resource.plural}" in offer.more:
             yield resource
@@ -156,7 +161,7 @@ def _files(offer: Offer, crds: Path) -> Iterator[str]:
     if offer.jobset is not None:
         yield f"jobset.x-k8s.io_jobsets-v{offer.jobset.removeprefix('v')}"
     for resource in _custom_resources(offer):
-        if resource != known.JOB_SET:
+        if resource not in (known.JOB_SET, known.KAI_POD_GROUP):
             yield f"{resource.group}_{resource.plural}"
     known_names = {f"{resource.group}_{resource.plural}" for resource in known.known()}
     yield from (name for name in offer.more if name not in known_names)

@@ -103,11 +103,12 @@ def test_plan_says_nothing_of_steps_where_their_time_is_not_known() -> None:
     assert any("give saving.step_s" in text for text in found.assumed)
 
 
-def test_plan_preemption_costs_a_step_where_the_grace_period_suffices() -> None:
-    spot = {"spot": "all", "provider": "aks"}
-    assert one(plan(job(memory={"state": "1Gi"}, **KNOWN)), "preempted").steps_lost == 1
-    short = one(plan(job(memory={"state": "200Gi"}, placement=spot, **KNOWN)), "preempted")
-    assert short.steps_lost is not None and short.steps_lost > 11 and "too short" in short.note
+def test_plan_preemption_costs_what_is_not_in_the_bucket_yet() -> None:
+    found = plan(job(nodes=2, memory={"state": 10**10}, **KNOWN))
+    preempted = one(found, "preempted")
+
+    assert preempted.steps_lost == one(found, "cluster is lost").steps_lost == 11 + 10
+    assert "not in the bucket" in preempted.note
 
 
 def test_plan_a_spare_takes_a_lost_place_before_the_cluster_notices() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ktrain.base.control import Server
 from ktrain.base.job import JobSpec
 from ktrain.base.process import ProcessId
 from ktrain.base.settings import PodSettings
-from ktrain.errors import ConfigError
+from ktrain.errors import ConfigError, InternalError
 from ktrain.launcher import spec_file
 from ktrain.launcher.backends.kubernetes.submission import new_sending
 from ktrain.launcher.facts import ClusterFacts
@@ -66,7 +67,6 @@ def environment(place: PodSettings) -> dict[str, str]:
         contract.ENV_JOB: str(place.job_file),
         contract.ENV_TOKEN_FILE: str(place.token_file),
         contract.ENV_VOLUME: str(place.volume),
-        contract.ENV_WORK: str(place.work),
         contract.ENV_POD_IP: place.address,
         contract.ENV_HOST: place.host,
         contract.ENV_JOB_INDEX: str(place.job_index),
@@ -80,9 +80,42 @@ def test_pod_settings_environment_of_the_manifest_is_understood(
     for name, value in environment(place).items():
         monkeypatch.setenv(name, value)
 
-    assert settings.pod_settings() == place
-    monkeypatch.delenv(contract.ENV_WORK)
-    assert settings.pod_settings().work == Path(contract.POD_WORK)
+    assert settings.pod_settings() == replace(place, work=Path(contract.POD_WORK))
+
+
+def test_pod_settings_of_a_pod_that_runs_as_processes_are_the_same_in_all_its_containers(
+    place: PodSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for container in ("agent", "trainer"):
+        root = tmp_path / container
+        (root / "ktrain").mkdir(parents=True)
+        (root / "ktrain" / "work").symlink_to(place.work)
+        (root / "ktrain" / "token").symlink_to(place.token_file.parent)
+        told = {**environment(place), contract.ENV_TOKEN_FILE: str(root / "ktrain" / "token" / "token")}
+        for name, value in {**told, contract.ENV_ROOT: str(root)}.items():
+            monkeypatch.setenv(name, value)
+        found.append(settings.pod_settings())
+
+    assert found == [place, place]
+
+
+def test_prepare_run_on_a_volume_of_a_pod_that_runs_as_processes_is_found_below_its_root(
+    place: PodSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim, root = tmp_path / "claims" / "runs", tmp_path / "root"
+    claim.mkdir(parents=True)
+    root.mkdir()
+    (root / "data").symlink_to(claim)
+    monkeypatch.setenv(contract.ENV_ROOT, str(root))
+    volumes = [{"claim": "runs", "path": "/data"}]
+    command = ["train.py", "/data/text", "/database"]
+    place.job_file.write_text(json.dumps({**VALUE, "run": "/data/small", "command": command, "volumes": volumes}))
+
+    made = pod.prepare("trainer", replace(place, run=f"{root}/data/small"))
+
+    assert made.spec.run == str(claim / "small")
+    assert made.spec.args == (str(claim / "text"), "/database")
 
 
 @pytest.mark.parametrize(
@@ -258,6 +291,21 @@ def test_launch_of_a_submission_is_that_of_its_pods(place: PodSettings) -> None:
     assert sending.token not in repr(sending) and sending.token not in json.dumps(sending.submission.to_value())
 
 
+@contextmanager
+def hearing() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A head that hears which processes ended: its address, and what it heard."""
+    heard: list[dict[str, Any]] = []
+    server = Server(
+        {"process_exited": lambda said: heard.extend(said["processes"]) or {}},  # type: ignore[func-returns-value]
+        address="tcp:127.0.0.1:0",
+        token="0123456789abcdef",
+    )
+    try:
+        yield server.address, heard
+    finally:
+        server.close()
+
+
 @pytest.mark.parametrize("argv", [[], ["supervisor"], ["head", "agent"]])
 def test_main_other_words_are_bad_input(argv: list[str]) -> None:
     assert pod.main(argv) == contract.EXIT_USAGE
@@ -273,18 +321,9 @@ def test_main_other_words_are_bad_input(argv: list[str]) -> None:
     ],
 )
 def test_tell_end_is_said_with_what_goes_with_the_process(name: str, told: bool, role: str, place: PodSettings) -> None:
-    heard: list[dict[str, Any]] = []
-    server = Server(
-        {"process_exited": lambda said: heard.extend(said["processes"]) or {}},  # type: ignore[func-returns-value]
-        address="tcp:127.0.0.1:0",
-        token="0123456789abcdef",
-    )
-    try:
-        made = pod.prepare(name, replace(place, head=server.address))
-        process = ProcessId(12, 345)
-        pod.tell_end(made, Ended(process, 137, told))
-    finally:
-        server.close()
+    process = ProcessId(12, 345)
+    with hearing() as (address, heard):
+        pod.tell_end(pod.prepare(name, replace(place, head=address)), Ended(process, 137, told))
 
     assert heard == [{"node": "node-1", "role": role, "pid": process.number, "exitcode": 137, "told": told}]
 
@@ -302,16 +341,53 @@ def test_job_spec_with_a_place_survives_its_file(place: PodSettings) -> None:
 
 
 def test_tell_begin_new_pod_says_that_the_one_before_it_is_gone(place: PodSettings) -> None:
-    heard: list[dict[str, Any]] = []
-    server = Server(
-        {"process_exited": lambda said: heard.extend(said["processes"]) or {}},  # type: ignore[func-returns-value]
-        address="tcp:127.0.0.1:0",
-        token="0123456789abcdef",
-    )
-    try:
-        for name in ("agent", "trainer", "agent"):  # the last one is started again in the same pod
-            pod.tell_begin(pod.prepare(name, replace(place, head=server.address)))
-    finally:
-        server.close()
+    with hearing() as (address, heard):
+        agent, trainer = (pod.prepare(name, replace(place, head=address)) for name in ("agent", "trainer"))
+        pod.tell_begin(agent)
+        pod.tell_begin(agent)  # it died before the trainer was started
+        pod.tell_begin(trainer)
+        pod.note_child(trainer, ProcessId(12, 345))
+        pod.tell_begin(agent)  # started again in a pod that has begun
 
-    assert heard == [{"node": "node-1", "role": "node", "pid": 0}]
+    assert heard == [{"node": "node-1", "role": "node", "pid": 0}] * 2
+
+
+def test_tell_begin_container_after_one_that_died_without_a_word_says_so(
+    place: PodSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    noted = place.work / "launch" / "child-trainer.json"
+    until_noted = f"until [ -e {noted} ]; do sleep 0.01; done"
+    monkeypatch.setattr(pod.Container, "command", lambda self: ["/bin/sh", "-c", until_noted])
+    with hearing() as (address, heard):
+        for name, value in environment(replace(place, head=address)).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv(contract.ENV_ROOT, str(tmp_path))
+        (tmp_path / "ktrain").mkdir()
+        (tmp_path / "ktrain" / "work").symlink_to(place.work)
+        monkeypatch.setenv(contract.ENV_FAULTS, "raise@pod.ended")
+        with pytest.raises(InternalError, match="ended"):
+            pod.main(["trainer"])
+        said_before = list(heard)
+        pod.tell_begin(pod.prepare("trainer", replace(place, head=address)))
+
+    assert said_before == []
+    number = json.loads(noted.read_text())["number"]
+    assert heard == [{"node": "node-1", "role": "supervisor", "pid": number}]
+
+
+def test_main_fault_points_count_the_starts_of_a_container_in_its_pod(
+    place: PodSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in environment(place).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(contract.ENV_ROOT, str(tmp_path))
+    (tmp_path / "ktrain").mkdir()
+    (tmp_path / "ktrain" / "work").symlink_to(place.work)
+    plan = "raise@pod.prepared,rank=1;raise@pod.begun,epoch=2;raise@pod.prepared,rank=0,epoch=3"
+    monkeypatch.setenv(contract.ENV_FAULTS, plan)
+    monkeypatch.setattr(pod, "run_as_init", lambda command, note: Ended(None, 7, told=False))
+
+    for point in ("pod.prepared", "pod.begun"):
+        with pytest.raises(InternalError, match=point):
+            pod.main(["trainer"])
+    assert pod.main(["trainer"]) == 7

@@ -9,6 +9,7 @@ from typing import Any
 from ktrain.launcher.cluster.kubelet import NodeSpec
 from ktrain.launcher.cluster.local import LocalCluster, Pace
 from ktrain.launcher.cluster.nodes import Silence
+from ktrain.launcher.cluster.pod_run import Delays
 from ktrain.launcher.cluster.pod_starter import Folders, Machine
 from ktrain.launcher.cluster.resources import EVENT, JOB, JOB_SET, NODE, POD, Resource
 from ktrain.testing.fake_clock import FakeClock
@@ -28,10 +29,12 @@ class Made:
         nodes: Sequence[NodeSpec] = (NodeSpec("n0"), NodeSpec("n1"), NodeSpec("n2"), NodeSpec("n3")),
         on_probe: Callable[[str], bool] = lambda _: True,
         exit_on_terminate: int | None = 143,
+        delays: Delays = Delays(),  # noqa: B008 - frozen
     ) -> None:
         self.clock = FakeClock()
         self.runtime = FakeRuntime(on_probe=on_probe, exit_on_terminate=exit_on_terminate)
-        machine = Machine(self.runtime, self.clock, Folders(tmp_path / "root", tmp_path / "memory"), {"PATH": "/bin"})
+        folders = Folders(tmp_path / "root", tmp_path / "memory")
+        machine = Machine(self.runtime, self.clock, folders, {"PATH": "/bin"}, delays=delays)
         self.cluster = LocalCluster(nodes, machine, pace=Pace(silence=Silence(40)))
         self.store = self.cluster.store
 

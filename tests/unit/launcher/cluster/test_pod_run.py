@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from ktrain.errors import NotFoundError
 from ktrain.launcher.cluster.nodes import evict
+from ktrain.launcher.cluster.pod_run import Delays
 from ktrain.launcher.cluster.resources import CONFIG_MAP, SECRET
 from tests.unit.launcher.cluster.making import POD, SPACE, Made, Object, conditions, pod_spec
 
@@ -146,6 +148,27 @@ def test_pod_startup_probe_fails_too_often_kills_the_container(tmp_path: Path) -
         made.pass_time(2)
     assert status(made)["state"]["terminated"]["exitCode"] == 137
     assert made.get(POD, "p")["status"]["phase"] == "Failed"
+
+
+@pytest.mark.parametrize(("probe_s", "asked"), [(math.inf, 1), (3.0, 1), (0.5, 4)])
+def test_pod_probe_is_asked_as_often_as_the_cluster_is_quick_and_fails_no_sooner(
+    tmp_path: Path, probe_s: float, asked: int
+) -> None:
+    answers: list[str] = []
+
+    def refuse(container: str) -> bool:
+        answers.append(container)
+        return False
+
+    made = Made(tmp_path, on_probe=refuse, delays=Delays(probe_s=probe_s))
+    made.create(POD, "p", pod_spec(container={"startupProbe": {**PROBE, "failureThreshold": 3}}))
+    for _ in range(4):
+        made.pass_time(0.5)
+    assert len(answers) == 1 + asked
+    assert running(made) == ["main"], "two seconds in, of four and more"
+    for _ in range(8):
+        made.pass_time(0.5)
+    assert status(made)["state"]["terminated"]["exitCode"] == 137
 
 
 def test_pod_that_ignores_sigterm_is_killed_after_its_grace(tmp_path: Path) -> None:

@@ -1,47 +1,19 @@
-"""Kubernetes quantities as numbers: `500m` -> 0.5, `4Gi` -> 4294967296."""
+"""Amounts of resources as numbers: what a pod asks for, what a node has, what is left."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
-from ktrain.errors import ConfigError
-
-_SUFFIXES = {
-    "": Fraction(1),
-    "n": Fraction(1, 10**9),
-    "u": Fraction(1, 10**6),
-    "m": Fraction(1, 1000),
-    **{suffix: Fraction(1000 ** (power + 1)) for power, suffix in enumerate("kMGTPE")},
-    **{f"{suffix}i": Fraction(1024 ** (power + 1)) for power, suffix in enumerate("KMGTPE")},
-}
-_FORM = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:[eE]([+-]?\d+)|([a-zA-Z]*))")
+from ktrain.launcher import quantity
 
 Amounts = dict[str, Fraction]
 
 
-def parse(text: str | float) -> Fraction:
-    """The exact number that a quantity names.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    match = _FORM.fullmatch(str(text).strip())
-    if match is None or (match[3] or "") not in _SUFFIXES:
-        raise ConfigError(f"expected a quantity such as 500m, 2 or 4Gi, found {text!r}")
-    return Fraction(match[1]) * _SUFFIXES[match[3] or ""] * Fraction(10) ** int(match[2] or 0)
-
-
-def show(amount: Fraction) -> str:
-    """`2`, or `500m` where it is not whole."""
-    return str(amount.numerator) if amount.denominator == 1 else f"{-(-amount * 1000 // 1)}m"
-
-
 def amounts(quantities: Mapping[str, Any] | None) -> Amounts:
     """A resource list as numbers."""
-    return {name: parse(value) for name, value in (quantities or {}).items()}
+    return {name: quantity.parse(value) for name, value in (quantities or {}).items()}
 
 
 def add(*parts: Mapping[str, Fraction]) -> Amounts:
