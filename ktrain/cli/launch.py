@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ktrain.base import contract, settings
-from ktrain.base.job import JobSpec, WorkDir, local_path
+from ktrain.base.job import LaunchSpec, WorkDir, local_path
 from ktrain.base.settings import Timeouts
 from ktrain.cli.cluster_options import LaunchCommand, cluster_options, refuse_cluster_options
 from ktrain.errors import ConfigError, KtrainError, UnavailableError
@@ -67,7 +67,7 @@ def launch(script: str | None, script_args: tuple[str, ...], backend: str, **giv
     return _detach(spec) if given["detach"] else _run(spec)
 
 
-def _run(spec: JobSpec) -> int:
+def _run(spec: LaunchSpec) -> int:
     from ktrain.cli.progress import Progress
 
     logging.basicConfig(level=logging.WARNING, format="ktrain: %(message)s")
@@ -77,7 +77,7 @@ def _run(spec: JobSpec) -> int:
     return outcome.exit_code
 
 
-def _detach(spec: JobSpec) -> int:
+def _detach(spec: LaunchSpec) -> int:
     """Starts this very command again as a process of its own, and returns once its head answers."""
     work = WorkDir.of_run(spec.run)
     arguments = [item for item in sys.argv[1:] if item != "--detach"]

@@ -24,7 +24,7 @@ import psutil  # type: ignore[import-untyped]
 
 from ktrain.base import atomic, contract, ids, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
-from ktrain.base.job import NODE_ROLES, HeadCaller, JobSpec, WorkDir
+from ktrain.base.job import NODE_ROLES, HeadCaller, LaunchSpec, WorkDir
 from ktrain.base.settings import Timeouts
 from ktrain.errors import ConflictError, DeadlineError, InternalError, KtrainError, UnavailableError
 from ktrain.launcher.faults import Fault, due, parse_fault
@@ -106,7 +106,7 @@ class LocalLaunch:
     """One launch on this machine. Use from the main thread: the children die with the thread that starts them."""
 
     def __init__(
-        self, spec: JobSpec, *, observe: Callable[[], None] = lambda: None, clock: Clock = SYSTEM_CLOCK
+        self, spec: LaunchSpec, *, observe: Callable[[], None] = lambda: None, clock: Clock = SYSTEM_CLOCK
     ) -> None:
         """`observe` is called several times a second and at the end; it must return soon."""
         self._spec = spec
