@@ -337,7 +337,7 @@ class JobSpec:
     def _expect_environment(self) -> None:
         for name, value in self.env.items():
             _expect_env("env", name)
-            if _SECRET_WORDS.search(name):
+            if reads_like_secret(name):
                 raise ConfigError(
                     f"env {name}: it reads like a secret, and values of env are stored in plain; "
                     "put it into a Secret and refer to it: --secret NAME=SECRET:KEY"
@@ -380,6 +380,11 @@ class JobSpec:
     @property
     def world_size(self) -> int:
         return self.num_nodes * self.num_workers
+
+
+def reads_like_secret(name: str) -> bool:
+    """Whether the name of a variable says that its value is for few eyes."""
+    return _SECRET_WORDS.search(name) is not None
 
 
 def default_name(run: str) -> str:
