@@ -75,6 +75,8 @@ QUARANTINE_DIR = "quarantine"  # marks: steps that are set aside, or trusted aga
 LOGS_DIR = "logs"
 RUN_FILE = "run.json"  # identity of the run: its id, made once
 HOLDER_FILE = "holder.json"  # who runs it now
+LAUNCH_FILE = "launch.json"  # who launched it last, and how that ended (ADR 0042)
+FUNCTION_DIR = "function"  # the function that was launched, where no cluster carries it
 HEAD_FILE = "head.json"  # what a head in a pod leaves for the next one (ADR 0038)
 LOCAL_DIR = "local"  # files of a local launch: head address, token, status
 

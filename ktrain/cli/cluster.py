@@ -110,15 +110,15 @@ def job_from_options(
         value["command"] = list(command)
     for name, path in _FIELDS.items():
         if given.get(name) is not None:
-            _put(value, path, given[name])
+            spec_file.put(value, path, given[name])
     for text in given.get("env", ()):
         name, item = _split(text, "=", "--env NAME=VALUE")
-        _put(value, f"env.{name}", item)
+        spec_file.put(value, f"env.{name}", item)
     _add(value, "secrets", [_secret(text) for text in given.get("secrets", ())])
     _add(value, "volumes", [_volume(text) for text in given.get("volumes", ())])
     for text in given.get("settings", ()):
         name, item = _split(text, "=", "--set FIELD=VALUE")
-        _put(value, name, _toml_value(item))
+        spec_file.put(value, name, _toml_value(item))
     if not isinstance(value.get("run"), str):
         raise ConfigError("run: it is missing; say where the run lives, such as s3://bucket/net-a (--run)")
     value.setdefault("name", default_name(value["run"]))
@@ -130,15 +130,6 @@ def job_from_options(
             f"code {given['code']}: it does not have the script {spec.command[0]!r}; give its path in that directory"
         )
     return spec
-
-
-def _put(value: dict[str, Any], path: str, item: Any) -> None:
-    *tables, last = path.split(".")
-    for name in tables:
-        value = value.setdefault(name, {})
-        if not isinstance(value, dict):
-            raise ConfigError(f"{path}: {name} is no table; give it whole")
-    value[last] = item
 
 
 def _add(value: dict[str, Any], name: str, items: list[dict[str, Any]]) -> None:

@@ -18,6 +18,7 @@ from ktrain.errors import ConfigError
 from ktrain.launcher import accelerators
 from ktrain.launcher.accelerators import Devices, Slices
 from ktrain.launcher.quantity import GIB, MIB
+from ktrain.launcher.secret_names import reads_like_secret
 
 Bytes = NewType("Bytes", int)  # a number, or a quantity such as "40Gi" where it is typed
 
@@ -29,9 +30,6 @@ _SECRET_KEY = re.compile(r"[A-Za-z0-9._-]+")
 _CPU = re.compile(r"\d+(\.\d+)?|\d+m")
 _LABEL_KEY = re.compile(r"([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?")
-_SECRET_WORDS = re.compile(  # whole words of a name: TOKENIZERS_PARALLELISM and MAX_TOKENS are no secrets
-    r"(^|_)(SECRET|PASSWORD|PASSWD|(API|ACCESS|PRIVATE)_?KEY)(_|$)|(^|_)TOKEN$", re.IGNORECASE
-)
 _OURS = re.compile(
     r"KTRAIN_|TPU_WORKER_|MEGASCALE_"
     r"|(TPU_ACCELERATOR_TYPE|TPU_TOPOLOGY|RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT|HOME)$"
@@ -380,11 +378,6 @@ class JobSpec:
     @property
     def world_size(self) -> int:
         return self.num_nodes * self.num_workers
-
-
-def reads_like_secret(name: str) -> bool:
-    """Whether the name of a variable says that its value is for few eyes."""
-    return _SECRET_WORDS.search(name) is not None
 
 
 def default_name(run: str) -> str:

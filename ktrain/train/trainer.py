@@ -95,6 +95,7 @@ class Trainer:
         capture: str | Capture = "hidden",
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        self._given = {name: value for name, value in locals().items() if name != "self"}
         if eval_every is not None and eval_data is None:
             raise ConfigError(f"Trainer: eval_every={eval_every} needs eval_data")
         self._model, self._loss, self._optimizer, self._scheduler = model, loss, optimizer, scheduler
@@ -111,6 +112,15 @@ class Trainer:
         self._run = run
         self._callbacks = tuple(callbacks)
         self._saved: dict[str, int] = {}
+
+    @property
+    def run(self) -> str:
+        """Where checkpoints and events lie."""
+        return self._run
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By its arguments: where it is launched it is made anew, with a session of that place."""
+        return _made_of, (self._given,)
 
     def fit(self) -> Report:
         """Trains until the run has made its steps; the report covers all attempts that its events know of."""
@@ -175,3 +185,7 @@ class Trainer:
     def _tell(self, moment: Moment, step: int, **values: Any) -> None:
         for callback in self._callbacks:
             callback(Notice(moment, self._run, step, MappingProxyType(values)))
+
+
+def _made_of(given: Mapping[str, Any]) -> Trainer:
+    return Trainer(**given)

@@ -8,7 +8,7 @@ import io
 import stat
 import subprocess
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +51,24 @@ def pack_code(folder: Path, *, most_bytes: int = MOST_BYTES) -> CodeArchive:
     _expect_fits(folder, names, most_bytes)
     data = _zip(folder, names)
     return CodeArchive(data, hashlib.sha256(data).hexdigest(), tuple(names))
+
+
+def add_files(archive: CodeArchive | None, files: Mapping[str, bytes]) -> CodeArchive:
+    """An archive with files in its root that lie in no folder, beside those that it has.
+
+    Raises:
+        ConfigError: it has one of that name.
+    """
+    names = () if archive is None else archive.names
+    taken = sorted(set(names) & set(files))
+    if taken:
+        raise ConfigError(f"code: it has a file {taken[0]!r} of its own; rename that one")
+    buffer = io.BytesIO(b"" if archive is None else archive.data)
+    with zipfile.ZipFile(buffer, "a", zipfile.ZIP_DEFLATED, compresslevel=_LEVEL) as file:
+        for name, data in sorted(files.items()):
+            file.writestr(_member(name, 0o644), data, compresslevel=_LEVEL)
+    data = buffer.getvalue()
+    return CodeArchive(data, hashlib.sha256(data).hexdigest(), (*names, *sorted(files)))
 
 
 def _chosen(folder: Path) -> list[str]:
@@ -139,10 +157,14 @@ def _zip(folder: Path, names: Iterable[str]) -> bytes:
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=_LEVEL) as file:
         for name in names:
             path = folder / name
-            info = zipfile.ZipInfo(name, _TIME)
-            info.create_system = _UNIX
-            info.compress_type = zipfile.ZIP_DEFLATED
             mode = 0o755 if path.stat().st_mode & stat.S_IXUSR else 0o644
-            info.external_attr = (stat.S_IFREG | mode) << 16
-            file.writestr(info, path.read_bytes(), compresslevel=_LEVEL)
+            file.writestr(_member(name, mode), path.read_bytes(), compresslevel=_LEVEL)
     return buffer.getvalue()
+
+
+def _member(name: str, mode: int) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name, _TIME)
+    info.create_system = _UNIX
+    info.compress_type = zipfile.ZIP_DEFLATED
+    info.external_attr = (stat.S_IFREG | mode) << 16
+    return info

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +43,11 @@ class ShippedFunction:
     name: str
     data: bytes
     sha256: str
+
+    @property
+    def plain_name(self) -> str:
+        """Its last part, in characters that a folder may have."""
+        return re.sub(r"[^A-Za-z0-9_]+", "-", self.name.rpartition(".")[2]).strip("-") or "function"
 
     @property
     def command(self) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ object refuses to be reduced, the refusal is kept with its path.
 from __future__ import annotations
 
 import dis
-import importlib.metadata
 import io
 import re
 import socket
@@ -21,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from ktrain.launcher.quantity import MIB, show_bytes
-from ktrain.launcher.spec import reads_like_secret
+from ktrain.launcher.secret_names import reads_like_secret
 
 MOST_DATA_BYTES = 16 * MIB  # of arrays and the like, all together
 _SHOWN_FROM = 1 * MIB  # one that is smaller is not named
 _MOST_OBJECTS = 200_000  # looked at; what has more is data, and is measured when it is pickled
+_MOST_PATH = 240  # characters
 _ATOMS = (type(None), bool, int, float, complex, type(Ellipsis), type(NotImplemented), range)
 _SECRET_VALUE = re.compile(r"[\w.+/=~-]{16,}")  # of a name that ends in "token": "<|endoftext|>" is none
 _NOTEBOOK = ("IPython", "ipykernel", "ipywidgets", "zmq")
@@ -69,7 +69,7 @@ class _Walk:
             obj, path = self._stack.pop()
             if id(obj) not in self._seen and not _is_atom(obj):
                 self._seen[id(obj)] = obj
-                self._stack += reversed(list(self._below(obj, path)))
+                self._stack += reversed(list(self._below(obj, _elided(path))))
 
     def data_problems(self) -> list[Problem]:
         """The large ones, where all together are too much."""
@@ -120,7 +120,9 @@ class _Walk:
             return f"module {name} was made in this process; define its contents where the function is, or install it"
         if any(_is_installed(place) or self._goes_along(place) for place in places):
             return None
-        if top in importlib.metadata.packages_distributions():  # in place, as an editable install is
+        from importlib.metadata import packages_distributions  # slow to import, and to call: the last question
+
+        if top in packages_distributions():  # in place, as an editable install is
             return None
         return (
             f"module {name} is not installed, it is only here ({places[0]}); install it where the job runs, or send "
@@ -159,6 +161,8 @@ class _Walk:
         if isinstance(obj, types.MethodType):
             yield obj.__self__, f"{path} -> its object"
             yield obj.__func__, path
+        elif isinstance(obj, types.BuiltinFunctionType):
+            yield obj.__self__, f"{path} -> its object"
         elif isinstance(obj, dict):
             for key, value in list(obj.items()):
                 yield key, f"{path}, key {_short(key)}"
@@ -247,9 +251,9 @@ def _is_secret(name: str, value: str) -> bool:
 
 
 def _is_atom(obj: object) -> bool:
-    return type(obj) in _ATOMS or isinstance(
-        obj, types.BuiltinFunctionType | types.CodeType | types.WrapperDescriptorType
-    )
+    if isinstance(obj, types.BuiltinFunctionType):
+        return isinstance(obj.__self__, types.ModuleType | None)
+    return type(obj) in _ATOMS or isinstance(obj, types.CodeType | types.WrapperDescriptorType)
 
 
 def _is_importable(obj: Any) -> bool:
@@ -293,6 +297,11 @@ def _is_installed(place: Path) -> bool:
 
 def _kind(obj: object) -> str:
     return f"a {type(obj).__module__.removeprefix('_')}.{type(obj).__qualname__}".replace("a builtins.", "a ")
+
+
+def _elided(path: str) -> str:
+    """A path that can be read, however deep it leads."""
+    return path if len(path) <= _MOST_PATH else f"{path[: _MOST_PATH // 2]}...{path[-_MOST_PATH // 4 :]}"
 
 
 def _short(key: object) -> str:
