@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import html
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ktrain.base import settings
 from ktrain.base.clock import Deadline
 from ktrain.base.events import Event
+from ktrain.base.retry import BusyError
 from ktrain.base.settings import Timeouts
 from ktrain.errors import KtrainError
 from ktrain.jobs.card import card
@@ -24,7 +26,7 @@ _LONGEST_S = 30 * 86400.0  # that is waited where nothing else was said
 _STOP_S = 900.0  # for the save and the end of a job that is cancelled
 _STORE_PATIENCE_S = 10.0  # a store that does not answer may not hold up a status
 _QUIET_S = 60.0  # after which such a store is asked again
-_WATCH_S = 1.0
+_WATCH_S = 2.0
 
 
 class Job:
@@ -99,7 +101,8 @@ class Job:
                     return status
                 deadline.check(f"job {self.name} ({status.state.value})")
                 self._host.clock.sleep(min(_WATCH_S, deadline.remaining_s()))
-                status = self.status()
+                with suppress(BusyError):  # asked again, as long as there is time
+                    status = self.status()
         except KeyboardInterrupt:
             return status
 

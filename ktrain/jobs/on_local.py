@@ -31,6 +31,7 @@ from ktrain.launcher.backends.local import Outcome
 from ktrain.launcher.code.function import ShippedFunction
 
 _TICK_S = 0.2
+_AWAY_S = 5.0  # between two looks at the record of a launch elsewhere
 _TAIL_LINES = 3
 
 
@@ -164,7 +165,8 @@ class LocalHost:
             if look.state in FINAL:
                 return look
             deadline.check(f"run {self._run} ({'; '.join([look.state.value, *look.reasons])})")
-            self._clock.sleep(min(_TICK_S, deadline.remaining_s()))
+            pause_s = _TICK_S if self._is_here() else _AWAY_S
+            self._clock.sleep(min(pause_s, deadline.remaining_s()))
 
     def cancel(self, deadline: Deadline) -> None:
         """As `ktrain cancel`: a head that does not answer yet is asked again.

@@ -111,6 +111,7 @@ class Trainer:
         )
         self._run = run
         self._callbacks = tuple(callbacks)
+        self._has_run = False
         self._saved: dict[str, int] = {}
 
     @property
@@ -119,7 +120,13 @@ class Trainer:
         return self._run
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """By its arguments: where it is launched it is made anew, with a session of that place."""
+        """By its arguments: where it is launched it is made anew, with a session of that place.
+
+        Raises:
+            ConfigError: it was run here, which may have changed them: a module's weights are those of its training.
+        """
+        if self._has_run:
+            raise ConfigError("Trainer: it was run in this process already; make a new one to launch it")
         return _made_of, (self._given,)
 
     def fit(self) -> Report:
@@ -128,6 +135,7 @@ class Trainer:
 
     def fit_within(self, opened: Session) -> Report:
         """As `fit`, within a session of the caller's making that was not entered yet."""
+        self._has_run = True
         step = 0
         try:
             with opened:

@@ -29,6 +29,8 @@ _MOST_PATH = 240  # characters
 _ATOMS = (type(None), bool, int, float, complex, type(Ellipsis), type(NotImplemented), range)
 _SECRET_VALUE = re.compile(r"[\w.+/=~-]{16,}")  # of a name that ends in "token": "<|endoftext|>" is none
 _NOTEBOOK = ("IPython", "ipykernel", "ipywidgets", "zmq")
+_OF_EVERY_CLASS = ("__dict__", "__weakref__", "__doc__", "__module__")
+_SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType)
 _MAIN = "__main__"
 
 
@@ -97,7 +99,7 @@ class _Walk:
         elif isinstance(obj, types.FunctionType):
             yield from self._in_function(obj, path)
         elif isinstance(obj, type):
-            yield from _in_class(obj, path)
+            yield from self._in_class(obj, path)
         else:
             yield from self._in_object(obj, path)
 
@@ -142,12 +144,18 @@ class _Walk:
         for name in sorted(_global_names(function.__code__)):
             if name in function.__globals__:
                 yield from self._named(name, function.__globals__[name], f"{path} -> global {name!r}")
-        for at, value in enumerate(function.__defaults__ or ()):
-            yield value, f"{path} -> default {at}"
-        for name, value in (function.__kwdefaults__ or {}).items():
+        for name, value in _defaults(function):
             yield from self._named(name, value, f"{path} -> default {name!r}")
         for name, value in (*function.__annotations__.items(), *vars(function).items()):
             yield value, f"{path} -> {name!r}"
+
+    def _in_class(self, cls: type, path: str) -> Iterator[tuple[object, str]]:
+        """Of a class that is sent by value: its members and bases."""
+        for base in cls.__bases__:
+            yield base, f"{path} -> base {base.__name__}"
+        for name, value in list(vars(cls).items()):
+            if name not in _OF_EVERY_CLASS and not isinstance(value, _SLOTS):
+                yield from self._named(name, value, f"{path}.{name}")
 
     def _named(self, name: str, value: object, path: str) -> Iterator[tuple[object, str]]:
         """A variable, unless it is one that must not lie in plain where code does."""
@@ -163,7 +171,7 @@ class _Walk:
             yield obj.__func__, path
         elif isinstance(obj, types.BuiltinFunctionType):
             yield obj.__self__, f"{path} -> its object"
-        elif isinstance(obj, dict):
+        elif type(obj) is dict:
             for key, value in list(obj.items()):
                 yield key, f"{path}, key {_short(key)}"
                 yield value, f"{path}[{_short(key)}]"
@@ -227,21 +235,20 @@ def _data_nbytes(obj: object) -> int | None:
         return obj.getbuffer().nbytes
     torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
     if torch is not None and isinstance(obj, torch.Tensor):
-        return 0 if obj.is_meta else int(obj.nbytes)
+        if obj.is_meta:
+            return 0
+        # A view takes all of its storage along.
+        return int(obj.untyped_storage().nbytes() if obj.layout is torch.strided else obj.nbytes)
     if numpy is not None and isinstance(obj, numpy.ndarray) and not obj.dtype.hasobject:
         return int(obj.nbytes)
     return None
 
 
-def _in_class(cls: type, path: str) -> Iterator[tuple[object, str]]:
-    """Of a class that is sent by value: its members and bases."""
-    for base in cls.__bases__:
-        yield base, f"{path} -> base {base.__name__}"
-    for name, value in list(vars(cls).items()):
-        if name not in ("__dict__", "__weakref__", "__doc__", "__module__") and not isinstance(
-            value, types.MemberDescriptorType | types.GetSetDescriptorType
-        ):
-            yield value, f"{path}.{name}"
+def _defaults(function: types.FunctionType) -> list[tuple[str, object]]:
+    """Of its parameters, by name."""
+    code, values = function.__code__, function.__defaults__ or ()
+    names = code.co_varnames[code.co_argcount - len(values) : code.co_argcount]
+    return [*zip(names, values, strict=True), *(function.__kwdefaults__ or {}).items()]
 
 
 def _is_secret(name: str, value: str) -> bool:

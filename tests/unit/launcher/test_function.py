@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import hashlib
 import importlib.util
@@ -171,14 +172,32 @@ def test_large_arrays_are_named_with_their_sizes_and_small_ones_pass() -> None:
     assert sorted(found) == ["train -> closure 'large'", "train -> closure 'text'"]
     assert found["train -> closure 'large'"].startswith("16 MiB of 18 MiB of data")
     assert problems(lambda: small) == {}
+    view = torch.zeros(MOST_DATA_BYTES + 1, dtype=torch.uint8)[:3]
+    assert list(problems(lambda: view)) == ["train -> closure 'view'"], "its storage goes along"
+
+
+def test_dictionary_of_another_class_is_taken_by_its_reduction() -> None:
+    held = collections.defaultdict(threading.Lock)
+    made = collections.OrderedDict(a=threading.Lock())
+
+    assert problems(lambda: held) == {}
+    assert list(problems(lambda: made)) == ["train -> closure 'made'['a']"]
 
 
 def test_variable_that_reads_like_a_secret_is_refused_and_a_mark_of_a_tokenizer_is_not() -> None:
     HF_TOKEN, api_key, eos_token = "hf_abcdefghijklmnop", "k", "<|end_of_the_text|>"
 
-    assert sorted(problems(lambda: (HF_TOKEN, api_key, eos_token))) == [
+    class Hub:
+        PASSWORD = "p"
+
+    def train(db_password: str = "p") -> object:
+        return HF_TOKEN, api_key, eos_token, Hub
+
+    assert sorted(problems(train)) == [
         "train -> closure 'HF_TOKEN'",
+        "train -> closure 'Hub'.PASSWORD",
         "train -> closure 'api_key'",
+        "train -> default 'db_password'",
     ]
 
 

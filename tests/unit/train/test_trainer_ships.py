@@ -53,3 +53,11 @@ def test_piece_of_a_trainer_that_cannot_be_shipped_is_named(tmp_path: Path, chan
         pack_function(made(tmp_path, **changed).fit)
 
     assert said in str(caught.value)
+
+
+def test_trainer_that_was_run_here_is_not_shipped(tmp_path: Path) -> None:
+    trainer = made(tmp_path / "run")
+    trainer.fit()
+
+    with pytest.raises(ConfigError, match="it was run in this process already; make a new one"):
+        pack_function(trainer.fit)
