@@ -7,10 +7,11 @@ whoever launched ends it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from typing import IO, Any
+from typing import Any
 
 from ktrain.base.exits import exit_code
 from ktrain.base.job import LaunchSpec
@@ -25,19 +26,28 @@ def main(argv: list[str]) -> int:
         os._exit(0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     record = records.of_this_process(spec, log=argv[1])
-    with os.fdopen(int(argv[0]), "w") as told:
-        try:
-            return run_here(spec, record, begun=lambda: _tell(told, json.loads(record.to_bytes())))
-        except KtrainError as error:
-            _tell(told, {"error": {"kind": error.kind, "message": str(error)}})
-            return exit_code(error)
+    listener = _Listener(int(argv[0]))
+    try:
+        return run_here(spec, record, begun=lambda: listener.tell(json.loads(record.to_bytes())))
+    except KtrainError as error:
+        listener.tell({"error": {"kind": error.kind, "message": str(error)}})
+        return exit_code(error)
 
 
-def _tell(told: IO[str], value: dict[str, Any]) -> None:
-    """Once: whoever launched listens for one line."""
-    if not told.closed:
-        print(json.dumps(value), file=told)
-        told.close()
+class _Listener:
+    """Whoever launched, for one line."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd: int | None = fd
+
+    def tell(self, value: dict[str, Any]) -> None:
+        """Says it where nothing was said yet; one that is gone meanwhile misses it, and the launch goes on."""
+        if self._fd is None:
+            return
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._fd, json.dumps(value).encode() + b"\n")
+        os.close(self._fd)
+        self._fd = None
 
 
 if __name__ == "__main__":

@@ -22,25 +22,28 @@ _COLOURS = {
 }
 _OTHER = "#7a7f87"
 _BOX = "border:1px solid rgba(128,128,128,.5);border-radius:6px;padding:8px 12px;max-width:60em;font-family:sans-serif"
-_CELL = "text-align:left;vertical-align:top;padding:1px 12px 1px 0;background:transparent;border:0"
+# A table does not inherit a theme's colour and font everywhere by itself.
+_OWN = "color:inherit;font:inherit;background:transparent;border:0"
+_CELL = f"{_OWN};text-align:left;vertical-align:top;padding:1px 12px 1px 0"
 _TEXT = "white-space:pre-wrap;overflow-wrap:anywhere"
 
 
 def card(status: JobStatus) -> str:
     """The card of a status."""
     colour = _COLOURS.get(status.state, _OTHER)
+    (_, state), *others = status.rows()
     badge = (
         f'<span style="border:1px solid {colour};color:{colour};border-radius:10px;padding:0 8px">'
-        f"{html.escape(status.state.value)}</span>"
+        f"{html.escape(state)}</span>"
     )
     rows = "".join(
-        f'<tr style="background:transparent"><th scope="row" style="{_CELL};font-weight:normal;opacity:.75">'
+        f'<tr style="{_OWN}"><th scope="row" style="{_CELL};opacity:.75;white-space:nowrap">'
         f'{html.escape(what)}</th><td style="{_CELL};{_TEXT}">{html.escape(value)}</td></tr>'
-        for what, value in status.rows()
+        for what, value in others
     )
     return (
         f'<div style="{_BOX}"><div><strong>{html.escape(status.name)}</strong> {badge}</div>{curve(status.losses)}'
-        f'<table style="border-collapse:collapse;margin:4px 0 0">{rows}</table></div>'
+        f'<table style="{_OWN};border-collapse:collapse;margin:4px 0 0">{rows}</table></div>'
     )
 
 

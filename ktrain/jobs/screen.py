@@ -32,7 +32,7 @@ class CardScreen:
 
 
 class TextScreen:
-    """The whole status, whenever more of it has changed than the step; else a line for each tenth of a minute."""
+    """The whole status, whenever more of it has changed than its step."""
 
     def __init__(self, output: IO[str]) -> None:
         self._output = output

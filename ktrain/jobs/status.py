@@ -45,7 +45,7 @@ class JobStatus:
         return asdict(self)
 
     def rows(self) -> list[tuple[str, str]]:
-        """(what, value) of all that is known, for people."""
+        """(what, value) of all that is known, for people; the state comes first."""
         found = [("state", self._state()), ("run", f"{self.run} ({self.where})")]
         found += [("waits for", reason) for reason in self.reasons]
         if self.step is not None:

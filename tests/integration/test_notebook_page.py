@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+import ktrain
+from ktrain.launcher.job import plan_job
 from tests.integration.launching import ENDS_WITHIN_S, Place, place
 
 pytestmark = pytest.mark.timeout(300)
@@ -75,6 +77,21 @@ def test_launch_that_is_killed_is_seen_as_failed_and_the_same_launch_continues(h
     again = python(here, "again.py", f"{AGAIN}print(job.wait(timeout_s=90).state, job.logs())\n")
 
     assert again.stdout == "done seen\n\n", again.stdout + again.stderr
+    here.await_nothing_left()
+
+
+def test_launch_goes_on_when_whoever_asked_for_it_is_gone_before_the_answer(here: Place) -> None:
+    here.script.write_text("print('ran')")
+    spec = plan_job(ktrain.Local().wish((str(here.script),), str(here.run)))
+    reads, writes = os.pipe()
+    command = [sys.executable, "-P", "-m", "ktrain.cli.detached", str(writes), str(here.root / "log")]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=(writes,), env=here.environment())
+    os.close(reads)
+    os.close(writes)
+    process.communicate(json.dumps(spec.to_json()).encode(), timeout=ENDS_WITHIN_S)
+
+    here.await_that("the end", lambda: here.events("run_ended"))
+    assert [event["outcome"] for event in here.events("run_ended")] == ["succeeded"]
     here.await_nothing_left()
 
 
