@@ -71,7 +71,8 @@ def start(spec: LaunchSpec) -> LaunchRecord:
         UnavailableError: the process ended, and the message has its last words.
         DeadlineError: it said nothing in time.
     """
-    log = log_path(spec)
+    log, timeout_s = log_path(spec), Timeouts(spec.patience_s).start_s
+    WorkDir.of_run(spec.run).make()  # private to this user, and so is what lies beside it
     log.parent.mkdir(parents=True, exist_ok=True)
     reads, writes = os.pipe()
     with open(reads, "rb") as told:
@@ -85,8 +86,13 @@ def start(spec: LaunchSpec) -> LaunchRecord:
                 pass_fds=(end.fileno(),),
                 env=settings.child_environment({}),
             )
-        process.communicate(json.dumps(spec.to_json()).encode())  # it forks, and its parent ends at once
-        said = _heard(told.fileno(), Timeouts(spec.patience_s).start_s, log)
+        try:  # it forks, and what was started here ends at once
+            process.communicate(json.dumps(spec.to_json()).encode(), timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise DeadlineError(f"start of the launch: not done within {timeout_s:g} s (see {log})") from None
+        said = _heard(told.fileno(), timeout_s, log)
     if "error" in said:
         raise from_kind(said["error"]["kind"], said["error"]["message"])
     return LaunchRecord.from_bytes(json.dumps(said).encode())
