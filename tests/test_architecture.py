@@ -149,9 +149,14 @@ def test_import_of_native_loads_neither_torch_nor_numpy() -> None:
     assert modules_after("import ktrain.native").isdisjoint({*HEAVY, "torch", "numpy", "fsspec"})
 
 
-@pytest.mark.parametrize("module", ["ktrain.cli", "ktrain.cli.main", "ktrain.launcher"])
+@pytest.mark.parametrize("module", ["ktrain.cli", "ktrain.cli.main", "ktrain.launcher", "ktrain.jobs.start"])
 def test_import_of_command_line_or_launcher_loads_neither_torch_nor_ray(module: str) -> None:
     path = PACKAGE.joinpath(*module.split(".")[1:])
     if not path.is_dir() and not path.with_suffix(".py").is_file():
         pytest.skip(f"{module} is not written yet")
     assert modules_after(f"import {module}").isdisjoint({"torch", "ray", "kubernetes", "pydantic", "matplotlib"})
+
+
+def test_launcher_in_python_loads_nothing_heavy_before_it_is_used() -> None:
+    used = "import ktrain; ktrain.launch, ktrain.attach, ktrain.Job, ktrain.Kubernetes(), ktrain.Local(nodes=2)"
+    assert modules_after(used).isdisjoint({*HEAVY, "torch", "numpy", "fsspec", "cloudpickle", "IPython"})

@@ -83,6 +83,8 @@ LOGS_DIR = "logs"
 SUBMISSIONS_DIR = "submissions"  # what was sent to a cluster, in the order in which the run was told (ADR 0040)
 RUN_FILE = "run.json"  # identity of the run: its id, made once
 HOLDER_FILE = "holder.json"  # who runs it now
+LAUNCH_FILE = "launch.json"  # who launched it last, and how that ended (ADR 0042)
+FUNCTION_DIR = "function"  # the function that was launched, where no cluster carries it
 HEAD_FILE = "head.json"  # what a head in a pod leaves for the next one (ADR 0038)
 LOCAL_DIR = "local"  # files of a local launch: head address, token, status
 

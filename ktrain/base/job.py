@@ -47,8 +47,8 @@ class PodPlace:
 
 
 @dataclass(frozen=True, slots=True)
-class JobSpec:
-    """One launch, as every process of it reads it."""
+class LaunchSpec:
+    """One launch (of a job, on this machine or in pods), as every process of it reads it."""
 
     launch_id: str
     run: str  # canonical
@@ -107,11 +107,11 @@ class JobSpec:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> JobSpec:
+    def from_json(cls, value: dict[str, Any]) -> LaunchSpec:
         known = {item.name for item in fields(cls)}
         if set(value) != known:
             odd = ", ".join(sorted(set(value) ^ known))
-            raise ConfigError(f"job specification: fields differ from this version's: {odd}; start the job again")
+            raise ConfigError(f"launch specification: fields differ from this version's: {odd}; start the job again")
         lists = {name: tuple(value[name]) for name in ("args", "faults")}
         return cls(**{**value, **lists, "pod": _place(value["pod"])})
 
@@ -185,11 +185,11 @@ class WorkDir:
     def agent_socket(self, node: str) -> Path:
         return self.node(node) / "agent.sock"
 
-    def read_spec(self) -> JobSpec:
+    def read_spec(self) -> LaunchSpec:
         value = atomic.try_read_json(self.spec)
         if value is None:
             raise NotFoundError(f"work directory {self.path}: no specification; the launch has ended")
-        return JobSpec.from_json(value)
+        return LaunchSpec.from_json(value)
 
     def read_token(self) -> str:
         try:

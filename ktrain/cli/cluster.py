@@ -129,15 +129,15 @@ def job_from_options(command: tuple[str, ...], given: Mapping[str, Any]) -> JobS
         value["command"] = list(command)
     for name, path in _FIELDS.items():
         if given.get(name) is not None:
-            _put(value, path, given[name])
+            spec_file.put(value, path, given[name])
     for text in given.get("env", ()):
         name, item = _split(text, "=", "--env NAME=VALUE")
-        _put(value, f"env.{name}", item)
+        spec_file.put(value, f"env.{name}", item)
     _add(value, "secrets", [_secret(text) for text in given.get("secrets", ())])
     _add(value, "volumes", [_volume(text) for text in given.get("volumes", ())])
     for text in given.get("settings", ()):
         name, item = _split(text, "=", "--set FIELD=VALUE")
-        _put(value, name, _toml_value(item))
+        spec_file.put(value, name, _toml_value(item))
     if not isinstance(value.get("run"), str):
         raise ConfigError("run: it is missing; say where the run lives, such as s3://bucket/net-a (--run)")
     value.setdefault("name", default_name(value["run"]))
@@ -203,23 +203,14 @@ def job_from_value(value: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[
     changed: dict[str, Any] = copy.deepcopy(dict(value))
     for name, path in _FIELDS.items():
         if name in given and given[name] is not None:
-            _put(changed, path, given[name])
+            spec_file.put(changed, path, given[name])
     for text in given.get("settings", ()):
         name, item = _split(text, "=", "--set FIELD=VALUE")
-        _put(changed, name, _toml_value(item))
+        spec_file.put(changed, name, _toml_value(item))
     if given.get("code"):
         known = {name: item for name, item in changed.get("code", {}).items() if name != "way"}  # it is chosen anew
         changed["code"] = _code(known, given["code"])
     return _and_code(spec_file.from_value(changed), given)
-
-
-def _put(value: dict[str, Any], path: str, item: Any) -> None:
-    *tables, last = path.split(".")
-    for name in tables:
-        value = value.setdefault(name, {})
-        if not isinstance(value, dict):
-            raise ConfigError(f"{path}: {name} is no table; give it whole")
-    value[last] = item
 
 
 def _add(value: dict[str, Any], name: str, items: list[dict[str, Any]]) -> None:

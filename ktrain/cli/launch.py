@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
-from pathlib import Path
+import signal
+from collections.abc import Callable
 from typing import Any
 
 import click
 
-from ktrain.base import contract, settings
-from ktrain.base.job import JobSpec, WorkDir, local_path
+from ktrain.base import contract
+from ktrain.base.job import LaunchSpec, WorkDir
 from ktrain.base.settings import Timeouts
 from ktrain.cli.cluster_options import LaunchCommand, cluster_options, refuse_cluster_options
 from ktrain.errors import ConfigError, KtrainError, UnavailableError
-from ktrain.launcher.backends.local import LocalLaunch, wait_for_head
+from ktrain.jobs.record import LaunchRecord, Recorder, of_this_process
+from ktrain.launcher.backends.local import LocalLaunch, Outcome, wait_for_head
 from ktrain.launcher.job import Wish, plan_job
 
 
@@ -68,43 +68,41 @@ def launch(script: str | None, script_args: tuple[str, ...], backend: str, **giv
         script=script, args=script_args, run=given["run"], patience_s=given["patience"], faults=given["faults"], **typed
     )
     spec = plan_job(wish)
-    return _detach(spec) if given["detach"] else _run(spec)
+    return _detach(spec) if given["detach"] else run_here(spec, of_this_process(spec))
 
 
-def _run(spec: JobSpec) -> int:
+def run_here(spec: LaunchSpec, record: LaunchRecord, *, begun: Callable[[], None] = lambda: None) -> int:
+    """Follows a launch in this process to its end, and shows it; `begun` is called once the run is this launch's."""
     from ktrain.cli.progress import Progress
 
     logging.basicConfig(level=logging.WARNING, format="ktrain: %(message)s")
-    progress = Progress(spec)
-    outcome = LocalLaunch(spec, observe=progress.update).run()
+    progress, recorder = Progress(spec), Recorder(spec, record)
+
+    def keep(outcome: Outcome | None) -> None:
+        recorder(outcome)
+        if outcome is None:
+            begun()
+
+    outcome = LocalLaunch(spec, observe=progress.update, record=keep).run()
     progress.finish(outcome)
     return outcome.exit_code
 
 
-def _detach(spec: JobSpec) -> int:
-    """Starts this very command again as a process of its own, and returns once its head answers."""
-    work = WorkDir.of_run(spec.run)
-    arguments = [item for item in sys.argv[1:] if item != "--detach"]
-    folder = Path(spec.log_dir) if local_path(spec.run) is not None else work.path.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "launcher.log"
-    with open(log, "ab") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "ktrain.cli.main", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=settings.child_environment({}),
-        )
+def _detach(spec: LaunchSpec) -> int:
+    """Starts the launch as a process of its own, and returns once its head answers."""
+    from ktrain.jobs import on_local
+
+    record = on_local.start(spec)
+    assert record.local is not None
     try:
-        wait_for_head(work, launcher=process, timeouts=Timeouts(spec.patience_s))
-    except UnavailableError as error:
-        said = log.read_text(errors="replace").strip().splitlines()
-        click.echo(f"ktrain: {said[-1] if said else error}", err=True)
-        return process.returncode or contract.EXIT_FAILED
+        wait_for_head(WorkDir.of_run(spec.run), launcher=record.local.process, timeouts=Timeouts(spec.patience_s))
+    except UnavailableError:
+        look = on_local.LocalHost(spec.run, record).look()
+        click.echo(f"ktrain: {look.message}", err=True)
+        return contract.EXIT_FAILED if look.exit_code is None else look.exit_code
     except KtrainError:
-        process.terminate()
+        record.local.process.signal(signal.SIGTERM)
         raise
-    click.echo(f"{spec.run}: started, process {process.pid}; follow it with `ktrain status` and `ktrain logs --follow`")
+    where = f"process {record.local.pid}"
+    click.echo(f"{spec.run}: started, {where}; follow it with `ktrain status` and `ktrain logs --follow`")
     return contract.EXIT_OK

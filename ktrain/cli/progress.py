@@ -12,7 +12,7 @@ import click
 from ktrain.base import contract
 from ktrain.base.clock import SYSTEM_CLOCK, Clock
 from ktrain.base.events import Event
-from ktrain.base.job import JobSpec
+from ktrain.base.job import LaunchSpec
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.log import LogReader
 from ktrain.errors import KtrainError
@@ -26,7 +26,7 @@ _RATE_STEPS = 20  # samples/s over this many steps
 class Progress:
     """Follows a run's events and shows them. Use from one thread."""
 
-    def __init__(self, spec: JobSpec, *, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(self, spec: LaunchSpec, *, clock: Clock = SYSTEM_CLOCK) -> None:
         self._reader = LogReader(spec.run, timeouts=Timeouts(spec.patience_s))
         self._clock = clock
         self._live = sys.stdout.isatty()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ktrain.base import contract, ids, settings
-from ktrain.base.job import JobSpec, WorkDir, canonical_url, local_path
+from ktrain.base.job import LaunchSpec, WorkDir, canonical_url, local_path
 from ktrain.errors import ConfigError
 from ktrain.launcher.faults import parse_fault
 
@@ -36,7 +36,7 @@ def default_run(script: str) -> str:
     return f"runs/{Path(script).stem}"
 
 
-def plan_job(wish: Wish) -> JobSpec:
+def plan_job(wish: Wish) -> LaunchSpec:
     """Checks a wish and makes it whole.
 
     Raises:
@@ -61,7 +61,7 @@ def plan_job(wish: Wish) -> JobSpec:
     path = local_path(run)
     if path is not None:
         _expect_writable(path)
-    return JobSpec(
+    return LaunchSpec(
         launch_id=ids.random_id(),
         run=run,
         script=str(script.absolute()),

@@ -42,6 +42,20 @@ def from_value(value: Mapping[str, Any]) -> JobSpec:
     return made
 
 
+def put(value: dict[str, Any], path: str, item: object) -> None:
+    """Sets the field of a job file that has this path, such as `placement.queue`.
+
+    Raises:
+        ConfigError: a part of the path is there and no table.
+    """
+    *tables, last = path.split(".")
+    for name in tables:
+        value = value.setdefault(name, {})
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path}: {name} is no table; give it whole")
+    value[last] = item
+
+
 def to_value(spec: JobSpec) -> dict[str, Any]:
     """The job as a JSON value that `from_value` reads; what has its default is left out."""
     value = _plain(spec)

@@ -19,7 +19,7 @@ from typing import Any
 from ktrain.base import contract, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.base.control import Caller, Server
-from ktrain.base.job import HeadCaller, JobSpec, WorkDir, local_path
+from ktrain.base.job import HeadCaller, LaunchSpec, WorkDir, local_path
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.node import NodeKeeper, NodePlace
 from ktrain.errors import KtrainError, UnavailableError
@@ -33,7 +33,7 @@ _POLL_S = 0.1
 class Agent:
     """One node's agent, from start to end."""
 
-    def __init__(self, spec: JobSpec, work: WorkDir, node_index: int) -> None:
+    def __init__(self, spec: LaunchSpec, work: WorkDir, node_index: int) -> None:
         self._spec = spec
         self._work = work
         self._node = contract.node_name(node_index)

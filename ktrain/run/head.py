@@ -26,7 +26,7 @@ from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
 from ktrain.base.control import Handler, Server
 from ktrain.base.events import Event
 from ktrain.base.exits import exit_code
-from ktrain.base.job import JobSpec, WorkDir, local_path
+from ktrain.base.job import LaunchSpec, WorkDir, local_path
 from ktrain.base.process import ProcessId
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint import log
@@ -141,7 +141,7 @@ class Roster:
 class Head:
     """One job's head. `run` belongs to the main thread; handlers come in on others."""
 
-    def __init__(self, spec: JobSpec, work: WorkDir, *, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(self, spec: LaunchSpec, work: WorkDir, *, clock: Clock = SYSTEM_CLOCK) -> None:
         self._spec = spec
         self._work = work
         self._clock = clock
@@ -462,7 +462,7 @@ def _read_log(run: str, timeouts: Timeouts, clock: Clock) -> tuple[Counter[str],
 
 
 def open_head(
-    spec: JobSpec, work: WorkDir, *, make: Callable[[JobSpec, WorkDir], Head] = Head, clock: Clock = SYSTEM_CLOCK
+    spec: LaunchSpec, work: WorkDir, *, make: Callable[[LaunchSpec, WorkDir], Head] = Head, clock: Clock = SYSTEM_CLOCK
 ) -> Head:
     """A head for the job. One that replaces a dead one is patient with a store that is away: training goes on.
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from ktrain.abc.tier import Tier
 from ktrain.base import atomic, contract
 from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
-from ktrain.base.job import JobSpec, WorkDir
+from ktrain.base.job import LaunchSpec, WorkDir
 from ktrain.base.settings import Timeouts
 from ktrain.errors import KtrainError, NotFoundError
 
@@ -77,7 +77,7 @@ class RunNotes:
         return Deadline.after(self._timeouts.storage_s, self._clock)
 
 
-def open_notes(spec: JobSpec, work: WorkDir, tier: Tier, *, timeouts: Timeouts, clock: Clock) -> Notes:
+def open_notes(spec: LaunchSpec, work: WorkDir, tier: Tier, *, timeouts: Timeouts, clock: Clock) -> Notes:
     """The notes of a job's heads, where its next head will find them."""
     if spec.pod is None:
         return FileNotes(work.head_state, spec.launch_id)

@@ -20,7 +20,7 @@ from ktrain.base import atomic, contract, ids, settings
 from ktrain.base.control import Client
 from ktrain.base.exits import exit_code
 from ktrain.base.faults import FaultPoints
-from ktrain.base.job import JobSpec, PodPlace, WorkDir, canonical_url, local_path
+from ktrain.base.job import LaunchSpec, PodPlace, WorkDir, canonical_url, local_path
 from ktrain.base.process import ProcessId
 from ktrain.base.settings import PodSettings, Timeouts
 from ktrain.errors import ConfigError, KtrainError
@@ -38,7 +38,7 @@ class Container:
     """One container of the job, ready to run."""
 
     name: str
-    spec: JobSpec
+    spec: LaunchSpec
     work: WorkDir
     head: str  # address
     node_index: int | None  # None for the head
@@ -109,7 +109,7 @@ def node_index(place: PodSettings, job: cluster.JobSpec) -> int:
     return place.job_index * num_pods + place.pod_index
 
 
-def launch_of(job: cluster.JobSpec, place: PodSettings, token: str) -> JobSpec:
+def launch_of(job: cluster.JobSpec, place: PodSettings, token: str) -> LaunchSpec:
     """The job as head, agents and supervisors read it, seen from this pod.
 
     The token is made at submission, so a name made of it tells one submission from another, and its pods agree on it.
@@ -117,7 +117,7 @@ def launch_of(job: cluster.JobSpec, place: PodSettings, token: str) -> JobSpec:
     run = canonical_url(_run_here(job))
     path = local_path(run)
     waits_s = max(float(job.limits.gang_wait_s), Timeouts(job.limits.patience_s).start_s)
-    return JobSpec(
+    return LaunchSpec(
         launch_id=ids.text_digest(f"launch {token}"),
         run=run,
         script=job.command[0],

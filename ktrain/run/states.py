@@ -16,7 +16,7 @@ from enum import StrEnum
 from typing import Any
 
 from ktrain.base import contract
-from ktrain.base.job import JobSpec
+from ktrain.base.job import LaunchSpec
 from ktrain.base.settings import Timeouts
 from ktrain.run import failure as failures
 from ktrain.run import seats, watch
@@ -84,7 +84,7 @@ class Machine:
     """One job's states. Use from one thread."""
 
     def __init__(
-        self, spec: JobSpec, timeouts: Timeouts, *, budgets: Budgets, unended_epoch: int | None = None
+        self, spec: LaunchSpec, timeouts: Timeouts, *, budgets: Budgets, unended_epoch: int | None = None
     ) -> None:
         """`unended_epoch` is the run's last attempt, where no end of it is recorded: it may still be running."""
         self.state = State.JOINING

@@ -30,7 +30,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, PCont
 from ktrain.base import contract, settings
 from ktrain.base.clock import SYSTEM_CLOCK
 from ktrain.base.exits import exit_code
-from ktrain.base.job import HeadCaller, JobSpec, WorkDir, local_path
+from ktrain.base.job import HeadCaller, LaunchSpec, WorkDir, local_path
 from ktrain.base.process import ProcessId
 from ktrain.base.settings import Timeouts
 from ktrain.errors import ConfigError, KtrainError
@@ -186,7 +186,7 @@ def _tail(path: Path) -> str:
 class Supervisor:
     """One node's supervisor. `run` belongs to the main thread: workers die with the thread that started them."""
 
-    def __init__(self, spec: JobSpec, work: WorkDir, node_index: int) -> None:
+    def __init__(self, spec: LaunchSpec, work: WorkDir, node_index: int) -> None:
         self._spec = spec
         self._work = work
         self._node = contract.node_name(node_index)

@@ -95,6 +95,7 @@ class Trainer:
         capture: str | Capture = "hidden",
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        self._given = {name: value for name, value in locals().items() if name != "self"}
         if eval_every is not None and eval_data is None:
             raise ConfigError(f"Trainer: eval_every={eval_every} needs eval_data")
         self._model, self._loss, self._optimizer, self._scheduler = model, loss, optimizer, scheduler
@@ -110,7 +111,23 @@ class Trainer:
         )
         self._run = run
         self._callbacks = tuple(callbacks)
+        self._has_run = False
         self._saved: dict[str, int] = {}
+
+    @property
+    def run(self) -> str:
+        """Where checkpoints and events lie."""
+        return self._run
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By its arguments: where it is launched it is made anew, with a session of that place.
+
+        Raises:
+            ConfigError: it was run here, which may have changed them: a module's weights are those of its training.
+        """
+        if self._has_run:
+            raise ConfigError("Trainer: it was run in this process already; make a new one to launch it")
+        return _made_of, (self._given,)
 
     def fit(self) -> Report:
         """Trains until the run has made its steps; the report covers all attempts that its events know of."""
@@ -118,6 +135,7 @@ class Trainer:
 
     def fit_within(self, opened: Session) -> Report:
         """As `fit`, within a session of the caller's making that was not entered yet."""
+        self._has_run = True
         step = 0
         try:
             with opened:
@@ -175,3 +193,7 @@ class Trainer:
     def _tell(self, moment: Moment, step: int, **values: Any) -> None:
         for callback in self._callbacks:
             callback(Notice(moment, self._run, step, MappingProxyType(values)))
+
+
+def _made_of(given: Mapping[str, Any]) -> Trainer:
+    return Trainer(**given)

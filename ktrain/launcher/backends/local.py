@@ -24,7 +24,8 @@ import psutil  # type: ignore[import-untyped]
 
 from ktrain.base import atomic, contract, ids, settings
 from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
-from ktrain.base.job import NODE_ROLES, HeadCaller, JobSpec, WorkDir
+from ktrain.base.job import NODE_ROLES, HeadCaller, LaunchSpec, WorkDir
+from ktrain.base.process import ProcessId
 from ktrain.base.settings import Timeouts
 from ktrain.errors import ConflictError, DeadlineError, InternalError, KtrainError, UnavailableError
 from ktrain.launcher.faults import Fault, due, parse_fault
@@ -106,11 +107,21 @@ class LocalLaunch:
     """One launch on this machine. Use from the main thread: the children die with the thread that starts them."""
 
     def __init__(
-        self, spec: JobSpec, *, observe: Callable[[], None] = lambda: None, clock: Clock = SYSTEM_CLOCK
+        self,
+        spec: LaunchSpec,
+        *,
+        observe: Callable[[], None] = lambda: None,
+        record: Callable[[Outcome | None], None] = lambda outcome: None,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        """`observe` is called several times a second and at the end; it must return soon."""
+        """`observe` is called several times a second and at the end; `record` while the run is this launch's alone.
+
+        That is once with None, before anything starts, and once with the outcome, after everything has ended. Both
+        must return soon, and not raise.
+        """
         self._spec = spec
         self._observe = observe
+        self._record = record
         self._clock = clock
         self._work = WorkDir.of_run(spec.run)
         self._timeouts = Timeouts(spec.patience_s)
@@ -136,6 +147,7 @@ class LocalLaunch:
             for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         }
         try:
+            self._record(None)
             self._prepare()
             ended = self._follow()
             return ended
@@ -144,6 +156,8 @@ class LocalLaunch:
             for signum, handler in old.items():
                 signal.signal(signum, handler)
             self._observe()
+            if ended is not None:
+                self._record(ended)
             self._clean(keep_logs=ended is None or ended.exit_code != contract.EXIT_OK)
             lock.close()
 
@@ -396,9 +410,9 @@ def _remove(path: Path) -> None:
 
 
 def wait_for_head(
-    work: WorkDir, *, launcher: subprocess.Popen[bytes], timeouts: Timeouts, clock: Clock = SYSTEM_CLOCK
+    work: WorkDir, *, launcher: ProcessId, timeouts: Timeouts, clock: Clock = SYSTEM_CLOCK
 ) -> dict[str, Any]:
-    """The status of a detached launch's head, once it answers.
+    """The status of a launch's head, once it answers.
 
     Raises:
         UnavailableError: the launcher ended before.
@@ -407,8 +421,8 @@ def wait_for_head(
     deadline = Deadline.after(timeouts.start_s, clock)
     head = HeadCaller(work)
     while True:
-        if launcher.poll() is not None:
-            raise UnavailableError(f"the launcher ended with {launcher.returncode} before the head answered")
+        if not launcher.alive():
+            raise UnavailableError("the launcher ended before the head answered")
         try:
             return head.call("status", {}, timeout_s=timeouts.call_s)
         except (KtrainError, json.JSONDecodeError):

@@ -6,7 +6,7 @@ import hashlib
 import io
 import stat
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +52,25 @@ def pack_code(folder: Path, *, most_bytes: int = MOST_BYTES) -> CodeArchive:
     return CodeArchive(data, hashlib.sha256(data).hexdigest(), chosen.names, warnings)
 
 
+def add_files(archive: CodeArchive | None, files: Mapping[str, bytes]) -> CodeArchive:
+    """An archive with files in its root that lie in no folder, beside those that it has.
+
+    Raises:
+        ConfigError: it has one of that name.
+    """
+    names = () if archive is None else archive.names
+    taken = sorted(set(names) & set(files))
+    if taken:
+        raise ConfigError(f"code: it has a file {taken[0]!r} of its own; rename that one")
+    buffer = io.BytesIO(b"" if archive is None else archive.data)
+    with zipfile.ZipFile(buffer, "a", zipfile.ZIP_DEFLATED, compresslevel=_LEVEL) as file:
+        for name, data in sorted(files.items()):
+            file.writestr(_member(name, 0o644), data, compresslevel=_LEVEL)
+    data = buffer.getvalue()
+    warnings = () if archive is None else archive.warnings
+    return CodeArchive(data, hashlib.sha256(data).hexdigest(), (*names, *sorted(files)), warnings)
+
+
 def _expect_plain(folder: Path, names: Sequence[str]) -> None:
     for name in names:
         if any((folder / part).is_symlink() for part in _prefixes(name)):
@@ -93,10 +112,14 @@ def _zip(folder: Path, names: Sequence[str]) -> tuple[bytes, list[str]]:
             data = path.read_bytes()
             if is_private_name(name) or is_private_key(data):
                 private.append(name)
-            info = zipfile.ZipInfo(name, _TIME)
-            info.create_system = _UNIX
-            info.compress_type = zipfile.ZIP_DEFLATED
             mode = 0o755 if path.stat().st_mode & stat.S_IXUSR else 0o644
-            info.external_attr = (stat.S_IFREG | mode) << 16
-            file.writestr(info, data, compresslevel=_LEVEL)
+            file.writestr(_member(name, mode), data, compresslevel=_LEVEL)
     return buffer.getvalue(), private
+
+
+def _member(name: str, mode: int) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name, _TIME)
+    info.create_system = _UNIX
+    info.compress_type = zipfile.ZIP_DEFLATED
+    info.external_attr = (stat.S_IFREG | mode) << 16
+    return info

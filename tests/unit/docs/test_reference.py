@@ -16,7 +16,10 @@ from ktrain import errors
 from ktrain.base import contract, events, faults
 from ktrain.base.settings import Timeouts
 from ktrain.cli.main import cli
+from ktrain.jobs.job import Job
+from ktrain.jobs.status import JobStatus
 from ktrain.launcher import faults as fault_plans
+from ktrain.launcher.places import Kubernetes, Local
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCS = ROOT / "docs"
@@ -174,13 +177,20 @@ def pages() -> list[Path]:
     return [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 
-@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
-def test_page_links_and_named_files_are_there(page: Path) -> None:
-    text = page.read_text()
-    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
-    broken = [link for link in links if link and not (page.parent / link).exists()]
-    named = re.findall(r"`((?:ktrain|tests|examples|benchmarks|docs|native)/[\w./-]+\.(?:py|md|cpp|h))`", text)
-    assert broken + [name for name in named if not (ROOT / name).exists()] == []
+@pytest.mark.parametrize(
+    ("heading", "kind", "own"),
+    [("Local", Local, ()), ("Kubernetes", Kubernetes, ()), ("JobStatus", JobStatus, ("is_final", "loss", "to_value"))],
+)
+def test_python_page_fields_of_launches_are_those_of_the_code(heading: str, kind: type, own: tuple[str, ...]) -> None:
+    text = (DOCS / "reference" / "python.md").read_text().partition(f"| `{heading}` | Is")[2]
+    listed = [name.partition("(")[0] for row in rows(f"| `{heading}` | Is{text}") for name in _CODE.findall(row[0])]
+    assert sorted(listed) == sorted([*(item.name for item in fields(kind)), *own])
+
+
+def test_python_page_members_of_a_job_are_those_of_the_code() -> None:
+    text = (DOCS / "reference" / "python.md").read_text().partition("| `Job` | Is |")[2]
+    listed = [name.partition("(")[0] for row in rows(f"| `Job` | Is |{text}") for name in _CODE.findall(row[0])]
+    assert sorted(listed) == sorted(name for name in vars(Job) if not name.startswith("_"))
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ktrain.base.job import JobSpec, WorkDir, canonical_url, local_path
+from ktrain.base.job import LaunchSpec, WorkDir, canonical_url, local_path
 from ktrain.errors import ConfigError
 from ktrain.launcher.job import Wish, default_run, plan_job
 
@@ -58,12 +58,12 @@ def test_default_run_is_named_after_the_script() -> None:
 
 def test_job_spec_survives_json(wish: Wish) -> None:
     spec = plan_job(replace(wish, args=("--lr", "1"), faults=("kill-head@step=1",)))
-    assert JobSpec.from_json(spec.to_json()) == spec
+    assert LaunchSpec.from_json(spec.to_json()) == spec
 
 
 def test_job_spec_of_another_version_is_refused(wish: Wish) -> None:
     with pytest.raises(ConfigError, match="gpus"):
-        JobSpec.from_json({**plan_job(wish).to_json(), "gpus": 8})
+        LaunchSpec.from_json({**plan_job(wish).to_json(), "gpus": 8})
 
 
 def test_canonical_url_same_run_has_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ktrain.base.job import JobSpec, PodPlace
+from ktrain.base.job import LaunchSpec, PodPlace
 from ktrain.base.settings import Timeouts
 from ktrain.checkpoint.roster import RankProgress
 from ktrain.run.failure import Budgets, Exit
@@ -15,8 +15,8 @@ from ktrain.run.watch import SupervisorReport, View
 TIMEOUTS = Timeouts(patience_s=30.0)
 
 
-def job(nodes: int = 2, workers_per_node: int = 2, max_restarts: int = 3) -> JobSpec:
-    return JobSpec(
+def job(nodes: int = 2, workers_per_node: int = 2, max_restarts: int = 3) -> LaunchSpec:
+    return LaunchSpec(
         launch_id="launch",
         run="/runs/a",
         script="/train.py",
@@ -32,7 +32,7 @@ def job(nodes: int = 2, workers_per_node: int = 2, max_restarts: int = 3) -> Job
     )
 
 
-def in_pod(join_s: float = 600.0) -> JobSpec:
+def in_pod(join_s: float = 600.0) -> LaunchSpec:
     """The same job, as a pod sees it."""
     place = PodPlace(host="h", address="10.0.0.2", head_port=7410, join_s=join_s, ready_file="/work/ready")
     return replace(job(), pod=place)
@@ -53,7 +53,7 @@ def ended(rank: int, exitcode: int = 1, **changes: Any) -> Exit:
 class World:
     """A machine with obedient nodes around it; tests disturb them."""
 
-    spec: JobSpec = field(default_factory=job)
+    spec: LaunchSpec = field(default_factory=job)
     unended_epoch: int | None = None
     now_s: float = 0.0
     next_epoch: int = 1

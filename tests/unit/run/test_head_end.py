@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ktrain.base import atomic, contract
-from ktrain.base.job import JobSpec, WorkDir
+from ktrain.base.job import LaunchSpec, WorkDir
 from ktrain.checkpoint.coordinate import Coordinator
 from ktrain.checkpoint.holder import Holder
 from ktrain.checkpoint.log import LogReader
@@ -21,12 +21,12 @@ from tests.unit.run.builders import TIMEOUTS, job
 
 
 @pytest.fixture
-def spec(tmp_path: Path) -> JobSpec:
+def spec(tmp_path: Path) -> LaunchSpec:
     return replace(job(nodes=2), run=str(tmp_path / "run"))
 
 
 @pytest.fixture
-def work(tmp_path: Path, spec: JobSpec) -> WorkDir:
+def work(tmp_path: Path, spec: LaunchSpec) -> WorkDir:
     """Of a launch that was told to stop before its head came up, so that the verdict is there at once."""
     work = WorkDir(tmp_path / "work")
     work.path.mkdir()
@@ -47,7 +47,7 @@ def closes_and_fails(kind: Any) -> Callable[[Any], None]:
 
 @pytest.mark.parametrize("broken", [None, WireKeeper, Coordinator, Holder])
 def test_head_writes_its_verdict_whatever_fails_to_close(
-    broken: type | None, spec: JobSpec, work: WorkDir, monkeypatch: pytest.MonkeyPatch
+    broken: type | None, spec: LaunchSpec, work: WorkDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(WireKeeper, "start", lambda self: None)  # no cluster for a job that ends at once
     if broken is not None:

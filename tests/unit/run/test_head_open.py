@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from ktrain.base import atomic
-from ktrain.base.job import JobSpec, WorkDir
+from ktrain.base.job import LaunchSpec, WorkDir
 from ktrain.errors import ConflictError, UnavailableError
 from ktrain.run.head import Head, open_head
 from ktrain.testing.fake_clock import FakeClock
@@ -18,10 +18,10 @@ from tests.unit.run.builders import in_pod, job
 HEAD = cast(Head, object())
 
 
-def away(times: int, error: Exception) -> Callable[[JobSpec, WorkDir], Head]:
+def away(times: int, error: Exception) -> Callable[[LaunchSpec, WorkDir], Head]:
     left = [times]
 
-    def make(spec: JobSpec, work: WorkDir) -> Head:
+    def make(spec: LaunchSpec, work: WorkDir) -> Head:
         left[0] -= 1
         if left[0] >= 0:
             raise error

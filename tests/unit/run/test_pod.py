@@ -14,7 +14,7 @@ import pytest
 
 from ktrain.base import contract, settings
 from ktrain.base.control import Server
-from ktrain.base.job import JobSpec
+from ktrain.base.job import LaunchSpec
 from ktrain.base.process import ProcessId
 from ktrain.base.settings import PodSettings
 from ktrain.errors import ConfigError, InternalError
@@ -337,7 +337,7 @@ def test_tell_end_head_that_is_away_is_no_error(place: PodSettings) -> None:
 def test_job_spec_with_a_place_survives_its_file(place: PodSettings) -> None:
     spec = pod.launch_of(pod.read_job(place.job_file), place, "a")
 
-    assert JobSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    assert LaunchSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
 def test_tell_begin_new_pod_says_that_the_one_before_it_is_gone(place: PodSettings) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ktrain.base import contract
-from ktrain.base.job import JobSpec
+from ktrain.base.job import LaunchSpec
 from ktrain.run.rendezvous import assign_ranks
 from ktrain.run.states import Action, Adopt, Allocate, Finish, Say, State
 from tests.unit.run.builders import TIMEOUTS, World, ended, in_pod, job, rank
@@ -288,6 +288,6 @@ def test_machine_of_ones_own_is_kept() -> None:
 
 
 @pytest.mark.parametrize("spec", [SPARE, replace(in_pod(), spares=2)])
-def test_job_with_spares_survives_its_file(spec: JobSpec) -> None:
+def test_job_with_spares_survives_its_file(spec: LaunchSpec) -> None:
     assert spec.node_names[-1] == f"node-{1 + spec.spares}" and spec.world_size == 4
-    assert JobSpec.from_json(spec.to_json()) == spec
+    assert LaunchSpec.from_json(spec.to_json()) == spec

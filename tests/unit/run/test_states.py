@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from ktrain.base import contract
-from ktrain.base.job import JobSpec
+from ktrain.base.job import LaunchSpec
 from ktrain.checkpoint.quarantine import Trial
 from ktrain.run.states import Action, Adopt, Allocate, Close, Finish, Say, State
 from ktrain.run.watch import SupervisorReport
@@ -344,7 +344,7 @@ def test_machine_failure_while_stopping_is_not_booked_on_the_step() -> None:
 
 @pytest.mark.parametrize(("spec", "wait_s", "code"), [(job(), 120.0, 1), (in_pod(join_s=600.0), 600.0, 75)])
 def test_machine_node_that_does_not_come_ends_the_wait_as_its_place_asks(
-    spec: JobSpec, wait_s: float, code: int
+    spec: LaunchSpec, wait_s: float, code: int
 ) -> None:
     world = World(spec)
     world.report("node-0")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from typing import Any
 
 from ktrain.base import contract
@@ -13,26 +12,10 @@ from ktrain.launcher.backends.kubernetes.pending import Cause, Reason, condition
 from ktrain.launcher.backends.kubernetes.view import View
 from ktrain.launcher.render.common import HEAD, WORKER
 from ktrain.launcher.render.groups import KUEUE_QUEUE
+from ktrain.launcher.states import FINAL as FINAL
+from ktrain.launcher.states import State as State
 
 _EXIT_CODE = re.compile(r"exit code (\d+) ")
-
-
-class State(StrEnum):
-    """Where a job is; the last three are final."""
-
-    SUBMITTED = "submitted"  # suspended, and nobody has released it
-    QUEUED = "queued"
-    PREEMPTED = "preempted"  # queued again, after others took its place
-    STARTING = "starting"
-    RUNNING = "running"
-    RECOVERING = "recovering"
-    STOPPING = "stopping"
-    DONE = "done"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
-FINAL = (State.DONE, State.FAILED, State.CANCELLED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,140 @@
+"""Jobs on a cluster, as the calls of the Kubernetes backend show and change them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ktrain.base import settings
+from ktrain.base.clock import Clock, Deadline
+from ktrain.errors import ConfigError, NotFoundError
+from ktrain.jobs.look import Look, Node
+from ktrain.jobs.run_logs import read_logs
+from ktrain.launcher.backends.kubernetes import act
+from ktrain.launcher.backends.kubernetes import logs as kept
+from ktrain.launcher.backends.kubernetes.client import Client
+from ktrain.launcher.backends.kubernetes.connect import connect
+from ktrain.launcher.backends.kubernetes.status import Pod, Status, assess, run_of
+from ktrain.launcher.backends.kubernetes.submit import submit, try_job
+from ktrain.launcher.backends.kubernetes.view import look
+from ktrain.launcher.code.archive import CodeArchive
+from ktrain.launcher.places import Kubernetes
+from ktrain.launcher.spec import JobSpec, default_name
+from ktrain.run.code import send_code
+
+_NAMESPACE = "default"
+
+
+def client_of(place: Kubernetes) -> Client:
+    """A client of the cluster that is meant."""
+    kubeconfig = None if place.kubeconfig is None else Path(place.kubeconfig)
+    return Client(connect(kubeconfig, place.context))
+
+
+def send(client: Client, spec: JobSpec, archive: CodeArchive | None) -> tuple[ClusterHost, tuple[str, ...]]:
+    """Tries a job whole, and submits it; returns it, and what the cluster lost of it.
+
+    Raises:
+        ConfigError: the cluster cannot run the job, or refuses an object.
+        ConflictError: a job of that name is there.
+        KtrainError: a step failed; nothing is left, or the error names what is.
+    """
+    data = None if archive is None else archive.data
+    tried = try_job(client, spec, data)
+    if spec.code.is_in_bucket:
+        send_code(spec, archive)
+    submit(client, tried, data)
+    gang = tried.rendered.gang
+    packed = () if archive is None else archive.warnings
+    said = (*packed, *tried.warnings, *(() if gang.warning is None else (gang.warning,)))
+    return ClusterHost(client, spec.namespace, spec.name, spec.run), said
+
+
+def find(client: Client, job: str, namespace: str | None) -> ClusterHost:
+    """A job that is there, by its name or by its run's URL.
+
+    Raises:
+        NotFoundError: there is no such job.
+    """
+    name, namespace = default_name(job) if "/" in job else job, namespace or _NAMESPACE
+    run = run_of(look(client, namespace, name).jobset)
+    if run is None:
+        raise NotFoundError(f"namespace {namespace}: JobSet {name!r} was not made by ktrain")
+    if "/" in job and run.rstrip("/") != job.rstrip("/"):
+        raise NotFoundError(
+            f"namespace {namespace}: job {name!r} is of run {run}, not of {job}; attach by another name"
+        )
+    return ClusterHost(client, namespace, name, run)
+
+
+class ClusterHost:
+    """One job of a cluster. Call from one thread."""
+
+    def __init__(self, client: Client, namespace: str, name: str, run: str) -> None:
+        self._client = client
+        self._namespace = namespace
+        self._name = name
+        self._run = run
+
+    @property
+    def run(self) -> str:
+        return self._run
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def where(self) -> str:
+        return f"on Kubernetes, namespace {self._namespace}"
+
+    @property
+    def clock(self) -> Clock:
+        return self._client.clock
+
+    def look(self) -> Look:
+        return _shown(assess(look(self._client, self._namespace, self._name)))
+
+    def logs(self, rank: int | None, attempt: int | None) -> str:
+        """Of containers what the cluster keeps; of an attempt what the run keeps."""
+        if attempt is not None:
+            return read_logs(self._run, rank, attempt, timeouts=settings.timeouts())
+        choose = kept.workers if rank is None else kept.of_rank(rank)
+        sources = choose(look(self._client, self._namespace, self._name))
+        missing = NotFoundError(f"job {self._name}: no container has started; job.status() says what it waits for")
+        found: dict[str, str] = {}
+        for source in sources:
+            try:
+                found[source.pod] = b"".join(kept.read(self._client, self._namespace, source)).decode(errors="replace")
+            except (ConfigError, NotFoundError) as error:  # gone meanwhile: the others are shown
+                missing = NotFoundError(str(error))
+        if not found:
+            raise missing
+        if len(found) == 1:
+            return next(iter(found.values()))
+        return "".join(f"[{pod}] {line}\n" for pod, text in found.items() for line in text.splitlines())
+
+    def wait(self, deadline: Deadline, observe: Callable[[Look], None]) -> Look:
+        found = act.wait(
+            self._client, self._namespace, self._name, deadline=deadline, observe=lambda status: observe(_shown(status))
+        )
+        return _shown(found)
+
+    def cancel(self, deadline: Deadline) -> None:
+        act.cancel(self._client, self._namespace, self._name, deadline=deadline)
+
+
+def _shown(status: Status) -> Look:
+    return Look(
+        state=status.state,
+        reasons=tuple(map(str, status.reasons)),
+        nodes=None if status.pods is None else tuple(map(_node, status.pods)),
+        exit_code=status.exit_code,
+        message=status.message or None,
+    )
+
+
+def _node(pod: Pod) -> Node:
+    said = [pod.phase.lower(), *(["ready"] if pod.ready else [])]
+    said += [f"started again {pod.restarts} times"] if pod.restarts else []
+    return Node(pod.name, pod.node, ", ".join(said))
