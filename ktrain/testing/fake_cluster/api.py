@@ -28,6 +28,7 @@ _OFFERED = (
     "application/json;stream=watch",
     "application/vnd.kubernetes.protobuf;stream=watch",
 )
+_CREATES_CHANNELS = 35  # the minor version from which a command in a pod needs the right to create one
 _REVIEWS = (ACCESS_REVIEW, RULES_REVIEW)
 _COLLECTION_VERBS = {"GET": "list", "POST": "create", "DELETE": "deletecollection"}
 _OBJECT_VERBS = {"GET": "get", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
@@ -51,7 +52,8 @@ class Api:
         """Answers a request; `is_gone` tells whether its sender has gone, for answers that take long."""
         try:
             user = self.access.user(request.headers)
-            channels_of = channels.admit(self._store, self.access, user, request)
+            creates = self._served().offer.minor >= _CREATES_CHANNELS
+            channels_of = channels.admit(self._store, self.access, user, request, creates=creates)
             return channels_of or self._discovery(request) or self._objects(request, user, is_gone)
         except Refusal as refusal:
             return Response(refusal.code, refusal.body(), refusal.headers, warnings=refusal.warnings)

@@ -43,8 +43,11 @@ class _Reads(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
-def admit(store: Store, access: Access, user: str, request: Request) -> Response | None:
+def admit(store: Store, access: Access, user: str, request: Request, *, creates: bool) -> Response | None:
     """The answer of a request for channels, or None where it is for something else.
+
+    With `creates` whoever upgrades a GET needs the right to create as well, as servers ask since 1.35 (their gate
+    AuthorizePodWebsocketUpgradeCreatePermission).
 
     Raises:
         Refusal: there is no such pod or container, or the user may not.
@@ -53,7 +56,9 @@ def admit(store: Store, access: Access, user: str, request: Request) -> Response
     if match is None:
         return None
     namespace, name, part = match.groups()
-    access.check(user, Ask("get" if request.method == "GET" else "create", "", f"pods/{part}", namespace, name), POD)
+    verbs = ["create"] if request.method != "GET" else ["get", "create"] if creates else ["get"]
+    for verb in verbs:
+        access.check(user, Ask(verb, "", f"pods/{part}", namespace, name), POD)
     pod = _pod(store, namespace, name)
     if request.method != "GET" or request.headers.get("Upgrade", "").lower() != "websocket":
         raise bad_request("you must specify at least 1 of stdin, stdout, stderr")

@@ -13,8 +13,9 @@ import pytest
 from ktrain.base.clock import Deadline
 from ktrain.base.retry import BusyError
 from ktrain.errors import ForbiddenError
-from ktrain.launcher.backends.kubernetes import act, logs
+from ktrain.launcher.backends.kubernetes import act, logs, remote
 from ktrain.launcher.backends.kubernetes.client import Client
+from ktrain.launcher.backends.kubernetes.collect import plan_collection
 from ktrain.launcher.backends.kubernetes.status import assess
 from ktrain.launcher.backends.kubernetes.submit import submit, try_job
 from ktrain.launcher.backends.kubernetes.view import events_of, jobset_path, list_jobsets, look
@@ -24,6 +25,7 @@ from ktrain.launcher.render.job import render
 from ktrain.testing.fake_cluster import Access, FakeCluster, Fault, Offer, Rule
 from ktrain.testing.fake_cluster.access import Ask
 from tests.unit.launcher.on_cluster.clusters import CRDS, client_of, job, needs_definitions
+from tests.unit.launcher.on_cluster.resumes import go_on
 from tests.unit.launcher.shipped.kustomize import CLUSTER, resolve
 
 pytestmark = needs_definitions  # Kueue, Volcano and JobSet are served with them
@@ -175,6 +177,28 @@ def look_on(client: Client) -> None:
     changes.close()
 
 
+def reach_into(client: Client, folder: Path) -> None:
+    """A command in a pod, and a port of it."""
+    deadline = Deadline.after(60, client.clock)
+    source = remote.find_pod(client, "default", "net", logs.workers)
+    with open(folder / "said", "wb") as out:
+        streams = remote.Streams(None, out, out)
+        assert remote.run_command(client, "default", source, ["true"], streams=streams, deadline=deadline) == 0
+    remote.connect_port(client, "default", source, 1).close()
+
+
+def go_on_and_look_for_litter(cluster: FakeCluster, client: Client, archive: bytes | None) -> None:
+    """`ktrain resume` of a cancelled job, the first one cut off, and `ktrain gc`, which finds nothing to remove."""
+    cluster.put_fault(Fault(status=503, times=100, method="DELETE", path="/jobsets"))
+    with pytest.raises(BusyError):
+        go_on(client, archive=archive)
+    cluster.clear_faults()
+    _, sent = go_on(client, archive=archive)
+    assert sent is not None and sent.sent.submission.number == 3
+    found = plan_collection(client, "default", older_s=0.0, has_record=lambda run, submission: True)
+    assert found.unknown == () and found.removals == ()
+
+
 def live(name: str, folder: Path, allowed: Recorder, user: str) -> list[str]:
     """A job's life by all commands, as somebody; the warnings of its dry run."""
     with cluster_of(name) as (cluster, changes):
@@ -188,8 +212,10 @@ def live(name: str, folder: Path, allowed: Recorder, user: str) -> list[str]:
         if name == "kueue":
             put_workload(cluster, sent.uid)
         look_on(client)
+        reach_into(client, folder)
         cluster.store.delete(known.POD, "default", POD)
         assert act.cancel(client, "default", "net", deadline=Deadline.after(60, client.clock)).exit_code == 130
+        go_on_and_look_for_litter(cluster, client, archive)
         act.delete(client, "default", "net", deadline=Deadline.after(60, client.clock))
         return tried.warnings
 
