@@ -177,11 +177,10 @@ def add_queue(running: RunningCluster, cpus: int) -> None:
     store.create(PRIORITY_CLASS, {"metadata": {"name": FIRST}, "value": 1000})
 
 
-def send(running: RunningCluster, folder: Path, archive: CodeArchive | None, **fields: Any) -> Job:
-    """Sends a job of two nodes, whose run lies on a claim; its pods leave a node that is silent after a second."""
-    name = fields.get("name", "small")
+def small_job(name: str, **fields: Any) -> dict[str, Any]:
+    """A job of two nodes, whose run lies on a claim; its pods leave a node that is silent after a second."""
     soon = [{"key": _SILENT, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 1}]
-    value = {
+    return {
         "name": name,
         "run": f"{PATH}/{name}",
         "image": "example.org/train:1",
@@ -189,7 +188,6 @@ def send(running: RunningCluster, folder: Path, archive: CodeArchive | None, **f
         "memory": {"state": "1Mi"},
         "resources": {"cpu": "100m", "memory": "64Mi", "shm": "1Mi"},
         "volumes": [{"claim": CLAIM, "path": PATH}],
-        **({} if archive is None else {"code": {"archive": archive.sha256}}),
         **fields,
         "placement": {"node_selector": POOL, **fields.get("placement", {})},
         "overlay": {
@@ -197,6 +195,13 @@ def send(running: RunningCluster, folder: Path, archive: CodeArchive | None, **f
             "worker": {"tolerations": soon, **fields.get("overlay", {}).get("worker", {})},
         },
     }
+
+
+def send(running: RunningCluster, folder: Path, archive: CodeArchive | None, **fields: Any) -> Job:
+    """Sends a small job, with other fields where they are given."""
+    name = fields.pop("name", "small")
+    code = {} if archive is None else {"code": {"archive": archive.sha256}}
+    value = small_job(name, **code, **fields)
     client, data = client_of(running, folder), None if archive is None else archive.data
     tried = try_job(client, spec_file.from_value(value), data)
     submit(client, tried, data)
