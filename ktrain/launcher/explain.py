@@ -58,6 +58,7 @@ class Missing:
     feature: str
     is_known: bool  # False: nobody could tell whether it is there
     cost: str
+    is_extra: bool = False  # more than the job asks for
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,9 +231,8 @@ def _memory_of_nodes(spec: JobSpec, facts: ClusterFacts) -> Missing:
         feature = "use of the memory that nodes lend (--memory-scope node)"
     else:
         feature = f"memory that nodes lend (claim {contract.MEMORY_CLAIM})"
-    return Missing(
-        feature, facts.node_memory is not None, f"not mended from the node's own memory: {', '.join(better)}"
-    )
+    cost = f"not mended from the node's own memory: {', '.join(better)}"
+    return Missing(feature, facts.node_memory is not None, cost, is_extra=True)
 
 
 def _assumed(spec: JobSpec) -> tuple[str, ...]:

@@ -504,7 +504,7 @@ def _expect_image(where: str, image: str) -> None:
             "Secret: pull_secrets = ['NAME']"
         )
     good = re.fullmatch(r"[a-zA-Z0-9][\w.\-/:]*", name) is not None
-    _expect(where, good, "a reference of an image such as ghcr.io/me/train:1", image)
+    _expect(where, good, "a reference of an image such as example.org/train:1", image)
 
 
 def _is_label(text: str) -> bool:

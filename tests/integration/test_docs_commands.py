@@ -44,8 +44,8 @@ def commands() -> dict[str, str]:
 
 
 COMMANDS = commands()
-CLUSTER_VERBS = (  # run by tests/unit/cli/test_cluster_verbs.py and test_cluster_remote.py
-    "wait", "events", "delete", "list", "exec", "port-forward",
+CLUSTER_VERBS = (  # run by tests/unit/cli/test_cluster_verbs.py, test_cluster_remote.py and test_cluster_resume.py
+    "wait", "events", "delete", "list", "exec", "port-forward", "resume", "gc",
 )  # fmt: skip
 LAUNCHES = {
     shown
@@ -165,7 +165,7 @@ def arguments(verb: str, place: Place) -> list[str]:
     return [*words, "runs/plain", *ARGUMENTS.get(words[-1], "").replace("OUT", out).split()]
 
 
-@pytest.mark.parametrize("verb", [verb for verb, _ in JSON_ROWS if not verb.endswith(CLUSTER_VERBS)])
+@pytest.mark.parametrize("verb", [verb for verb, _ in JSON_ROWS if verb.removeprefix("ktrain ") not in CLUSTER_VERBS])
 def test_json_of_a_verb_has_the_documented_fields(verb: str, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     if verb.endswith("import"):
         assert ktrain("ckpt", "export", "runs/plain", str(place.folder / "out.safetensors"), "--to", "safetensors") == 0
@@ -175,7 +175,7 @@ def test_json_of_a_verb_has_the_documented_fields(verb: str, place: Place, capsy
     code = ktrain(*arguments(verb, place), "--output", "json")
     assert code == (contract.EXIT_FAILED if verb.endswith("diff") else contract.EXIT_OK)
     value: Any = json.loads(capsys.readouterr().out)
-    said = re.findall(r"`(\w+)`", dict(JSON_ROWS)[verb])
+    said = list(dict.fromkeys(re.findall(r"`(\w+)`", dict(JSON_ROWS)[verb])))
     if isinstance(value, list):
         assert value and all(set(row) <= set(said) for row in value)
     else:
@@ -184,9 +184,11 @@ def test_json_of_a_verb_has_the_documented_fields(verb: str, place: Place, capsy
 
 
 def test_json_table_names_every_verb_that_has_it() -> None:
+    groups = {"ktrain": cli.commands, "ktrain ckpt": cli.commands["ckpt"].commands}  # type: ignore[attr-defined]
     have = {
-        f"ktrain {'ckpt ' if command in cli.commands['ckpt'].commands.values() else ''}{name}"  # type: ignore[attr-defined]
-        for name, command in {**cli.commands, **cli.commands["ckpt"].commands}.items()  # type: ignore[attr-defined]
+        f"{group} {name}"
+        for group, known in groups.items()
+        for name, command in known.items()
         if any("--output" in option.opts for option in command.params)
     }
     assert have == {verb for verb, _ in JSON_ROWS if "--volume" not in verb}

@@ -96,8 +96,8 @@ def _told(spec: JobSpec, tried: Tried) -> Iterator[Finding]:
     if whole:
         yield Finding("fields", Outcome.OK, "a dry run of every object came back whole")
     for missing in explain(spec, tried.facts, tried.rendered).missing:
-        if missing.feature == GANG_SCHEDULER:
-            continue  # the check of the gang says it
+        if missing.feature == GANG_SCHEDULER or missing.is_extra:
+            continue  # the check of the gang says the one; the job does not ask for the others
         outcome = Outcome.WARNING if missing.is_known else Outcome.UNKNOWN
         said = "is not there" if missing.is_known else "was not seen, nor its absence"
         yield Finding("features", outcome, f"{missing.feature} {said}", missing.cost)

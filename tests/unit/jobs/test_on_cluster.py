@@ -23,6 +23,7 @@ from ktrain.jobs.job import Job
 from ktrain.jobs.look import State
 from ktrain.launcher.cluster import resources as known
 from ktrain.launcher.code.function import FILE, open_function
+from ktrain.launcher.code.members import MARK
 from ktrain.launcher.code.unpack import unpack_code
 from ktrain.testing.fake_cluster import FakeCluster, Offer
 from ktrain.tier.location import open_tier
@@ -159,7 +160,8 @@ def test_code_of_a_folder_goes_beside_the_function(
 
     code = sent_code(cluster, tmp_path / "code")
 
-    assert sorted(path.name for path in code.iterdir()) == [FILE, "ktrain_function.py", "model.py"]
+    files = sorted(path.name for path in code.iterdir() if path.name != MARK)
+    assert files == [FILE, "ktrain_function.py", "model.py"]
     with pytest.raises(ConfigError, match=r"it does not have the script 'absent\.py'"):
         ktrain.launch("absent.py", on=with_code, run=run)
 

@@ -18,7 +18,7 @@ from tests.unit.launcher import setups
 JOB: dict[str, Any] = {
     "name": "net-a",
     "run": "s3://bucket/net-a",
-    "image": "ghcr.io/example/train:1",
+    "image": "example.org/train:1",
     "command": ["train.py"],
     "memory": {"state": "4Gi"},
 }
