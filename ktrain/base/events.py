@@ -131,7 +131,8 @@ class FileSink:
             if len(self._waiting) > self._limit:
                 del self._waiting[0]
                 self.num_lost += 1
-            self._write_waiting()
+            if not self._file.closed:  # what comes after that waits for ever, and is not said to be written
+                self._write_waiting()
 
     def write_waiting(self) -> int:
         """Tries again to write what waits; returns how many events still do."""

@@ -32,7 +32,7 @@ POINTS = (
     "events.logged",  # the head has logged an event, and has not said so
     "restore.fill",  # before a node's agent brings a payload from the bucket into its volume for all nodes
     "replica.pull",  # before a node's agent brings a replica of a peer's snapshot into its volume
-    "log.part",  # before a node's agent writes a part of a rank's log to the bucket
+    "log.part",  # a node's agent has written a new part of a rank's log to the bucket
     "read.parts",  # before a node's agent reads parts of a peer's snapshot for a rank
     "restore.loaded",  # bytes are proven, nothing is applied
     "restore.applied",  # applied here, perhaps not yet on other ranks

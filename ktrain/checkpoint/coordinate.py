@@ -191,7 +191,7 @@ class Coordinator:
             member, brought = self._roster.take(said, self._clock.monotonic(), self._intake.room)
             fresh = self._intake.take(brought, self._faults)
             self._intake.note(member.written, member.inbox.taken)
-            for event in fresh:
+            for event in brought:  # also what a head before this one has logged: its metrics went with it
                 self._sweeps.take(event)
             self._pacer.draining = self._drains.current is not None
             self._pacer.take(event for event in fresh if event.attempt == epoch)

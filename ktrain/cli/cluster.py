@@ -79,14 +79,11 @@ def launch_on_cluster(command: tuple[str, ...], given: Mapping[str, Any]) -> int
 
 
 def bring_code(spec: JobSpec, archive: CodeArchive | None) -> None:
-    """Before the job is created, its code is where its pods look for it."""
-    if spec.code.archive is None or (archive is not None and not spec.code.is_in_bucket):
-        return  # objects that are created with the job carry it
-    if not spec.code.is_in_bucket:
-        raise ConfigError("code.archive: its bytes are missing; give the directory that they are made of: --code DIR")
-    from ktrain.run.code import send_code  # loads the package of the store
+    """Before the job is created, its code is where its pods look for it, unless objects of the job carry it."""
+    if spec.code.is_in_bucket:
+        from ktrain.run.code import send_code  # loads the package of the store
 
-    _say(send_code(spec, archive))
+        _say(send_code(spec, archive))
 
 
 def _show_job(spec: JobSpec, facts: ClusterFacts, given: Mapping[str, Any], archive: CodeArchive | None) -> int:
@@ -201,6 +198,8 @@ def job_from_value(value: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[
         ConfigError: something in it cannot be.
     """
     changed: dict[str, Any] = copy.deepcopy(dict(value))
+    if given.get("code"):
+        changed.get("code", {}).pop("way", None)  # it is chosen anew, unless it is typed
     for name, path in _FIELDS.items():
         if name in given and given[name] is not None:
             spec_file.put(changed, path, given[name])
@@ -208,8 +207,7 @@ def job_from_value(value: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[
         name, item = _split(text, "=", "--set FIELD=VALUE")
         spec_file.put(changed, name, _toml_value(item))
     if given.get("code"):
-        known = {name: item for name, item in changed.get("code", {}).items() if name != "way"}  # it is chosen anew
-        changed["code"] = _code(known, given["code"])
+        changed["code"] = _code(changed.get("code", {}), given["code"])
     return _and_code(spec_file.from_value(changed), given)
 
 

@@ -54,8 +54,7 @@ def resume_job(target: str, given: Mapping[str, Any]) -> int:
     if last.is_cut_off:
         click.echo("ktrain: a resume of this job was cut off; this one goes on from where that was", err=True)
     _say_changes(said)
-    if spec.code.is_in_bucket:
-        bring_code(spec, archive)
+    bring_code(spec, archive)
     return _replace(client, last, tried, data, given)
 
 

@@ -72,6 +72,8 @@ def send(client: Client, tried: Tried, archive: bytes | None, *, stay: Stay, tim
     sent = submit(client, tried, archive)
     released = "" if sent.released_by == "ktrain" else f"; {sent.released_by} starts it"
     click.echo(f"{sent.namespace}/{sent.name}: submitted{released}")
+    if sent.left is not None:
+        click.echo(f"ktrain: {sent.left}", err=True)
     if stay is Stay.FOLLOW:
         return follow(client, sent.namespace, sent.name, timeout_s=timeout_s)
     if stay is Stay.NOT:

@@ -62,7 +62,8 @@ def _look_at_cluster(command: tuple[str, ...], given: Mapping[str, Any]) -> Repo
     door = connect(given.get("kubeconfig"), given.get("context"))
     space = spec.namespace if spec is not None else given.get("namespace") or "default"
     looks = Looks(Client(door, call_s=_CALL_S), space)
-    terms = Terms() if spec is None else Terms(image=spec.image)
+    # Where the tests run nobody has the Secrets that a private image takes.
+    terms = Terms() if spec is None or spec.pull_secrets else Terms(image=spec.image)
 
     def more() -> tuple[Finding, ...]:
         """What is not read of the cluster: the bucket, and the tests."""

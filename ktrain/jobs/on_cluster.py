@@ -43,10 +43,10 @@ def send(client: Client, spec: JobSpec, archive: CodeArchive | None) -> tuple[Cl
     tried = try_job(client, spec, data)
     if spec.code.is_in_bucket:
         send_code(spec, archive)
-    submit(client, tried, data)
+    sent = submit(client, tried, data)
     gang = tried.rendered.gang
     packed = () if archive is None else archive.warnings
-    said = (*packed, *tried.warnings, *(() if gang.warning is None else (gang.warning,)))
+    said = (*packed, *tried.warnings, *filter(None, (gang.warning, sent.left)))
     return ClusterHost(client, spec.namespace, spec.name, spec.run), said
 
 

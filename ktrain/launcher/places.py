@@ -108,6 +108,8 @@ class Kubernetes:
         spec = spec_file.from_value(value)
         if archive is None:
             return spec
+        if spec.code.git is not None or spec.code.image is not None:
+            raise ConfigError("code: a function or a folder is sent as an archive; leave code.git and code.image out")
         return replace(spec, code=choose_way(archive, spec.run, spec.code).code)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import ktrain
+from ktrain.abc.tier import Tier
 from ktrain.base import atomic, contract, events, ids
 from ktrain.base.clock import SYSTEM_CLOCK, Clock, Deadline
 from ktrain.base.control import Handler, Server
@@ -161,7 +162,8 @@ class Head:
             self._stop: str | None = self._saved.get("stop")
             self._told: frozenset[str] = frozenset(self._saved.get("told", ()))  # as it was noted last
             self._roster = Roster(clock, told=self._told)
-            self._fired, known = _read_log(spec.run, self._timeouts, clock)
+            self._fired = _read_fired(spec, self._timeouts, clock)
+            known = _read_numbers(spec.run, self._catalog.tier, self._timeouts, clock)
             self._events = log.open_log(spec.run, self._catalog.tier, timeouts=self._timeouts, clock=clock)
             undo.callback(self._events.close)
             intake = Intake(self._events, known)
@@ -454,11 +456,20 @@ def _close(what: str, close: Callable[[], None]) -> None:
         _LOG.exception("%s could not be closed", what)
 
 
-def _read_log(run: str, timeouts: Timeouts, clock: Clock) -> tuple[Counter[str], dict[str, int]]:
-    """What the log has: faults that were injected, each of which fires once, and events not to be logged again."""
-    with closing(log.LogReader(run, timeouts=timeouts, clock=clock)) as reader:
-        found = reader.read_new()
-    return Counter(event.fields["spec"] for event in found if event.kind == "fault_injected"), newest_numbers(found)
+def _read_fired(spec: LaunchSpec, timeouts: Timeouts, clock: Clock) -> Counter[str]:
+    """Faults that were injected, each of which fires once; the whole log is read where there is a plan of them."""
+    if not spec.faults:
+        return Counter()
+    with closing(log.LogReader(spec.run, timeouts=timeouts, clock=clock)) as reader:
+        return Counter(event.fields["spec"] for event in reader.read_new() if event.kind == "fault_injected")
+
+
+def _read_numbers(run: str, tier: Tier, timeouts: Timeouts, clock: Clock) -> dict[str, int]:
+    """Which events are not to be logged again. Those that keepers may say again were logged last: the end is read."""
+    found: dict[str, int] = {}
+    for block in log.read_backwards(run, tier, timeouts=timeouts, clock=clock):
+        found |= {stream: max(count, found.get(stream, 0)) for stream, count in newest_numbers(block).items()}
+    return found
 
 
 def open_head(

@@ -49,6 +49,7 @@ class _RankLog:
     sent: int = 0  # bytes of the file that the store has
     seen: int = -1  # its size at the last look
     oldest: int = 1  # the first part, after part 0, that may be in the store
+    known: int = -1  # the newest part that is in the store
 
 
 class LogDrain:
@@ -94,10 +95,9 @@ class LogDrain:
         let_training_first()
         try:
             with closing(self._open_store()) as tier:
-                while not self._leaving.is_set():
-                    self._clock.wait(self._leaving, _ROUND_S)
-                    last = self._leaving.is_set()
-                    self._try_round(tier, None if not last else Deadline.after(_LAST_S, self._clock))
+                while not self._clock.wait(self._leaving, _ROUND_S):
+                    self._try_round(tier, None)
+                self._try_round(tier, Deadline.after(_LAST_S, self._clock))
         except Exception as error:  # noqa: BLE001 -- top of the thread; the output stays where it was written
             _LOG.exception("logs: unexpected failure")
             self._emit("notice", message=f"the ranks' output is not kept in the run: {type(error).__name__}: {error}")
@@ -153,6 +153,7 @@ class LogDrain:
             mine = sorted(part.index for part in found if (part.attempt, part.rank) == (attempt, log.rank))
             if log.attempt == attempt and mine:
                 log.sent = mine[-1] * PART_BYTES  # the last one may have been written in part
+                log.known = mine[-1]
                 log.oldest = next((index for index in mine if index > 0), 1)
         if (attempt, 0) in self._logs and attempt > MOST_ATTEMPTS:
             for item in tier.list(f"{folder_of(attempt - MOST_ATTEMPTS)}/", deadline=self._deadline(None)):
@@ -168,9 +169,11 @@ class LogDrain:
             part = Part(log.attempt, log.rank, log.sent // PART_BYTES)
             first = part.index * PART_BYTES
             stop = min(until, first + PART_BYTES)
-            self._faults[log.attempt].reached("log.part", rank=log.rank)
             tier.write(part.name, self._masked(log.path, first, stop), deadline=self._deadline(end))
             log.sent = stop
+            if part.index > log.known:  # once for each, or the agent after this one would die of it, too
+                log.known = part.index
+                self._faults[log.attempt].reached("log.part", rank=log.rank)
             while log.oldest <= part.index - MOST_PARTS + 1:
                 tier.delete(Part(log.attempt, log.rank, log.oldest).name, deadline=self._deadline(end))
                 log.oldest += 1

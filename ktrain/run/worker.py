@@ -28,6 +28,8 @@ from ktrain.base.clock import SYSTEM_CLOCK
 from ktrain.base.exits import exit_code
 from ktrain.errors import ConfigError, KtrainError
 
+_WRITE_OUT_S = 10.0  # for open files of a script that ends
+
 
 def die_with_parent(expected_pid: int) -> None:
     """Ends this process when its parent dies, or now if that has happened already."""
@@ -96,17 +98,28 @@ def leave(code: int) -> NoReturn:
     Threads that are not daemons are waited for, exit handlers run, what was dropped is finalised, and open files are
     written out. Objects that still live are not finalised, which Python promises to nobody.
     """
-    threading._shutdown()  # type: ignore[attr-defined]  # both as multiprocessing ends its children
-    atexit._run_exitfuncs()
-    gc.collect()
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]  # both as multiprocessing ends its children
+        atexit._run_exitfuncs()
+        gc.collect()
+        writes = threading.Thread(target=_write_out, daemon=True)  # another may stand in a write and hold its lock
+        writes.start()
+        writes.join(_WRITE_OUT_S)
+    except BaseException:  # noqa: BLE001 -- shown, as the interpreter does: the work was done before
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _write_out() -> None:
+    """Writes out what open files still hold."""
     for each in gc.get_objects():
         if issubclass(type(each), io.TextIOWrapper | io.BufferedWriter | io.BufferedRandom):  # __class__ runs code
             try:
                 each.flush()
-            except (OSError, ValueError):  # closed, detached, or nobody reads it any more
+            except Exception:  # noqa: BLE001, S110 -- closed, detached, or a stream of somebody's own that fails
                 pass
     ctypes.CDLL(None).fflush(None)
-    os._exit(code)
 
 
 def main(argv: list[str]) -> int:

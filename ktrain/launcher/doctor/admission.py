@@ -205,7 +205,8 @@ def look_at_security(looks: Looks, spec: JobSpec) -> Iterator[Finding]:
 
 def look_at_references(looks: Looks, spec: JobSpec, gang: Gang) -> Iterator[Finding]:
     """Secrets, claims and priority classes; of a Secret only whether it is there."""
-    secrets = dict.fromkeys((*spec.pull_secrets, *(item.secret for item in spec.secrets)))
+    of_code = () if spec.code.git_secret is None else (spec.code.git_secret,)
+    secrets = dict.fromkeys((*spec.pull_secrets, *of_code, *(item.secret for item in spec.secrets)))
     space = looks.namespace
     wanted = [("Secret", name, path_of("v1", "secrets", space, name)) for name in secrets]
     claims = [volume.claim for volume in spec.volumes]

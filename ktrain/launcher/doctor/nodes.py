@@ -171,7 +171,7 @@ def _offers(node: Object) -> amounts.Amounts:
 
 def _memory(spec: JobSpec, rendered: Rendered, worker: Wanted, nodes: Sequence[Object], grows: str | None) -> Finding:
     """The memory tier's volume and /dev/shm are charged to the pod's containers, whose limits hold them."""
-    size = memory_budget(spec)
+    size = memory_budget(spec, rendered.scope.scope)
     needs = request(worker.pod)["memory"]
     amounts = [_offers(node).get("memory", Fraction(0)) for node in _with_devices(rendered, nodes)]
     able = sum(amount >= needs for amount in amounts)

@@ -240,16 +240,44 @@ def test_listing_with_other_names_is_no_log() -> None:
     assert list(parts_of(bucket.list("logs/", deadline=Deadline.after(5.0)))) == [Part(1, 0, 0)]
 
 
-def test_fault_point_fires_before_a_part_is_written(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agent_after_one_that_died_at_the_fault_point_gets_past_it(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(contract.ENV_FAULTS, "raise@log.part,rank=0")
     node.write(b"one\n")
 
     with pytest.raises(InternalError, match="log.part"):
         node.drain.round(node.tier)
-    assert node.bucket.objects == {}
+    node.write(b"two\n")
+    node.new_agent()
     node.settle()
 
-    assert node.text() == b"one\n"
+    assert node.text() == b"one\ntwo\n"
+
+
+class LeavingTier:
+    """The store, through which the drain is told to leave while it writes."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._node.tier, name)
+
+    def write(self, *args: object, **options: object) -> object:
+        if not self._node.drain._leaving.is_set():
+            self._node.drain.leave()
+            self._node.write(b"last words\n")
+        return self._node.tier.write(*args, **options)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """The node's store stays open, to be looked at."""
+
+
+def test_last_round_comes_after_one_in_which_the_drain_was_told_to_leave(node: Node) -> None:
+    node.write(b"one\n")
+    node.drain._open_store = lambda: LeavingTier(node)  # type: ignore[assignment,return-value]
+    node.drain._run()
+
+    assert node.text() == b"one\nlast words\n"
 
 
 def test_any_order_of_writing_draining_failing_and_dying_ends_with_what_was_written(node: Node) -> None:

@@ -40,7 +40,7 @@ _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (  # and the versions in which
     ("PodGroup", (f"{VOLCANO_GROUP}/v1beta1",)),
     ("PodGroup", (f"{COSCHEDULING_GROUP}/v1alpha1",)),
 )
-_CODE_TICKET = re.compile(rf"(.+){TICKET_SUFFIX}-code-[0-9a-f]{{10}}")
+_CODE_TICKET = re.compile(rf"(.+){TICKET_SUFFIX}-code-[0-9a-f]{{10}}(-\d+)?")
 
 HasRecord = Callable[[str, str], bool]  # (URL of a run, id of a submission); raises KtrainError where it cannot tell
 
