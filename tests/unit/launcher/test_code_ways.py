@@ -127,6 +127,8 @@ def test_config_maps_are_none_where_code_goes_another_way() -> None:
     assert code.config_maps(job(code=BY_GIT), None) == ()
     with pytest.raises(ConfigError, match="code.size: expected 4"):
         code.config_maps(job(code={"archive": SHA256, "size": 5}), b"1234")
+    with pytest.raises(ConfigError, match="code.archive: its bytes are missing"):
+        code.config_maps(job(code={"archive": SHA256}), None)
 
 
 def test_container_of_the_bucket_is_told_the_size_and_has_the_stores_credentials_alone() -> None:

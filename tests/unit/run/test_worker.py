@@ -91,7 +91,7 @@ print("last words")
 @pytest.mark.parametrize(("end", "code"), [("None", 0), ("3", 3), ("'no data'", contract.EXIT_FAILED)])
 def test_worker_leaves_in_order(tmp_path: Path, end: str, code: int) -> None:
     text = f"""
-import atexit, sys, threading
+import atexit, io, sys, threading
 class Circle:
     def __init__(self):
         self.me = self
@@ -100,6 +100,13 @@ class Circle:
 Circle()
 left = open("left", "w")
 left.write("whole")
+class Own(io.RawIOBase):
+    def writable(self):
+        return True
+    def write(self, data):
+        raise RuntimeError("a stream of somebody's own")
+sys.own = io.BufferedWriter(Own())
+sys.own.write(b"lost with its stream")
 sys.kept = left
 started = threading.Event()
 def work():

@@ -206,12 +206,13 @@ def test_things_that_pods_name_and_are_not_there_fail(cluster: FakeCluster, tmp_
         tmp_path,
         pull_secrets=["there", "gone"],
         volumes=[{"claim": "data", "path": "/data"}],
+        code={"git": f"git+https://example.com/me/net@{'a' * 40}", "git_secret": "deploy"},
         placement={"priority": "high"},
     )["references"]
     asked = [item for item in cluster.requests() if item.path.endswith("/secrets/there")]
 
     assert found.outcome == "failed"
-    assert found.evidence == "not there: Secret gone, PersistentVolumeClaim data, PriorityClass high"
+    assert found.evidence == "not there: Secret gone, Secret deploy, PersistentVolumeClaim data, PriorityClass high"
     assert all("PartialObjectMetadata" in item.headers["Accept"] for item in asked)  # its contents are not asked for
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +13,13 @@ import pytest
 from ktrain.base import contract
 from ktrain.base.clock import Deadline
 from ktrain.errors import ForbiddenError, KtrainError, UnavailableError
-from ktrain.launcher.backends.kubernetes import act
+from ktrain.launcher.backends.kubernetes import act, stored
 from ktrain.launcher.backends.kubernetes.client import Client
 from ktrain.launcher.backends.kubernetes.collect import Plan, carry_out, plan_collection
 from ktrain.launcher.backends.kubernetes.submit import submit, try_job
 from ktrain.launcher.cluster import resources as known
 from ktrain.launcher.cluster.resources import Resource
+from ktrain.launcher.code.ways import MOST_CARRIED
 from ktrain.testing.fake_cluster import Access, FakeCluster, Fault, Offer, Rule
 from tests.unit.launcher.on_cluster.clusters import client_of, job
 from tests.unit.launcher.on_cluster.resumes import OWNED, Died, config_maps, dying_client, end, go_on, strays
@@ -184,6 +186,25 @@ def test_ticket_of_a_resume_that_was_cut_off_stays_until_its_run_has_the_record(
     assert planned(plan(client)) == {"ConfigMap net-resume"}
     go_on(client)
     assert plan(client) == Plan((), (), ())
+
+
+def test_code_in_parts_beside_a_ticket_goes_where_the_ticket_is_gone(
+    cluster: FakeCluster, client: Client, tmp_path: Path
+) -> None:
+    data = bytes(MOST_CARRIED + 1)
+    digest = hashlib.sha256(data).hexdigest()
+    spec = job(code={"archive": digest, "size": len(data), "parts": 2})
+    submit(client, try_job(client, spec, data), data)
+    end(cluster, "net")
+    with pytest.raises(Died):
+        go_on(dying_client(cluster, tmp_path, 4), archive=data)  # both parts, the ticket, the old job's end
+    assert stored.try_read_code(client, "default", spec) == data
+    cluster.store.delete(known.CONFIG_MAP, "default", "net-resume")
+
+    parts = {f"ConfigMap net-resume-code-{digest[:10]}-{at}" for at in range(2)}
+    assert planned(plan(client)) == parts
+    assert carry_out(client, plan(client).removals)[1] == []
+    assert config_maps(cluster, "net") == []
 
 
 def test_removal_that_fails_is_told_and_the_others_go(cluster: FakeCluster, client: Client) -> None:
