@@ -157,6 +157,28 @@ def test_exec_verb_leaves_with_the_command_s_code(
     assert ktrain(cluster, tmp_path, "exec", "--timeout", "0.2", "net", "--", *slow) == contract.EXIT_UNFINISHED
 
 
+def test_agent_is_entered_before_the_trainer_of_its_pod_has_started(
+    cluster: FakeCluster, client: Client, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def wait_for_image(pod: dict[str, Any]) -> None:
+        waiting = {"name": "trainer", "restartCount": 0, "state": {"waiting": {"reason": "ImagePullBackOff"}}}
+        agent = {"name": "agent", "restartCount": 0, "state": {"running": {}}}
+        pod["status"] = {"phase": "Pending", "containerStatuses": [waiting], "initContainerStatuses": [agent]}
+
+    cluster.store.mutate(known.POD, "default", "net-worker-0-1-abcde", wait_for_image, status=True)
+    said = (sys.executable, "-c", "print('here')")
+
+    assert ktrain(cluster, tmp_path, "exec", "--rank", "1", "net", "--", *said) == contract.EXIT_USAGE
+    assert ktrain(cluster, tmp_path, "exec", "--rank", "1", "--container", "agent", "net", "--", *said) == 0
+    assert capfd.readouterr().out == "here\n"
+    (asked,) = cluster.requests(lambda request: request.path.endswith("/exec"))
+    assert asked.query["container"] == "agent"
+    assert (
+        ktrain(cluster, tmp_path, "exec", "--head", "--container", "agent", "net", "--", *said) == contract.EXIT_USAGE
+    )
+    assert "leave one out" in capfd.readouterr().err
+
+
 # port-forward
 
 
