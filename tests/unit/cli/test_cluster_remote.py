@@ -23,7 +23,7 @@ from ktrain.launcher.backends.kubernetes.connect import connect
 from ktrain.launcher.backends.kubernetes.submit import submit, try_job
 from ktrain.launcher.cluster import resources as known
 from ktrain.testing.fake_cluster import FakeCluster, Offer
-from tests.unit.launcher.on_cluster.clusters import CRDS, job
+from tests.unit.launcher.on_cluster.clusters import CRDS, job, make_worker
 
 JOB = ("--run", "s3://bucket/net", "--image", "example/train:1", "--state", "1Gi", "--nodes", "2")
 
@@ -42,19 +42,6 @@ def client(cluster: FakeCluster, tmp_path: Path) -> Client:
     for index in range(2):
         make_worker(cluster, index, f"rank {index}\n")
     return made
-
-
-def make_worker(cluster: FakeCluster, index: int, text: str, state: str = "running") -> dict[str, Any]:
-    labels = {contract.LABEL_RUN: "net", contract.LABEL_ROLE: "worker"}
-    labels["batch.kubernetes.io/job-completion-index"] = str(index)
-    now = {"running": {}} if state == "running" else {"terminated": {"exitCode": 0}}
-    status = {"phase": "Running", "containerStatuses": [{"name": "trainer", "restartCount": 0, "state": now}]}
-    images = [{"name": "agent", "image": "x"}, {"name": "trainer", "image": "x"}]
-    about = {"name": f"net-worker-0-{index}-abcde", "namespace": "default", "labels": labels}
-    spec = {"nodeName": "n1", "containers": images}
-    pod = cluster.store.create(known.POD, {"metadata": about, "spec": spec, "status": status})
-    cluster.logs.write(pod, "trainer", text)
-    return pod
 
 
 def run_python(
