@@ -60,7 +60,7 @@ def launch_on_cluster(command: tuple[str, ...], given: Mapping[str, Any]) -> int
     if len(stays) > 1:
         raise ConfigError(f"{' and '.join(f'--{name}' for name in stays)}: each says how long to stay; leave one")
     spec, archive = job_with_code(command, given)
-    _expect_bytes(spec, archive)
+    code.config_maps(spec, None if archive is None else archive.data)  # refused here for what is only shown, too
     facts = _read_facts(given["facts"]) if given.get("facts") else None
     if given.get("dry_run") != "server" and (given.get("dry_run") or given.get("explain")):
         return _show_job(spec, facts or ClusterFacts(), given, archive)
@@ -79,19 +79,12 @@ def launch_on_cluster(command: tuple[str, ...], given: Mapping[str, Any]) -> int
     return cluster_run.send(client, tried, data, stay=stay, timeout_s=given.get("timeout"))
 
 
-def _expect_bytes(spec: JobSpec, archive: CodeArchive | None) -> None:
-    """A job file may name an archive that objects created with the job are to carry; the bytes are in no file."""
-    if spec.code.archive is not None and archive is None and not spec.code.is_in_bucket:
-        raise ConfigError("code.archive: its bytes are missing; give the directory that they are made of: --code DIR")
-
-
 def bring_code(spec: JobSpec, archive: CodeArchive | None) -> None:
-    """Before the job is created, its code is where its pods look for it."""
-    if not spec.code.is_in_bucket:
-        return  # objects that are created with the job carry it
-    from ktrain.run.code import send_code  # loads the package of the store
+    """Before the job is created, its code is where its pods look for it, unless objects of the job carry it."""
+    if spec.code.is_in_bucket:
+        from ktrain.run.code import send_code  # loads the package of the store
 
-    _say(send_code(spec, archive))
+        _say(send_code(spec, archive))
 
 
 def _show_job(spec: JobSpec, facts: ClusterFacts, given: Mapping[str, Any], archive: CodeArchive | None) -> int:

@@ -19,10 +19,12 @@ def config_maps(spec: JobSpec, archive: bytes | None) -> tuple[Manifest, ...]:
     """The objects that carry the code that is sent; none where it goes another way.
 
     Raises:
-        ConfigError: it does not fit.
+        ConfigError: it is not given, or does not fit.
     """
-    if archive is None or spec.code.is_in_bucket:
+    if spec.code.archive is None or spec.code.is_in_bucket:
         return ()
+    if archive is None:
+        raise ConfigError("code.archive: its bytes are missing; give the directory that they are made of: --code DIR")
     num = spec.code.parts
     if len(archive) > num * MOST_CARRIED:
         raise ConfigError(

@@ -136,6 +136,13 @@ def test_dry_run_says_which_way_code_goes_and_why(tmp_path: Path, ktrain: Any) -
     assert "by 2 ConfigMaps" in err and "lies in no bucket" in err
 
 
+def test_plan_of_code_without_its_bytes_is_refused_as_the_launch_is(tmp_path: Path, ktrain: Any) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(f'code = {{ archive = "{"a" * 64}", way = "config-map" }}\n')
+    code, out, err = ktrain(*CLUSTER, *JOB, "--explain", "--job", str(path), "train.py")
+    assert code == contract.EXIT_USAGE and "code.archive: its bytes are missing" in err and not out
+
+
 def test_code_of_a_commit_or_an_image_takes_the_place_of_what_the_file_names(tmp_path: Path, ktrain: Any) -> None:
     path = tmp_path / "job.toml"
     path.write_text(f'code = {{ archive = "{"a" * 64}", way = "config-map" }}\n')
