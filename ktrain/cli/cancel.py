@@ -20,7 +20,7 @@ _MOST_S = 900.0  # on a cluster: the pods' grace and what the controllers take
 @click.argument("run")
 @either_options
 def cancel(run: str, backend: str, namespace: str, **given: Any) -> int:
-    """Stop RUN after its current step and a save. The same launch command continues it."""
+    """Stop RUN after its current step and a save. The same launch continues it; on a cluster `ktrain resume`."""
     if backend == "kubernetes":
         return _on_cluster(run, namespace, given)
     run = canonical_url(run)

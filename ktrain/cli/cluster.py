@@ -60,6 +60,7 @@ def launch_on_cluster(command: tuple[str, ...], given: Mapping[str, Any]) -> int
     if len(stays) > 1:
         raise ConfigError(f"{' and '.join(f'--{name}' for name in stays)}: each says how long to stay; leave one")
     spec, archive = job_with_code(command, given)
+    code.config_maps(spec, None if archive is None else archive.data)  # refused here for what is only shown, too
     facts = _read_facts(given["facts"]) if given.get("facts") else None
     if given.get("dry_run") != "server" and (given.get("dry_run") or given.get("explain")):
         return _show_job(spec, facts or ClusterFacts(), given, archive)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ktrain.base import settings
 from ktrain.base.job import canonical_url
 from ktrain.checkpoint.catalog import AttemptRecord, RunCatalog
-from ktrain.cli import run_records
 from ktrain.cli.history import join
 from ktrain.cli.status import read_events
 from ktrain.errors import ConfigError, KtrainError, NotFoundError
+from ktrain.jobs import run_records
 from ktrain.launcher.backends.kubernetes.submission import Submission
 
 if TYPE_CHECKING:

@@ -9,9 +9,10 @@ from typing import Any
 import click
 
 from ktrain.base import contract
-from ktrain.cli import cluster_run, run_records
+from ktrain.cli import cluster_run
 from ktrain.cli.cluster import bring_code, job_from_value
 from ktrain.errors import ConfigError
+from ktrain.jobs import run_records
 from ktrain.launcher.backends.kubernetes import stored
 from ktrain.launcher.backends.kubernetes.client import Client
 from ktrain.launcher.backends.kubernetes.resume import Last, find_last, resume
@@ -42,7 +43,7 @@ def resume_job(target: str, given: Mapping[str, Any]) -> int:
     value = {**last.submission.spec, "namespace": last.namespace}
     spec, archive = job_from_value(value, given)
     _expect_same_job(last, spec)
-    data = archive.data if archive is not None else _carried(client, spec)
+    data = archive.data if archive is not None else stored.carried_code(client, spec)
     if given.get("dry_run") == "client":
         return _show_stored(spec, last.submission, data, given)
     tried = try_successor(client, spec, data)
@@ -103,17 +104,6 @@ def _expect_same_job(last: Last, spec: JobSpec) -> None:
             raise ConfigError(
                 f"{field}: a resumed job keeps it: expected {value!r}, found {getattr(spec, field)!r}; launch another"
             )
-
-
-def _carried(client: Client, spec: JobSpec) -> bytes | None:
-    if spec.code.archive is None or spec.code.is_in_bucket:
-        return None
-    data = stored.try_read_code(client, spec.namespace, spec)
-    if data is None:
-        raise ConfigError(
-            f"job {spec.name}: the code that was sent with it is gone with the job; give it again: --code DIR"
-        )
-    return data
 
 
 # What is said

@@ -18,6 +18,7 @@ from ktrain.launcher.backends.kubernetes.client import Client
 from ktrain.launcher.backends.kubernetes.connect import connect
 from ktrain.launcher.backends.kubernetes.status import FINAL, Status
 from ktrain.launcher.backends.kubernetes.submit import Tried, submit, try_job
+from ktrain.launcher.render.common import TRAINER
 from ktrain.launcher.spec import default_name
 
 __all__ = [
@@ -52,11 +53,13 @@ def job_name(run: str) -> str:
     return default_name(run) if "/" in run else run
 
 
-def choice_of(rank: int | None, *, head: bool) -> logs.Choice:
-    """The pod that `--rank` and `--head` mean; rank 0's where none was named."""
+def choice_of(rank: int | None, *, head: bool, container: str | None = None) -> logs.Choice:
+    """The container that `--rank`, `--container` and `--head` mean; rank 0's trainer where none was named."""
     if head and rank is not None:
         raise ConfigError("--head and --rank: each excludes the other; leave one out")
-    return logs.head if head else logs.of_rank(rank or 0)
+    if head and container is not None:
+        raise ConfigError("--head and --container: the head's pod has one container; leave one out")
+    return logs.head if head else logs.of_rank(rank or 0, container or TRAINER)
 
 
 class Stay(StrEnum):

@@ -30,7 +30,8 @@ def collect(namespace: str | None, older_than: str, confirm: bool, dry_run: bool
     Nothing that ktrain did not make, nothing of which something cannot be told; a job that failed or was cancelled goes
     only when its run has the record from which it is resumed. Exit code: 0; 5 where JobSets may not be listed.
     """
-    from ktrain.cli import cluster_run, run_records
+    from ktrain.cli import cluster_run
+    from ktrain.jobs import run_records
     from ktrain.launcher.backends.kubernetes.collect import carry_out, plan_collection
 
     client = cluster_run.client_of(given)

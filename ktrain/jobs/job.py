@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _LONGEST_S = 30 * 86400.0  # that is waited where nothing else was said
 _STOP_S = 900.0  # for the save and the end of a job that is cancelled
+_REPLACE_S = 900.0  # for the pods of a job that is resumed to be gone
 _STORE_PATIENCE_S = 10.0  # a store that does not answer may not hold up a status
 _QUIET_S = 60.0  # after which such a store is asked again
 _WATCH_S = 2.0
@@ -54,7 +55,7 @@ class Job:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What was lost on the way when it was launched, in words; nothing of a job that was attached to."""
+        """What to know of how it was launched or resumed here, in words; nothing of a job that was attached to."""
         return self._warnings
 
     def status(self) -> JobStatus:
@@ -68,6 +69,9 @@ class Job:
 
     def logs(self, rank: int | None = None, *, attempt: int | None = None) -> str:
         """What a rank wrote, or all of them with a mark before each line; of the newest attempt, or of the given one.
+
+        On a cluster without `attempt`: what the containers of the pods that are there have, of each since it started
+        last. A rank's lines are found in whichever pods it has been, one pod after the other.
 
         Raises:
             NotFoundError: there is nothing yet, or nothing of that rank or attempt.
@@ -107,12 +111,27 @@ class Job:
             return status
 
     def cancel(self, *, timeout_s: float = _STOP_S) -> JobStatus:
-        """Stops it after its current step and a save, and waits for its end; launching it again continues.
+        """Stops it after its current step and a save, and waits for its end.
+
+        It goes on, on this machine, when the same is launched again; on a cluster with `resume`.
 
         Raises:
             DeadlineError: it was asked to stop, and has not ended yet.
         """
         self._host.cancel(Deadline.after(timeout_s, self._host.clock))
+        return self.status()
+
+    def resume(self, *, timeout_s: float = _REPLACE_S) -> JobStatus:
+        """Sends a job that failed or was cancelled again to its cluster as it is now, from its newest checkpoint.
+
+        The same as `ktrain resume`, which can change it too. The old job goes first, with its pods.
+
+        Raises:
+            ConflictError: it is live.
+            ConfigError: it is done, or of this machine, where launching the same again continues it.
+            DeadlineError: pods of the old job are still there; resume it again.
+        """
+        self._warnings = self._host.resume(Deadline.after(timeout_s, self._host.clock))
         return self.status()
 
     def report(self) -> Report:
@@ -141,7 +160,7 @@ class Job:
 
     def _status(self, look: Look) -> JobStatus:
         self._picture.take(self._new_events())
-        return status_of(self._host, look, self._picture, self._unread)
+        return status_of(self._host, look, self._picture, self._unread, self._warnings)
 
     def _new_events(self) -> list[Event]:
         """None, where the store cannot be read from here; the status says so, and soon asks again."""

@@ -60,3 +60,9 @@ class Host(Protocol):
 
     def cancel(self, deadline: Deadline) -> None:
         """Stops it after a save, and returns when it has ended. Raises DeadlineError."""
+
+    def resume(self, deadline: Deadline) -> tuple[str, ...]:
+        """Sends it again where it has ended; returns what is otherwise than before, in words.
+
+        Raises ConfigError where this place has no way to do so, or the job is done; ConflictError where it is live.
+        """

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ktrain.base import settings
 from ktrain.base.clock import Clock, Deadline
 from ktrain.errors import ConfigError, NotFoundError
+from ktrain.jobs import run_records
 from ktrain.jobs.look import Look, Node
 from ktrain.jobs.run_logs import read_logs
-from ktrain.launcher.backends.kubernetes import act
+from ktrain.launcher.backends.kubernetes import act, stored
 from ktrain.launcher.backends.kubernetes import logs as kept
 from ktrain.launcher.backends.kubernetes.client import Client
 from ktrain.launcher.backends.kubernetes.connect import connect
+from ktrain.launcher.backends.kubernetes.resume import find_last, resume
 from ktrain.launcher.backends.kubernetes.status import Pod, Status, assess, run_of
-from ktrain.launcher.backends.kubernetes.submit import submit, try_job
+from ktrain.launcher.backends.kubernetes.submission import changes
+from ktrain.launcher.backends.kubernetes.submit import submit, try_job, try_successor
 from ktrain.launcher.backends.kubernetes.view import look
 from ktrain.launcher.code.archive import CodeArchive
 from ktrain.launcher.places import Kubernetes
@@ -99,8 +102,10 @@ class ClusterHost:
         """Of containers what the cluster keeps; of an attempt what the run keeps."""
         if attempt is not None:
             return read_logs(self._run, rank, attempt, timeouts=settings.timeouts())
-        choose = kept.workers if rank is None else kept.of_rank(rank)
-        sources = choose(look(self._client, self._namespace, self._name))
+        view = look(self._client, self._namespace, self._name)
+        if rank is not None:
+            kept.of_rank(rank)(view)  # refuses a rank that the job does not have
+        sources = kept.workers(view)
         missing = NotFoundError(f"job {self._name}: no container has started; job.status() says what it waits for")
         found: dict[str, str] = {}
         for source in sources:
@@ -110,6 +115,8 @@ class ClusterHost:
                 missing = NotFoundError(str(error))
         if not found:
             raise missing
+        if rank is not None:
+            return _lines_of_rank(self._name, rank, found.values())
         if len(found) == 1:
             return next(iter(found.values()))
         return "".join(f"[{pod}] {line}\n" for pod, text in found.items() for line in text.splitlines())
@@ -122,6 +129,37 @@ class ClusterHost:
 
     def cancel(self, deadline: Deadline) -> None:
         act.cancel(self._client, self._namespace, self._name, deadline=deadline)
+
+    def resume(self, deadline: Deadline) -> tuple[str, ...]:
+        """As `ktrain resume` without options."""
+        client = self._client
+        last = find_last(client, self._namespace, self._name, from_run=lambda: run_records.last(self._run))
+        spec = last.submission.job
+        if (spec.namespace, spec.name, spec.run.rstrip("/")) != (self._namespace, self._name, self._run.rstrip("/")):
+            raise NotFoundError(
+                f"job {self._name} of run {self._run}: the last one is job {spec.name} of run {spec.run} in namespace "
+                f"{spec.namespace}; attach to that"
+            )
+        if last.is_sent:  # by a resume that died before it could say so
+            stored.drop_ticket(client, self._namespace, self._name)
+            return ()
+        data = stored.carried_code(client, spec)
+        tried = try_successor(client, spec, data)
+        gang = tried.rendered.gang
+        said = changes(last.submission, spec, tried.facts, gang)
+        if spec.code.is_in_bucket:
+            send_code(spec, None)
+        done = resume(client, last, tried, data, keep=run_records.try_keep, deadline=deadline)
+        return (*said, *tried.warnings, *filter(None, (gang.warning, done.unkept, done.sent.left)))
+
+
+def _lines_of_rank(name: str, rank: int, texts: Iterable[str]) -> str:
+    """The lines of a rank, which agents mark with it: whichever pods it has been in, one after the other."""
+    mark = f"[{rank}] "
+    lines = [line.removeprefix(mark) for text in texts for line in text.splitlines() if line.startswith(mark)]
+    if not lines:
+        raise NotFoundError(f"job {name}: rank {rank} has written nothing that its containers still have")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _shown(status: Status) -> Look:

@@ -189,6 +189,17 @@ class LocalHost:
             deadline.check(f"stop of {self._run}")
             self._clock.sleep(min(_TICK_S, deadline.remaining_s()))
 
+    def resume(self, deadline: Deadline) -> tuple[str, ...]:
+        """What was launched is known to whoever launched it.
+
+        Raises:
+            ConfigError: always; it says how the run is continued.
+        """
+        raise ConfigError(
+            f"run {self._run}: a job of this machine is resumed by launching the same again: ktrain.launch(..., "
+            f"run={self._run!r})"
+        )
+
     def _without_head(self) -> Look:
         """Of a live launch whose head does not answer: it has not begun, has ended, or is gone or busy."""
         self._read_again()

@@ -6,6 +6,7 @@ What only one kind of launch needs is imported where that begins: a notebook wai
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
@@ -43,8 +44,9 @@ def launch(what: What, *, on: Place, run: str | None = None, args: Sequence[obje
     Args:
         what: a script's path, or a list of that and its arguments; a function; or a Trainer that was not run yet.
         on: `ktrain.Local(...)` or `ktrain.Kubernetes(...)`.
-        run: where the run lives; the same run again continues. A Trainer names its own. On this machine the default is
-            runs/NAME, by the name of the script or function.
+        run: where the run lives. A Trainer names its own. On this machine the default is runs/NAME, by the name of the
+            script or function, and the same launch again continues a run that has ended. On a cluster the job that
+            ended stays and keeps its name: `Job.resume` lets it go on, and after `ktrain delete` a launch continues.
         args: for the script or the function.
 
     A function is shipped by value with all that it names, and what it returns is dropped: what it makes belongs into
@@ -53,8 +55,10 @@ def launch(what: What, *, on: Place, run: str | None = None, args: Sequence[obje
     Raises:
         ConfigError: it cannot be launched; nothing was started. For a function the message names each thing that cannot
             be shipped.
-        ConflictError: the run, or a job of its name, is live already.
+        ConflictError: the run is live already; or a job of its name is on the cluster, live or ended.
         UnavailableError: the cluster does not answer.
+
+    Warns of files that look private, before they are sent.
     """
     if isinstance(on, Local):
         return _launch_here(what, on, run, tuple(args))
@@ -162,8 +166,10 @@ def _launch_on_cluster(what: What, on: Kubernetes, run: str | None, args: tuple[
     spec = on.spec(command, run, archive)
     if archive is not None and spec.command[0] not in archive.names:
         raise ConfigError(f"code {on.code}: it does not have the script {spec.command[0]!r}; give its path in there")
-    host, warnings = on_cluster.send(on_cluster.client_of(on), spec, archive)
-    return Job(host, warnings=(*warnings, *_record(spec, on.context)))
+    for text in () if archive is None else archive.warnings:
+        warnings.warn(text, stacklevel=3)  # where `launch` was called; once it is sent, it is too late
+    host, said = on_cluster.send(on_cluster.client_of(on), spec, archive)
+    return Job(host, warnings=(*said, *_record(spec, on.context)))
 
 
 def _record(spec: JobSpec, context: str | None) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ class JobStatus:
     exit_code: int | None = None  # where it has ended
     message: str | None = None  # why it ended
     unread: str | None = None  # why nothing newer is known of the run's events
+    warnings: tuple[str, ...] = ()  # of how it was launched or resumed
 
     @property
     def is_final(self) -> bool:
@@ -60,6 +61,7 @@ class JobStatus:
         found += [(node.name, _said(node)) for node in self.nodes or ()]
         found += [("ended", self.message)] if self.message else []
         found += [("not known", self.unread)] if self.unread else []
+        found += [("warning", text) for text in self.warnings]
         return found
 
     def __str__(self) -> str:
@@ -74,7 +76,9 @@ class JobStatus:
         return self.state.value if self.exit_code is None else f"{self.state.value} (exit code {self.exit_code})"
 
 
-def status_of(host: Host, look: Look, picture: Picture, unread: str | None) -> JobStatus:
+def status_of(
+    host: Host, look: Look, picture: Picture, unread: str | None, warnings: tuple[str, ...] = ()
+) -> JobStatus:
     """The status that a look and a run's events make together."""
     return JobStatus(
         name=host.name,
@@ -93,6 +97,7 @@ def status_of(host: Host, look: Look, picture: Picture, unread: str | None) -> J
         exit_code=look.exit_code,
         message=look.message,
         unread=unread,
+        warnings=warnings,
     )
 
 

@@ -27,13 +27,14 @@ class Local:
     """This machine, on which every node is a folder and some processes. They outlive the process that launches.
 
     Args:
-        nodes, workers_per_node, max_restarts: as the options of `ktrain launch`.
+        nodes, spares, workers_per_node, max_restarts: as the options of `ktrain launch`.
         patience_s: silence that a healthy job may show; all timeouts follow.
         faults: what is broken on purpose, such as "kill-worker@step=30,rank=1".
         code: folder whose modules a function may import; None is the current one.
     """
 
     nodes: int = 1
+    spares: int = 0
     workers_per_node: int = 1
     max_restarts: int = 3
     patience_s: float | None = None
@@ -54,6 +55,7 @@ class Local:
             args=tuple(args),
             run=run,
             nodes=self.nodes,
+            spares=self.spares,
             workers_per_node=self.workers_per_node,
             max_restarts=self.max_restarts,
             patience_s=self.patience_s,

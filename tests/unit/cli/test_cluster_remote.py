@@ -23,7 +23,7 @@ from ktrain.launcher.backends.kubernetes.connect import connect
 from ktrain.launcher.backends.kubernetes.submit import submit, try_job
 from ktrain.launcher.cluster import resources as known
 from ktrain.testing.fake_cluster import FakeCluster, Offer
-from tests.unit.launcher.on_cluster.clusters import CRDS, job
+from tests.unit.launcher.on_cluster.clusters import CRDS, job, make_worker
 
 JOB = ("--run", "s3://bucket/net", "--image", "example/train:1", "--state", "1Gi", "--nodes", "2")
 
@@ -42,19 +42,6 @@ def client(cluster: FakeCluster, tmp_path: Path) -> Client:
     for index in range(2):
         make_worker(cluster, index, f"rank {index}\n")
     return made
-
-
-def make_worker(cluster: FakeCluster, index: int, text: str, state: str = "running") -> dict[str, Any]:
-    labels = {contract.LABEL_RUN: "net", contract.LABEL_ROLE: "worker"}
-    labels["batch.kubernetes.io/job-completion-index"] = str(index)
-    now = {"running": {}} if state == "running" else {"terminated": {"exitCode": 0}}
-    status = {"phase": "Running", "containerStatuses": [{"name": "trainer", "restartCount": 0, "state": now}]}
-    images = [{"name": "agent", "image": "x"}, {"name": "trainer", "image": "x"}]
-    about = {"name": f"net-worker-0-{index}-abcde", "namespace": "default", "labels": labels}
-    spec = {"nodeName": "n1", "containers": images}
-    pod = cluster.store.create(known.POD, {"metadata": about, "spec": spec, "status": status})
-    cluster.logs.write(pod, "trainer", text)
-    return pod
 
 
 def run_python(
@@ -155,6 +142,28 @@ def test_exec_verb_leaves_with_the_command_s_code(
     assert ktrain(cluster, tmp_path, "exec", "--rank", "0", "--head", "net", "--", "true") == contract.EXIT_USAGE
     slow = (sys.executable, "-c", "import signal; signal.pause()")
     assert ktrain(cluster, tmp_path, "exec", "--timeout", "0.2", "net", "--", *slow) == contract.EXIT_UNFINISHED
+
+
+def test_agent_is_entered_before_the_trainer_of_its_pod_has_started(
+    cluster: FakeCluster, client: Client, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def wait_for_image(pod: dict[str, Any]) -> None:
+        waiting = {"name": "trainer", "restartCount": 0, "state": {"waiting": {"reason": "ImagePullBackOff"}}}
+        agent = {"name": "agent", "restartCount": 0, "state": {"running": {}}}
+        pod["status"] = {"phase": "Pending", "containerStatuses": [waiting], "initContainerStatuses": [agent]}
+
+    cluster.store.mutate(known.POD, "default", "net-worker-0-1-abcde", wait_for_image, status=True)
+    said = (sys.executable, "-c", "print('here')")
+
+    assert ktrain(cluster, tmp_path, "exec", "--rank", "1", "net", "--", *said) == contract.EXIT_USAGE
+    assert ktrain(cluster, tmp_path, "exec", "--rank", "1", "--container", "agent", "net", "--", *said) == 0
+    assert capfd.readouterr().out == "here\n"
+    (asked,) = cluster.requests(lambda request: request.path.endswith("/exec"))
+    assert asked.query["container"] == "agent"
+    assert (
+        ktrain(cluster, tmp_path, "exec", "--head", "--container", "agent", "net", "--", *said) == contract.EXIT_USAGE
+    )
+    assert "leave one out" in capfd.readouterr().err
 
 
 # port-forward

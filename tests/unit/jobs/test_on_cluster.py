@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from ktrain.launcher.code.members import MARK
 from ktrain.launcher.code.unpack import unpack_code
 from ktrain.testing.fake_cluster import FakeCluster, Offer
 from ktrain.tier.location import open_tier
-from tests.unit.launcher.on_cluster.clusters import CRDS, client_of
+from tests.unit.launcher.on_cluster.clusters import CRDS, client_of, make_worker
+from tests.unit.launcher.on_cluster.resumes import config_maps, end
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "guides" / "notebooks.md"
 BLOCK = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[-1]
@@ -204,3 +206,85 @@ def test_logs_before_a_container_has_started_say_where_to_look(place: ktrain.Kub
     open_tier(run).write("logs/attempt-2/rank-0.log", b"b\nc\n", deadline=Deadline.after(5.0))
     assert job.logs(1, attempt=2) == "a\n"
     assert job.logs(attempt=2) == "[0] b\n[0] c\n[1] a\n"
+
+
+def test_logs_of_a_rank_are_its_own_lines_in_whichever_pods_it_has_been(
+    cluster: FakeCluster, place: ktrain.Kubernetes, run: str
+) -> None:
+    job = ktrain.launch("train.py", on=dataclasses.replace(place, fields={"workers_per_node": 2}), run=run)
+    make_worker(cluster, 0, "starts\n[0] a\n[1] b [0] \n")
+    make_worker(cluster, 1, "[2] c\n[0] d\n")
+
+    assert job.logs(0) == "a\nd\n" and job.logs(1) == "b [0] \n" and job.logs(2) == "c\n"
+    assert job.logs().splitlines()[1:3] == ["[net-worker-0-0-abcde] [0] a", "[net-worker-0-0-abcde] [1] b [0] "]
+    with pytest.raises(NotFoundError, match="rank 3 has written nothing"):
+        job.logs(3)
+    with pytest.raises(NotFoundError, match="ranks are 0 to 3"):
+        job.logs(4)
+
+
+def test_files_that_look_private_are_warned_of_before_they_are_sent(
+    cluster: FakeCluster, place: ktrain.Kubernetes, run: str, tmp_path: Path
+) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "train.py").touch()
+    (tmp_path / "src" / ".env").write_text("TOKEN=xyzzy\n")
+    here = dataclasses.replace(place, code=tmp_path / "src")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=r"\.env"):
+            ktrain.launch("train.py", on=here, run=run)
+    assert cluster.requests() == []
+    with pytest.warns(UserWarning, match=r"\.env") as caught:
+        job = ktrain.launch("train.py", on=here, run=run)
+    assert [item.filename for item in caught] == [__file__]
+    assert any(".env" in text for text in job.warnings) and "<th" in (shown := job._repr_html_()) and ".env" in shown
+
+
+def test_job_that_has_ended_goes_on_as_another_submission_with_its_code(
+    cluster: FakeCluster, place: ktrain.Kubernetes, run: str
+) -> None:
+    job = ktrain.launch(train, args=[3], on=place, run=run)
+    with pytest.raises(ConflictError, match="a job that lives is not replaced"):
+        job.resume()
+    code, uid = config_maps(cluster, "net-code"), stored(cluster, known.JOB_SET, "net")["metadata"]["uid"]
+    end(cluster, "net")
+    with pytest.raises(ConflictError, match="ktrain delete"):
+        ktrain.launch(train, args=[3], on=place, run=run)
+    attached = ktrain.attach("net", on=place)
+    assert attached.warnings == ()
+
+    assert attached.resume().state is State.STARTING
+
+    assert stored(cluster, known.JOB_SET, "net")["metadata"]["uid"] != uid and config_maps(cluster, "net-code") == code
+    assert [text.partition(":")[0] for text in attached.warnings] == ["no gang scheduler was found"]
+
+
+def test_job_that_was_deleted_goes_on_by_the_record_of_its_run_and_one_that_is_done_does_not(
+    cluster: FakeCluster, place: ktrain.Kubernetes, run: str
+) -> None:
+    job = ktrain.launch("train.py", on=place, run=run)
+    end(cluster, "net")
+    job.resume()  # keeps the record in the run
+    cluster.store.delete(known.JOB_SET, "default", "net")
+
+    assert job.resume().name == "net"
+
+    end(cluster, "net", "Completed")
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        job.resume()
+
+
+def test_job_of_another_run_that_took_the_name_is_not_resumed(
+    cluster: FakeCluster, place: ktrain.Kubernetes, run: str
+) -> None:
+    job = ktrain.launch("train.py", on=place, run=run)
+    cluster.store.delete(known.JOB_SET, "default", "net")
+    other = ktrain.launch("train.py", on=place, run=f"memory://bucket-{ids.random_id()}/net")
+    end(cluster, "net")
+    before = len(cluster.requests())
+
+    with pytest.raises(NotFoundError, match=f"the last one is job net of run {other.run}"):
+        job.resume()
+    assert {request.method for request in cluster.requests()[before:]} == {"GET"}

@@ -184,7 +184,8 @@ def test_record_that_cannot_be_written_does_not_end_the_launch(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "train.py").touch()
-    spec = plan_job(ktrain.Local().wish((str(tmp_path / "train.py"),), str(tmp_path / "run")))
+    spec = plan_job(ktrain.Local(spares=1).wish((str(tmp_path / "train.py"),), str(tmp_path / "run")))
+    assert spec.spares == 1
     (tmp_path / "run").rmdir()
     (tmp_path / "run").write_text("a file in its way")
 
@@ -200,6 +201,14 @@ def test_run_that_nobody_launched_is_not_attached_to(tmp_path: Path) -> None:
         ktrain.attach("absent", on=ktrain.Local())
 
 
+def test_job_of_this_machine_is_resumed_by_its_launch(tmp_path: Path) -> None:
+    job = Job(host(tmp_path, record(tmp_path, GONE)), warnings=("kept",))
+
+    with pytest.raises(ConfigError, match=r"by launching the same again: ktrain\.launch\(\.\.\., run='.*/run'\)"):
+        job.resume()
+    assert job.warnings == ("kept",)
+
+
 # What is refused
 
 
@@ -212,6 +221,7 @@ def test_run_that_nobody_launched_is_not_attached_to(tmp_path: Path) -> None:
         ("absent.py", {}, "there is no such file"),
         (print, {"on": "here"}, "on: expected ktrain.Local"),
         (print, {"on": ktrain.Local(nodes=0)}, "--nodes: expected 1 to"),
+        (print, {"on": ktrain.Local(spares=-1)}, "--spares: expected 0 to"),
         (print, {"on": ktrain.Local(faults=("kill-all",))}, "kill-all"),
     ],
 )

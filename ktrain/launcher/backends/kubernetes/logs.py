@@ -45,8 +45,8 @@ def workers(view: View) -> tuple[Source, ...]:
     return _sources(view, WORKER, TRAINER)
 
 
-def of_rank(rank: int) -> Choice:
-    """The trainer of the pod at the rank's place: all ranks of that node write there.
+def of_rank(rank: int, container: str = TRAINER) -> Choice:
+    """A container of the pod at the rank's place; all ranks of that node write to its trainer.
 
     The choice raises NotFoundError where the job has no such rank, or its size cannot be read.
     """
@@ -59,7 +59,7 @@ def of_rank(rank: int) -> Choice:
             raise NotFoundError(
                 f"job {view.name}: ranks are 0 to {spec.num_nodes * spec.num_workers - 1}, found {rank}"
             )
-        return tuple(source for source in workers(view) if source.node == rank // spec.num_workers)
+        return tuple(source for source in _sources(view, WORKER, container) if source.node == rank // spec.num_workers)
 
     return choose
 
@@ -217,7 +217,9 @@ def _has_started(status: Object) -> bool:
 
 
 def _container(pod: Object, name: str) -> Object | None:
-    found = (pod.get("status") or {}).get("containerStatuses") or ()
+    """Its status; the agent is a sidecar, which Kubernetes counts among the init containers."""
+    status = pod.get("status") or {}
+    found = (*(status.get("containerStatuses") or ()), *(status.get("initContainerStatuses") or ()))
     return next((item for item in found if item["name"] == name), None)
 
 

@@ -83,6 +83,22 @@ def try_read_code(client: Client, namespace: str, job: JobSpec) -> bytes | None:
     return None
 
 
+def carried_code(client: Client, job: JobSpec) -> bytes | None:
+    """The code that goes on with a job that is sent again; None where no ConfigMap carries it.
+
+    Raises:
+        ConfigError: it is gone.
+    """
+    if job.code.archive is None or job.code.is_in_bucket:
+        return None
+    data = try_read_code(client, job.namespace, job)
+    if data is None:
+        raise ConfigError(
+            f"job {job.name}: the code that was sent with it is gone with the job; give it again: --code DIR"
+        )
+    return data
+
+
 def _try_read_part(client: Client, namespace: str, name: str, key: str) -> bytes | None:
     found = client.try_get(config_map_path(namespace, name))
     text = None if found is None else (found.get("binaryData") or {}).get(key)

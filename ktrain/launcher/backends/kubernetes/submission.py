@@ -14,6 +14,7 @@ from ktrain.errors import ConfigError
 from ktrain.launcher import spec_file
 from ktrain.launcher.facts import ClusterFacts
 from ktrain.launcher.gang import COSCHEDULING_GROUP, KAI_GROUP, KUEUE_GROUP, NATIVE_GROUP, VOLCANO_GROUP, Gang
+from ktrain.launcher.scope import choose_scope
 from ktrain.launcher.spec import JobSpec
 
 FORMAT = 1
@@ -165,6 +166,7 @@ def changes(before: Submission, spec: JobSpec, facts: ClusterFacts, gang: Gang) 
     return (
         *_job_changes(before.spec, spec_file.to_value(spec), ""),
         *_cluster_changes(before, facts),
+        *_scope(before, spec, facts),
         *_gang(before, gang),
     )
 
@@ -228,6 +230,19 @@ def _served_changes(old: frozenset[str] | None, new: frozenset[str] | None) -> l
     was, now = ({name.rpartition("/")[0] for name in served} for served in (old, new))
     gone = [f"{name} is no longer served" for name in sorted(was - now)]
     return [*gone, *(f"{name} is served now" for name in sorted(now - was))]
+
+
+def _scope(before: Submission, spec: JobSpec, facts: ClusterFacts) -> list[str]:
+    """What the memory tier belongs to decides what a new pod finds, so `auto` is compared by what it chose."""
+    old = _try_facts(before.facts)
+    if old is None:
+        return []
+    now = choose_scope(spec, facts)
+    try:
+        was = choose_scope(before.job, old)
+    except ConfigError:  # a specification of another version
+        return []
+    return [] if was.scope is now.scope else [f"memory tier: {now.scope.value}, it was {was.scope.value}: {now.reason}"]
 
 
 def _gang(before: Submission, gang: Gang) -> list[str]:

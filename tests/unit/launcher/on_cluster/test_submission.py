@@ -86,3 +86,17 @@ def test_submission_that_never_came_to_be_hands_on_what_it_knew() -> None:
 
     assert third.number == 3 and third.before == second.before == {"id": first.id, "number": 1, "state": "failed"}
     assert third.changes == ("nodes: 2 -> 3", "nodes: 3 -> 4")
+
+
+def test_memory_tier_that_auto_chose_otherwise_is_said_with_its_reason() -> None:
+    spec = job(memory={"state": "1Gi", "scope": "auto"})
+    lends, lends_none = replace(FACTS, node_memory=1 << 50), replace(FACTS, node_memory=0)
+    before = made(spec, lends)
+
+    (lost,) = said(before, spec, lends_none)
+    assert lost.startswith("memory tier: pod, it was node: namespace default has no bound claim")
+    (gained,) = said(made(spec, lends_none), spec, lends)
+    assert gained.startswith("memory tier: node, it was pod: nodes lend ")
+    assert said(before, spec, replace(lends, node_memory=1 << 49)) == ()
+    newer = replace(before, spec={**before.spec, "colour": "red"})
+    assert said(newer, spec, lends_none) == ("colour: red -> the default",)

@@ -1,4 +1,4 @@
-"""What a run keeps of the submissions of its jobs, for verbs that are about clusters.
+"""What a run keeps of the submissions of its jobs, for what resumes, shows and collects them.
 
 The machine of a user may not reach the run: its bucket may be open to pods alone, its path be a volume of theirs.
 """
