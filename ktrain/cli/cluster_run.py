@@ -16,9 +16,9 @@ from ktrain.errors import ConfigError, DeadlineError
 from ktrain.launcher.backends.kubernetes import act, logs
 from ktrain.launcher.backends.kubernetes.client import Client
 from ktrain.launcher.backends.kubernetes.connect import connect
+from ktrain.launcher.backends.kubernetes.find import find_job
 from ktrain.launcher.backends.kubernetes.status import FINAL, Status
 from ktrain.launcher.backends.kubernetes.submit import Tried, submit, try_job
-from ktrain.launcher.spec import default_name
 
 __all__ = [
     "Stay",
@@ -27,7 +27,7 @@ __all__ = [
     "deadline_of",
     "echo_line",
     "follow",
-    "job_name",
+    "job_of",
     "send",
     "show",
     "try_job",
@@ -43,13 +43,14 @@ def client_of(given: Mapping[str, Any]) -> Client:
     return Client(connect(kubeconfig, given.get("context")))
 
 
+def job_of(run: str, namespace: str, given: Mapping[str, Any]) -> tuple[Client, str]:
+    """A client of the cluster, and the name of the job there that RUN stands for. Raises as `find_job`."""
+    client = client_of(given)
+    return client, find_job(client, namespace, run)
+
+
 def deadline_of(client: Client, timeout_s: float | None) -> Deadline:
     return Deadline.after(LONGEST_S if timeout_s is None else timeout_s, client.clock)
-
-
-def job_name(run: str) -> str:
-    """The job of a run: its name, or the one that `ktrain launch` derives from the URL."""
-    return default_name(run) if "/" in run else run
 
 
 def choice_of(rank: int | None, *, head: bool) -> logs.Choice:

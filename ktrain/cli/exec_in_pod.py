@@ -27,7 +27,7 @@ def exec_command(run: str, command: tuple[str, ...], namespace: str, **given: An
     from ktrain.cli import cluster_run
     from ktrain.launcher.backends.kubernetes import remote
 
-    client, name = cluster_run.client_of(given), cluster_run.job_name(run)
+    client, name = cluster_run.job_of(run, namespace, given)
     source = remote.find_pod(client, namespace, name, cluster_run.choice_of(given["rank"], head=given["head"]))
     if not given["head"]:
         source = replace(source, container=given["container"])

@@ -14,12 +14,13 @@ from ktrain.launcher.backends.kubernetes import act
 from ktrain.launcher.backends.kubernetes import logs as kept
 from ktrain.launcher.backends.kubernetes.client import Client
 from ktrain.launcher.backends.kubernetes.connect import connect
+from ktrain.launcher.backends.kubernetes.find import find_job, is_of_run
 from ktrain.launcher.backends.kubernetes.status import Pod, Status, assess, run_of
 from ktrain.launcher.backends.kubernetes.submit import submit, try_job
 from ktrain.launcher.backends.kubernetes.view import look
 from ktrain.launcher.code.archive import CodeArchive
 from ktrain.launcher.places import Kubernetes
-from ktrain.launcher.spec import JobSpec, default_name
+from ktrain.launcher.spec import JobSpec
 from ktrain.run.code import send_code
 
 _NAMESPACE = "default"
@@ -50,21 +51,25 @@ def send(client: Client, spec: JobSpec, archive: CodeArchive | None) -> tuple[Cl
     return ClusterHost(client, spec.namespace, spec.name, spec.run), said
 
 
-def find(client: Client, job: str, namespace: str | None) -> ClusterHost:
-    """A job that is there, by its name or by its run's URL.
+def find(client: Client, job: str, namespace: str | None, *, run: str | None = None) -> ClusterHost:
+    """A job that is there, by its name or by its run's URL; with `run` it has to be that run's: names are used again.
 
     Raises:
         NotFoundError: there is no such job.
+        ConfigError: several jobs are of that run; they are named.
     """
-    name, namespace = default_name(job) if "/" in job else job, namespace or _NAMESPACE
-    run = run_of(look(client, namespace, name).jobset)
-    if run is None:
+    namespace = namespace or _NAMESPACE
+    name = find_job(client, namespace, job)
+    jobset = look(client, namespace, name).jobset
+    found = run_of(jobset)
+    if found is None:
         raise NotFoundError(f"namespace {namespace}: JobSet {name!r} was not made by ktrain")
-    if "/" in job and run.rstrip("/") != job.rstrip("/"):
+    if run is not None and not is_of_run(jobset, run):
         raise NotFoundError(
-            f"namespace {namespace}: job {name!r} is of run {run}, not of {job}; attach by another name"
+            f"namespace {namespace}: job {name!r}, the last that is recorded of run {run}, is of run {found} now; "
+            "if the run has another job, say where: attach(run, on=ktrain.Kubernetes(namespace=...))"
         )
-    return ClusterHost(client, namespace, name, run)
+    return ClusterHost(client, namespace, name, found)
 
 
 class ClusterHost:

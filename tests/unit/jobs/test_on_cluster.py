@@ -109,10 +109,18 @@ def test_job_is_found_by_its_run_and_by_its_name_from_elsewhere(
 
     assert ktrain.attach(run).name == "net" and ktrain.attach("net").run == run
     assert asked == [ktrain.Kubernetes(namespace="default"), ktrain.Kubernetes()]
-    with pytest.raises(NotFoundError, match=f"job 'net' is of run {run}"):
+    with pytest.raises(NotFoundError, match="there is no job of run memory://other/net"):
         ktrain.attach("memory://other/net", on=place)
     with pytest.raises(NotFoundError, match="a job on Kubernetes, not one of this machine"):
         ktrain.attach(run, on=ktrain.Local())
+
+
+def test_job_with_a_name_of_its_own_is_attached_to_by_its_run(place: ktrain.Kubernetes, run: str) -> None:
+    ktrain.launch("train.py", on=dataclasses.replace(place, fields={"name": "odd"}), run=f"{run}/")
+
+    found = ktrain.attach(run, on=place)
+
+    assert (found.name, found.run) == ("odd", run)
 
 
 def test_steps_losses_and_the_last_resume_come_from_the_run(place: ktrain.Kubernetes, run: str) -> None:
