@@ -68,6 +68,7 @@ def _replace(client: Client, last: Last, tried: Tried, data: bytes | None, given
     number, by = done.sent.submission.number, done.sent.released_by
     released = "" if by == "ktrain" else f"; {by} starts it"
     click.echo(f"{last.namespace}/{last.name}: resumed as submission {number}{released}")
+    cluster_run.record_launch(last.namespace, last.name, tried.spec.run, given)
     return _wait(client, last, given)
 
 
@@ -127,6 +128,7 @@ def _say_sent(client: Client, last: Last, given: Mapping[str, Any]) -> int:
         return contract.EXIT_OK
     stored.drop_ticket(client, last.namespace, last.name)
     click.echo(f"{last.namespace}/{last.name}: it was resumed as submission {number} already")
+    cluster_run.record_launch(last.namespace, last.name, last.submission.job.run, given)
     return _wait(client, last, given)
 
 

@@ -13,6 +13,7 @@ import click
 from ktrain.base import contract
 from ktrain.base.clock import Deadline
 from ktrain.errors import ConfigError, DeadlineError
+from ktrain.jobs.record import ClusterPlace, record_on_cluster
 from ktrain.launcher.backends.kubernetes import act, logs
 from ktrain.launcher.backends.kubernetes.client import Client
 from ktrain.launcher.backends.kubernetes.connect import connect
@@ -28,6 +29,7 @@ __all__ = [
     "echo_line",
     "follow",
     "job_of",
+    "record_launch",
     "send",
     "show",
     "try_job",
@@ -68,11 +70,19 @@ class Stay(StrEnum):
     FOLLOW = "follow"  # the same, and what its ranks write
 
 
-def send(client: Client, tried: Tried, archive: bytes | None, *, stay: Stay, timeout_s: float | None) -> int:
-    """Submits a job and says how to go on, or stays until its end."""
+def record_launch(namespace: str, name: str, run: str, given: Mapping[str, Any]) -> None:
+    """Writes into a run which job it was launched as last, for `ktrain.attach`; says where it could not."""
+    for line in record_on_cluster(run, ClusterPlace(namespace, name, given.get("context"))):
+        click.echo(f"ktrain: {line}", err=True)
+
+
+def send(client: Client, tried: Tried, archive: bytes | None, *, stay: Stay, given: Mapping[str, Any]) -> int:
+    """Submits a job and says how to go on, or stays until its end, at most `--timeout`."""
+    timeout_s: float | None = given.get("timeout")
     sent = submit(client, tried, archive)
     released = "" if sent.released_by == "ktrain" else f"; {sent.released_by} starts it"
     click.echo(f"{sent.namespace}/{sent.name}: submitted{released}")
+    record_launch(sent.namespace, sent.name, tried.spec.run, given)
     if stay is Stay.FOLLOW:
         return follow(client, sent.namespace, sent.name, timeout_s=timeout_s)
     if stay is Stay.NOT:

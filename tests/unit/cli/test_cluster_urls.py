@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 from ktrain.base import contract, ids
+from ktrain.base.settings import Timeouts
 from ktrain.cli.main import main
+from ktrain.errors import NotFoundError
+from ktrain.jobs import record
 from ktrain.launcher.backends.kubernetes import stored
 from ktrain.launcher.backends.kubernetes.client import Client
 from ktrain.launcher.cluster import resources as known
@@ -61,6 +64,10 @@ def launch(ktrain: Any, run: str, *more: str) -> None:
 
 def jobset(cluster: FakeCluster, name: str = "net") -> dict[str, Any]:
     return dict(cluster.store.get(known.JOB_SET, "default", name))
+
+
+def place_of(run: str) -> record.ClusterPlace | None:
+    return record.read(run, timeouts=Timeouts(10.0)).kubernetes
 
 
 @pytest.mark.parametrize(
@@ -153,3 +160,36 @@ def test_history_of_a_run_has_no_ticket_of_another(
     assert code == contract.EXIT_USAGE and f"there is no job '{runs[1]}' with a history" in err
     code, out, _ = ktrain("history", "--output", "json", f"{runs[0]}/")
     assert code == contract.EXIT_OK and [item["outcome"] for item in json.loads(out)["submissions"]] == ["cut off"]
+
+
+# The run's record of its last launch
+
+
+def test_launch_and_resume_record_in_the_run_which_job_it_is(
+    cluster: FakeCluster, ktrain: Any, runs: tuple[str, str]
+) -> None:
+    launch(ktrain, runs[0], "--name", "one")
+    assert place_of(runs[0]) == record.ClusterPlace("default", "one", None)
+    end(cluster, "one")
+    launch(ktrain, runs[0], "--name", "two")
+    assert place_of(runs[0]) == record.ClusterPlace("default", "two", None)
+    end(cluster, "two")
+
+    assert ktrain("resume", "one")[0] == contract.EXIT_OK
+
+    assert place_of(runs[0]) == record.ClusterPlace("default", "one", None)
+
+
+def test_dry_run_records_nothing(ktrain: Any, runs: tuple[str, str]) -> None:
+    launch(ktrain, runs[0], "--dry-run=server")
+
+    with pytest.raises(NotFoundError):
+        place_of(runs[0])
+
+
+def test_launch_whose_run_cannot_be_written_from_here_is_sent_and_says_so(cluster: FakeCluster, ktrain: Any) -> None:
+    job = ("--run", "nowhere://bucket/net", "--image", "example/train:1", "--state", "1Gi", "--nodes", "2")
+    code, out, err = ktrain("launch", *job, "train.py")
+
+    assert code == contract.EXIT_OK and "default/net: submitted" in out and jobset(cluster)
+    assert "the job is not recorded in its run; from Python attach('net', on=" in err
