@@ -19,7 +19,7 @@ from ktrain.base import atomic, contract, ids
 from ktrain.base.control import Client
 from ktrain.base.settings import Timeouts
 from ktrain.base.urls import local_path as local_path
-from ktrain.base.urls import require_public
+from ktrain.base.urls import require_public, without_slash
 from ktrain.errors import ConfigError, NotFoundError, UnavailableError
 
 NODE_ROLES = ("agent", "supervisor")
@@ -32,7 +32,7 @@ def canonical_url(url: str) -> str:
         ConfigError: the URL holds a secret.
     """
     path = local_path(require_public(url))
-    return str(path) if path is not None else url.rstrip("/")
+    return str(path) if path is not None else without_slash(url)
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,12 @@ def local_path(url: str) -> Path | None:
     return Path(os.path.abspath(os.path.expanduser(url)))
 
 
+def without_slash(url: str) -> str:
+    """The URL of a run without slashes at its end: with them it is the same run. A root stays what it is."""
+    found = url.rstrip("/")
+    return url if found == "" or found.endswith(":") else found
+
+
 def require_public(url: str) -> str:
     """The URL of a run, when nothing in it can be secret.
 

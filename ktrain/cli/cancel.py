@@ -47,7 +47,7 @@ def _on_cluster(run: str, namespace: str, given: dict[str, Any]) -> int:
     from ktrain.cli import cluster_run
     from ktrain.launcher.backends.kubernetes import act
 
-    client = cluster_run.client_of(given)
+    client, name = cluster_run.job_of(run, namespace, given)
     deadline = cluster_run.deadline_of(client, _MOST_S)
-    cluster_run.show(act.cancel(client, namespace, cluster_run.job_name(run), deadline=deadline), "text")
+    cluster_run.show(act.cancel(client, namespace, name, deadline=deadline), "text")
     return contract.EXIT_OK

@@ -76,7 +76,7 @@ def launch_on_cluster(command: tuple[str, ...], given: Mapping[str, Any]) -> int
     _say_gang(tried.rendered)
     bring_code(spec, archive)
     stay = cluster_run.Stay(stays[0]) if stays and stays[0] != "detach" else cluster_run.Stay.NOT
-    return cluster_run.send(client, tried, data, stay=stay, timeout_s=given.get("timeout"))
+    return cluster_run.send(client, tried, data, stay=stay, given=given)
 
 
 def bring_code(spec: JobSpec, archive: CodeArchive | None) -> None:

@@ -20,7 +20,8 @@ def events(run: str, output: str, namespace: str, **given: Any) -> int:
     from ktrain.cli import cluster_run
     from ktrain.launcher.backends.kubernetes import view
 
-    found = view.events_of(cluster_run.client_of(given), namespace, cluster_run.job_name(run))
+    client, name = cluster_run.job_of(run, namespace, given)
+    found = view.events_of(client, namespace, name)
     if output == "json":
         click.echo(json.dumps(found, indent=1))
         return contract.EXIT_OK

@@ -46,17 +46,22 @@ def of_cluster(target: str, namespace: str, given: Mapping[str, Any]) -> dict[st
     """
     from ktrain.cli import cluster_run
     from ktrain.launcher.backends.kubernetes import stored
+    from ktrain.launcher.backends.kubernetes.find import is_of_run, is_url
+    from ktrain.launcher.backends.kubernetes.resume import is_ticket_of
     from ktrain.launcher.backends.kubernetes.status import assess, run_of
     from ktrain.launcher.backends.kubernetes.view import list_jobsets, look
+    from ktrain.launcher.spec import default_name
 
     client = cluster_run.client_of(given)
-    run = canonical_url(target) if "/" in target else None
+    run = canonical_url(target) if is_url(target) else None
     unknown: list[str] = []
     shown: list[Submission] = []
     stands: dict[str, Mapping[str, Any]] = {}
+    names: list[str] = []
     for jobset in list_jobsets(client, namespace):
-        if jobset["metadata"]["name"] != target and (run is None or run_of(jobset) != run):
+        if jobset["metadata"]["name"] != target and (run is None or not is_of_run(jobset, run)):
             continue
+        names.append(jobset["metadata"]["name"])
         run = run or run_of(jobset)
         status = assess(look(client, namespace, jobset["metadata"]["name"]))
         found = _told(lambda: stored.try_read_submission(client, jobset), unknown)  # noqa: B023 -- called at once
@@ -68,8 +73,10 @@ def of_cluster(target: str, namespace: str, given: Mapping[str, Any]) -> dict[st
                 "message": status.message,
                 "restarts": status.restarts,
             }
-    ticket = _told(lambda: stored.try_read_ticket(client, namespace, cluster_run.job_name(target)), unknown)
-    if ticket is not None and ticket.id not in stands:
+    for name in names or {default_name(run) if run is not None else target}:
+        ticket = _told(lambda: stored.try_read_ticket(client, namespace, name), unknown)  # noqa: B023 -- called at once
+        if ticket is None or ticket.id in stands or (run is not None and not is_ticket_of(ticket, run)):
+            continue
         run = run or str(ticket.spec["run"])
         shown.append(ticket)
         stands[ticket.id] = {"state": "cut off"}

@@ -9,17 +9,17 @@ from typing import Any
 import click
 
 from ktrain.base import contract
+from ktrain.base.urls import without_slash
 from ktrain.cli import cluster_run
 from ktrain.cli.cluster import bring_code, job_from_value
-from ktrain.errors import ConfigError
+from ktrain.errors import ConfigError, NotFoundError
 from ktrain.jobs import run_records
 from ktrain.launcher.backends.kubernetes import stored
 from ktrain.launcher.backends.kubernetes.client import Client
-from ktrain.launcher.backends.kubernetes.resume import Last, find_last, resume
-from ktrain.launcher.backends.kubernetes.status import run_of
+from ktrain.launcher.backends.kubernetes.find import is_url, try_find_job
+from ktrain.launcher.backends.kubernetes.resume import Last, find_last, is_ticket_of, resume
 from ktrain.launcher.backends.kubernetes.submission import Submission, changes
 from ktrain.launcher.backends.kubernetes.submit import Tried, try_successor
-from ktrain.launcher.backends.kubernetes.view import list_jobsets
 from ktrain.launcher.facts import ClusterFacts
 from ktrain.launcher.render import code
 from ktrain.launcher.render.access import shown, token_secret
@@ -68,38 +68,38 @@ def _replace(client: Client, last: Last, tried: Tried, data: bytes | None, given
     number, by = done.sent.submission.number, done.sent.released_by
     released = "" if by == "ktrain" else f"; {by} starts it"
     click.echo(f"{last.namespace}/{last.name}: resumed as submission {number}{released}")
+    cluster_run.record_launch(last.namespace, last.name, tried.spec.run, given)
     return _wait(client, last, given)
 
 
 def last_of(client: Client, target: str, namespace: str | None) -> Last:
     """The submission that a job's name or a run's URL stands for."""
     where = namespace or "default"
-    if "/" not in target:
+    if not is_url(target):
         return find_last(client, where, target)
-    run = target.rstrip("/")
-    names = [item["metadata"]["name"] for item in list_jobsets(client, where) if run_of(item) in (run, target)]
-    if len(names) > 1:
-        raise ConfigError(f"run {run}: {len(names)} jobs are of it; name one of {', '.join(sorted(names))}")
-    if names:
-        return find_last(client, where, names[0])
-    found: list[Submission] = []
+    run = without_slash(target)
+    name = try_find_job(client, where, run)
+    return _last_of_gone(client, run, namespace) if name is None else find_last(client, where, name, run=run)
 
-    def from_run() -> Submission | None:
-        found[:] = [item for item in (run_records.last(run),) if item is not None]
-        return found[0] if found else None
 
-    last = find_last(client, where, default_name(run), from_run=from_run)
-    if not found:
-        return last
-    name, was_in = str(found[0].spec["name"]), str(found[0].spec.get("namespace", "default"))
-    if (last.namespace, last.name) == (namespace or was_in, name):
-        return last
-    return find_last(client, namespace or was_in, name, from_run=lambda: found[0])
+def _last_of_gone(client: Client, run: str, namespace: str | None) -> Last:
+    """Of a run that has no job in the namespace: what a resume that was cut off left, else what the run has kept."""
+    where, name = namespace or "default", default_name(run)
+    if is_ticket_of(stored.try_read_ticket(client, where, name), run):
+        return find_last(client, where, name, run=run)
+    record = run_records.last(run)
+    if record is None:
+        raise NotFoundError(
+            f"namespace {where}: there is no job of run {run}; `ktrain list --namespace {where}` lists them, and the "
+            "run has kept no submission"
+        )
+    where, name = namespace or str(record.spec.get("namespace", "default")), str(record.spec["name"])
+    return find_last(client, where, name, run=run, from_run=lambda: record)
 
 
 def _expect_same_job(last: Last, spec: JobSpec) -> None:
     was = last.submission.spec
-    for field, value in (("name", last.name), ("namespace", last.namespace), ("run", was["run"])):
+    for field, value in (("name", last.name), ("namespace", last.namespace), ("run", without_slash(was["run"]))):
         if getattr(spec, field) != value:
             raise ConfigError(
                 f"{field}: a resumed job keeps it: expected {value!r}, found {getattr(spec, field)!r}; launch another"
@@ -117,6 +117,7 @@ def _say_sent(client: Client, last: Last, given: Mapping[str, Any]) -> int:
         return contract.EXIT_OK
     stored.drop_ticket(client, last.namespace, last.name)
     click.echo(f"{last.namespace}/{last.name}: it was resumed as submission {number} already")
+    cluster_run.record_launch(last.namespace, last.name, last.submission.job.run, given)
     return _wait(client, last, given)
 
 

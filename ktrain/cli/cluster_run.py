@@ -13,13 +13,14 @@ import click
 from ktrain.base import contract
 from ktrain.base.clock import Deadline
 from ktrain.errors import ConfigError, DeadlineError
+from ktrain.jobs.record import ClusterPlace, record_on_cluster
 from ktrain.launcher.backends.kubernetes import act, logs
 from ktrain.launcher.backends.kubernetes.client import Client
 from ktrain.launcher.backends.kubernetes.connect import connect
+from ktrain.launcher.backends.kubernetes.find import find_job
 from ktrain.launcher.backends.kubernetes.status import FINAL, Status
 from ktrain.launcher.backends.kubernetes.submit import Tried, submit, try_job
 from ktrain.launcher.render.common import TRAINER
-from ktrain.launcher.spec import default_name
 
 __all__ = [
     "Stay",
@@ -28,7 +29,8 @@ __all__ = [
     "deadline_of",
     "echo_line",
     "follow",
-    "job_name",
+    "job_of",
+    "record_launch",
     "send",
     "show",
     "try_job",
@@ -44,13 +46,14 @@ def client_of(given: Mapping[str, Any]) -> Client:
     return Client(connect(kubeconfig, given.get("context")))
 
 
+def job_of(run: str, namespace: str, given: Mapping[str, Any]) -> tuple[Client, str]:
+    """A client of the cluster, and the name of the job there that RUN stands for. Raises as `find_job`."""
+    client = client_of(given)
+    return client, find_job(client, namespace, run)
+
+
 def deadline_of(client: Client, timeout_s: float | None) -> Deadline:
     return Deadline.after(LONGEST_S if timeout_s is None else timeout_s, client.clock)
-
-
-def job_name(run: str) -> str:
-    """The job of a run: its name, or the one that `ktrain launch` derives from the URL."""
-    return default_name(run) if "/" in run else run
 
 
 def choice_of(rank: int | None, *, head: bool, container: str | None = None) -> logs.Choice:
@@ -70,13 +73,21 @@ class Stay(StrEnum):
     FOLLOW = "follow"  # the same, and what its ranks write
 
 
-def send(client: Client, tried: Tried, archive: bytes | None, *, stay: Stay, timeout_s: float | None) -> int:
-    """Submits a job and says how to go on, or stays until its end."""
+def record_launch(namespace: str, name: str, run: str, given: Mapping[str, Any]) -> None:
+    """Writes into a run which job it was launched as last, for `ktrain.attach`; says where it could not."""
+    for line in record_on_cluster(run, ClusterPlace(namespace, name, given.get("context"))):
+        click.echo(f"ktrain: {line}", err=True)
+
+
+def send(client: Client, tried: Tried, archive: bytes | None, *, stay: Stay, given: Mapping[str, Any]) -> int:
+    """Submits a job and says how to go on, or stays until its end, at most `--timeout`."""
+    timeout_s: float | None = given.get("timeout")
     sent = submit(client, tried, archive)
     released = "" if sent.released_by == "ktrain" else f"; {sent.released_by} starts it"
     click.echo(f"{sent.namespace}/{sent.name}: submitted{released}")
     if sent.left is not None:
         click.echo(f"ktrain: {sent.left}", err=True)
+    record_launch(sent.namespace, sent.name, tried.spec.run, given)
     if stay is Stay.FOLLOW:
         return follow(client, sent.namespace, sent.name, timeout_s=timeout_s)
     if stay is Stay.NOT:

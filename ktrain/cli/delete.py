@@ -19,7 +19,7 @@ def delete(run: str, timeout: float, namespace: str, **given: Any) -> int:
     from ktrain.cli import cluster_run
     from ktrain.launcher.backends.kubernetes import act
 
-    client, name = cluster_run.client_of(given), cluster_run.job_name(run)
+    client, name = cluster_run.job_of(run, namespace, given)
     act.delete(client, namespace, name, deadline=cluster_run.deadline_of(client, timeout))
     click.echo(f"{namespace}/{name}: deleted")
     return contract.EXIT_OK

@@ -99,7 +99,7 @@ def _look_at_store(run: str, active: bool, nodes_bytes_per_s: float | None = Non
 
     With the rate that is assumed of a cluster's nodes, it is they who use the bucket, by an identity of their own.
     """
-    from ktrain.base.urls import local_path
+    from ktrain.base.urls import local_path, without_slash
     from ktrain.launcher.doctor.bucket import Probe, look_at_bucket, try_bucket
     from ktrain.launcher.doctor.clocks import date_of_store, look_at_clock
     from ktrain.launcher.doctor.finding import Check, Finding, Outcome, run_checks
@@ -110,7 +110,7 @@ def _look_at_store(run: str, active: bool, nodes_bytes_per_s: float | None = Non
     scheme = run.partition("://")[0]
     refused = Outcome.FAILED if nodes_bytes_per_s is None else Outcome.UNKNOWN
     try:
-        tier = open_tier(run.rstrip("/"), timeouts=settings.timeouts())
+        tier = open_tier(without_slash(run), timeouts=settings.timeouts())
     except ConfigError as error:
         return (Finding("bucket", refused, str(error), "it cannot be opened from here", "install what it names"),)
     probe = Probe(tier, run, SYSTEM_CLOCK, refused)

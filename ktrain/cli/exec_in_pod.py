@@ -25,7 +25,7 @@ def exec_command(run: str, command: tuple[str, ...], namespace: str, **given: An
     from ktrain.cli import cluster_run
     from ktrain.launcher.backends.kubernetes import remote
 
-    client, name = cluster_run.client_of(given), cluster_run.job_name(run)
+    client, name = cluster_run.job_of(run, namespace, given)
     choose = cluster_run.choice_of(given["rank"], head=given["head"], container=given["container"])
     source = remote.find_pod(client, namespace, name, choose)
     stdin = sys.stdin.fileno() if given["with_stdin"] else None

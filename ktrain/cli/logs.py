@@ -77,7 +77,8 @@ def _on_cluster(run: str, rank: int | None, attempt: int | None, follow: bool, g
         raise ConfigError("--attempt: it stands for itself; leave --follow, --previous and --head out")
     if attempt is not None and "/" in run:  # nobody is asked: the job may be long gone
         return _show_kept(canonical_url(run), rank, attempt, follow=False)
-    client, name, namespace = cluster_run.client_of(given), cluster_run.job_name(run), given["namespace"]
+    namespace = given["namespace"]
+    client, name = cluster_run.job_of(run, namespace, given)
     if attempt is not None:
         url = run_of(look(client, namespace, name).jobset)
         if url is None:

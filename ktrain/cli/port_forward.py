@@ -28,7 +28,7 @@ def port_forward(run: str, ports: str, namespace: str, **given: Any) -> int:
     from ktrain.launcher.backends.kubernetes.connect import Channels
 
     local, target = _parse(ports)
-    client, name = cluster_run.client_of(given), cluster_run.job_name(run)
+    client, name = cluster_run.job_of(run, namespace, given)
     choose = cluster_run.choice_of(given["rank"], head=given["head"])
     remote.find_pod(client, namespace, name, choose)  # what is wrong is said at once
 

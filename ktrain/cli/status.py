@@ -81,7 +81,8 @@ def _on_cluster(run: str, output: str, namespace: str, given: dict[str, Any]) ->
     from ktrain.launcher.backends.kubernetes.status import assess
     from ktrain.launcher.backends.kubernetes.view import look
 
-    cluster_run.show(assess(look(cluster_run.client_of(given), namespace, cluster_run.job_name(run))), output)
+    client, name = cluster_run.job_of(run, namespace, given)
+    cluster_run.show(assess(look(client, namespace, name)), output)
     return 0
 
 

@@ -18,5 +18,5 @@ def wait(run: str, timeout: float | None, output: str, namespace: str, **given: 
     """Wait until RUN on a cluster has ended; the exit code is the run's, or 6 where the time was over before."""
     from ktrain.cli import cluster_run
 
-    name = cluster_run.job_name(run)
-    return cluster_run.wait_for(cluster_run.client_of(given), namespace, name, timeout_s=timeout, output=output)
+    client, name = cluster_run.job_of(run, namespace, given)
+    return cluster_run.wait_for(client, namespace, name, timeout_s=timeout, output=output)

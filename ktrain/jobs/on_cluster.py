@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from ktrain.base import settings
 from ktrain.base.clock import Clock, Deadline
+from ktrain.base.urls import without_slash
 from ktrain.errors import ConfigError, NotFoundError
 from ktrain.jobs import run_records
 from ktrain.jobs.look import Look, Node
@@ -15,6 +17,7 @@ from ktrain.launcher.backends.kubernetes import act, stored
 from ktrain.launcher.backends.kubernetes import logs as kept
 from ktrain.launcher.backends.kubernetes.client import Client
 from ktrain.launcher.backends.kubernetes.connect import connect
+from ktrain.launcher.backends.kubernetes.find import find_job, is_of_run
 from ktrain.launcher.backends.kubernetes.resume import find_last, resume
 from ktrain.launcher.backends.kubernetes.status import Pod, Status, assess, run_of
 from ktrain.launcher.backends.kubernetes.submission import changes
@@ -22,7 +25,7 @@ from ktrain.launcher.backends.kubernetes.submit import submit, try_job, try_succ
 from ktrain.launcher.backends.kubernetes.view import look
 from ktrain.launcher.code.archive import CodeArchive
 from ktrain.launcher.places import Kubernetes
-from ktrain.launcher.spec import JobSpec, default_name
+from ktrain.launcher.spec import JobSpec
 from ktrain.run.code import send_code
 
 _NAMESPACE = "default"
@@ -53,21 +56,25 @@ def send(client: Client, spec: JobSpec, archive: CodeArchive | None) -> tuple[Cl
     return ClusterHost(client, spec.namespace, spec.name, spec.run), said
 
 
-def find(client: Client, job: str, namespace: str | None) -> ClusterHost:
-    """A job that is there, by its name or by its run's URL.
+def find(client: Client, job: str, namespace: str | None, *, run: str | None = None) -> ClusterHost:
+    """A job that is there, by its name or by its run's URL; with `run` it has to be that run's: names are used again.
 
     Raises:
         NotFoundError: there is no such job.
+        ConfigError: several jobs are of that run; they are named.
     """
-    name, namespace = default_name(job) if "/" in job else job, namespace or _NAMESPACE
-    run = run_of(look(client, namespace, name).jobset)
-    if run is None:
+    namespace = namespace or _NAMESPACE
+    name = find_job(client, namespace, job)
+    jobset = look(client, namespace, name).jobset
+    found = run_of(jobset)
+    if found is None:
         raise NotFoundError(f"namespace {namespace}: JobSet {name!r} was not made by ktrain")
-    if "/" in job and run.rstrip("/") != job.rstrip("/"):
+    if run is not None and not is_of_run(jobset, run):
         raise NotFoundError(
-            f"namespace {namespace}: job {name!r} is of run {run}, not of {job}; attach by another name"
+            f"namespace {namespace}: job {name!r}, the last that is recorded of run {run}, is of run {found} now; "
+            "if the run has another job, say where: attach(run, on=ktrain.Kubernetes(namespace=...))"
         )
-    return ClusterHost(client, namespace, name, run)
+    return ClusterHost(client, namespace, name, found)
 
 
 class ClusterHost:
@@ -133,9 +140,10 @@ class ClusterHost:
     def resume(self, deadline: Deadline) -> tuple[str, ...]:
         """As `ktrain resume` without options."""
         client = self._client
-        last = find_last(client, self._namespace, self._name, from_run=lambda: run_records.last(self._run))
+        from_run = partial(run_records.last, self._run)
+        last = find_last(client, self._namespace, self._name, run=self._run, from_run=from_run)
         spec = last.submission.job
-        if (spec.namespace, spec.name, spec.run.rstrip("/")) != (self._namespace, self._name, self._run.rstrip("/")):
+        if (spec.namespace, spec.name, spec.run) != (self._namespace, self._name, without_slash(self._run)):
             raise NotFoundError(
                 f"job {self._name} of run {self._run}: the last one is job {spec.name} of run {spec.run} in namespace "
                 f"{spec.namespace}; attach to that"

@@ -18,12 +18,14 @@ from ktrain.base.clock import Deadline
 from ktrain.base.job import LaunchSpec, WorkDir
 from ktrain.base.process import ProcessId
 from ktrain.base.settings import Timeouts
+from ktrain.base.urls import local_path
 from ktrain.errors import CorruptionError, KtrainError, NotFoundError
 from ktrain.launcher.backends.local import Outcome
 from ktrain.tier.location import open_tier
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = 1
+_RECORD_PATIENCE_S = 10.0  # a bucket that only the pods can reach may not hold up a launch
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,19 @@ def write(run: str, record: LaunchRecord, *, timeouts: Timeouts) -> None:
     """Puts the record in place of an older one. Raises KtrainError where the run cannot be written."""
     with closing(open_tier(run, timeouts=timeouts)) as tier:
         tier.write(contract.LAUNCH_FILE, record.to_bytes(), deadline=Deadline.after(timeouts.storage_s))
+
+
+def record_on_cluster(run: str, place: ClusterPlace) -> tuple[str, ...]:
+    """Records a job of a cluster as the run's last launch, whoever sent it; where the run cannot be written from here,
+    which costs the launch nothing, a warning says how the job is found."""
+    if local_path(run) is not None:
+        return ()  # a path below a volume of the cluster: another thing than the same path here
+    try:
+        write(run, LaunchRecord(ids.random_id(), kubernetes=place), timeouts=Timeouts(_RECORD_PATIENCE_S))
+    except KtrainError as error:
+        how = f"attach({place.name!r}, on=ktrain.Kubernetes(namespace={place.namespace!r}))"
+        return (f"the job is not recorded in its run; from Python {how} finds it: {error}",)
+    return ()
 
 
 class Recorder:

@@ -12,17 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 from ktrain.base import settings
-from ktrain.base.settings import Timeouts
-from ktrain.base.urls import local_path
-from ktrain.errors import ConfigError, KtrainError, NotFoundError
+from ktrain.errors import ConfigError, NotFoundError
 from ktrain.jobs.job import Job
 from ktrain.launcher.places import Kubernetes, Local, Place
 
 if TYPE_CHECKING:
     from ktrain.launcher.code.function import ShippedFunction
-    from ktrain.launcher.spec import JobSpec
-
-_RECORD_PATIENCE_S = 10.0  # a bucket that only the pods can reach may not hold up a launch
 
 
 @runtime_checkable
@@ -75,7 +70,7 @@ def attach(job: str, *, on: Place | None = None) -> Job:
 
     Raises:
         NotFoundError: there is no such job.
-        ConfigError: the cluster cannot be reached as `on` says.
+        ConfigError: the cluster cannot be reached as `on` says, or several jobs there are of the run.
     """
     if isinstance(on, Kubernetes):
         return _attach_on_cluster(job, on)
@@ -96,7 +91,7 @@ def attach(job: str, *, on: Place | None = None) -> Job:
             f"run {job}: its last launch is a job on Kubernetes, not one of this machine; leave on= out"
         )
     place = found.kubernetes
-    return _attach_on_cluster(place.name, Kubernetes(namespace=place.namespace, context=place.context))
+    return _attach_on_cluster(place.name, Kubernetes(namespace=place.namespace, context=place.context), run=job)
 
 
 # What is launched
@@ -153,6 +148,7 @@ def _launch_here(what: What, on: Local, run: str | None, args: tuple[object, ...
 
 def _launch_on_cluster(what: What, on: Kubernetes, run: str | None, args: tuple[object, ...]) -> Job:
     from ktrain.jobs import on_cluster
+    from ktrain.jobs import record as records
     from ktrain.launcher.code.archive import add_files, pack_code
 
     code = None if on.code is None else Path(on.code)
@@ -169,27 +165,11 @@ def _launch_on_cluster(what: What, on: Kubernetes, run: str | None, args: tuple[
     for text in () if archive is None else archive.warnings:
         warnings.warn(text, stacklevel=3)  # where `launch` was called; once it is sent, it is too late
     host, said = on_cluster.send(on_cluster.client_of(on), spec, archive)
-    return Job(host, warnings=(*said, *_record(spec, on.context)))
+    place = records.ClusterPlace(spec.namespace, spec.name, on.context)
+    return Job(host, warnings=(*said, *records.record_on_cluster(spec.run, place)))
 
 
-def _record(spec: JobSpec, context: str | None) -> tuple[str, ...]:
-    """Records a job in its run; where that cannot be written from here, a warning says how the job is found."""
-    from ktrain.base import ids
-    from ktrain.jobs import record as records
-
-    if local_path(spec.run) is not None:
-        return ()  # a path below a volume of the cluster: another thing than the same path here
-    place = records.ClusterPlace(spec.namespace, spec.name, context)
-    try:
-        made = records.LaunchRecord(ids.random_id(), kubernetes=place)
-        records.write(spec.run, made, timeouts=Timeouts(_RECORD_PATIENCE_S))
-    except KtrainError as error:
-        how = f"attach({place.name!r}, on=ktrain.Kubernetes(namespace={place.namespace!r}))"
-        return (f"the job is not recorded in its run, and is found by {how} alone: {error}",)
-    return ()
-
-
-def _attach_on_cluster(job: str, on: Kubernetes) -> Job:
+def _attach_on_cluster(job: str, on: Kubernetes, *, run: str | None = None) -> Job:
     from ktrain.jobs import on_cluster
 
-    return Job(on_cluster.find(on_cluster.client_of(on), job, on.namespace))
+    return Job(on_cluster.find(on_cluster.client_of(on), job, on.namespace, run=run))

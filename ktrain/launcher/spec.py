@@ -14,7 +14,7 @@ from typing import Any, NewType
 
 from ktrain.base import contract, ids
 from ktrain.base.settings import reads_like_secret
-from ktrain.base.urls import local_path, public_url, require_public
+from ktrain.base.urls import local_path, public_url, require_public, without_slash
 from ktrain.errors import ConfigError
 from ktrain.launcher import accelerators
 from ktrain.launcher.accelerators import Devices, Slices
@@ -339,6 +339,7 @@ class JobSpec:
     tpus: Slices | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "run", without_slash(self.run))  # one text per run: annotations and digests are of it
         _expect_name(self.name)
         _expect_image("image", self.image)
         _expect("command", len(self.command) > 0 and self.command[0] != "", "a script and its arguments", self.command)
@@ -438,7 +439,8 @@ class JobSpec:
 
 def default_name(run: str) -> str:
     """A job's name from its run's URL: the last part of it, and a digest where that had to be changed."""
-    last = run.rstrip("/").rpartition("/")[2]
+    run = without_slash(run)
+    last = run.rpartition("/")[2]
     plain = re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-")
     plain = plain if plain[:1].isalpha() else f"run-{plain}".strip("-")
     if plain == last and len(plain) <= MOST_NAME:

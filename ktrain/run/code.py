@@ -34,7 +34,7 @@ def send_code(spec: JobSpec, archive: CodeArchive | None) -> str:
     """
     sha256, size = spec.code.archive, spec.code.size
     assert spec.code.is_in_bucket and sha256 is not None and size is not None
-    where = f"{spec.run.rstrip('/')}/{bucket.archive_name(sha256)}"
+    where = f"{spec.run}/{bucket.archive_name(sha256)}"
     timeouts = settings.timeouts()
     deadline = _deadline(timeouts, size)
     store = open_tier(spec.run, timeouts=timeouts)

@@ -25,7 +25,7 @@ from ktrain.launcher.cluster import resources as known
 from ktrain.testing.fake_cluster import FakeCluster, Offer
 from tests.unit.launcher.on_cluster.clusters import CRDS, job, make_worker
 
-JOB = ("--run", "s3://bucket/net", "--image", "example/train:1", "--state", "1Gi", "--nodes", "2")
+JOB = ("--run", "memory://bucket/net", "--image", "example/train:1", "--state", "1Gi", "--nodes", "2")
 
 
 @pytest.fixture

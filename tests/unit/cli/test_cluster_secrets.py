@@ -20,7 +20,7 @@ from tests.unit.launcher.on_cluster.clusters import CRDS
 
 VALUE, PULL, LOGIN, IGNORED, TYPED = (f"canary-{name}-4711" for name in ("value", "pull", "login", "ignored", "typed"))
 JOB = (
-    "--run", "s3://bucket/net", "--image", "example/train:1", "--state", "1Gi", "--nodes", "2",
+    "--run", "memory://bucket/net", "--image", "example/train:1", "--state", "1Gi", "--nodes", "2",
     "--secret", "HF_TOKEN=hub:token", "--set", "pull_secrets=['registry']",
 )  # fmt: skip
 
@@ -126,7 +126,7 @@ def test_life_of_a_job_shows_no_secret(
     (tmp_path / "kubeconfig").unlink()  # it is the user's own, and holds the login
     (code / ".env").unlink()  # likewise
     assert len(secrets[0]) > 20 and traces.found(secrets, tmp_path) == []
-    assert traces.found(("s3://bucket/net",), tmp_path) != []  # what is there is found
+    assert traces.found(("memory://bucket/net",), tmp_path) != []  # what is there is found
 
 
 @pytest.mark.parametrize("status", [422, 403, 503])

@@ -21,7 +21,7 @@ from ktrain.tier.location import open_tier
 from tests.unit.launcher import setups
 from tests.unit.launcher.on_cluster.clusters import CRDS
 
-JOB = ("--run", "s3://bucket/net", "--image", "example/train:1", "--state", "1Gi", "--nodes", "2")
+JOB = ("--run", "memory://bucket/net", "--image", "example/train:1", "--state", "1Gi", "--nodes", "2")
 
 
 @pytest.fixture
@@ -51,10 +51,10 @@ def test_job_is_launched_listed_shown_cancelled_and_deleted(cluster: FakeCluster
 
     code, out, _ = ktrain("list", "--output", "json")
     assert [(item["name"], item["state"], item["run"]) for item in json.loads(out)] == [
-        ("net", "starting", "s3://bucket/net")
+        ("net", "starting", "memory://bucket/net")
     ]
 
-    code, out, _ = ktrain("status", "--output", "json", "s3://bucket/net")
+    code, out, _ = ktrain("status", "--output", "json", "memory://bucket/net")
     assert json.loads(out)["state"] == "starting" and code == contract.EXIT_OK
 
     code, out, err = ktrain("launch", *JOB, "train.py")

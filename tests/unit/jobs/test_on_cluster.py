@@ -22,6 +22,7 @@ from ktrain.errors import ConfigError, ConflictError, DeadlineError, NotFoundErr
 from ktrain.jobs import on_cluster
 from ktrain.jobs.job import Job
 from ktrain.jobs.look import State
+from ktrain.launcher.backends.kubernetes.submit import submit, try_job
 from ktrain.launcher.cluster import resources as known
 from ktrain.launcher.code.function import FILE, open_function
 from ktrain.launcher.code.members import MARK
@@ -29,6 +30,7 @@ from ktrain.launcher.code.unpack import unpack_code
 from ktrain.testing.fake_cluster import FakeCluster, Offer
 from ktrain.tier.location import open_tier
 from tests.unit.launcher.on_cluster.clusters import CRDS, client_of, make_worker
+from tests.unit.launcher.on_cluster.clusters import job as job_spec
 from tests.unit.launcher.on_cluster.resumes import config_maps, end
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "guides" / "notebooks.md"
@@ -111,10 +113,33 @@ def test_job_is_found_by_its_run_and_by_its_name_from_elsewhere(
 
     assert ktrain.attach(run).name == "net" and ktrain.attach("net").run == run
     assert asked == [ktrain.Kubernetes(namespace="default"), ktrain.Kubernetes()]
-    with pytest.raises(NotFoundError, match=f"job 'net' is of run {run}"):
+    with pytest.raises(NotFoundError, match="there is no job of run memory://other/net"):
         ktrain.attach("memory://other/net", on=place)
     with pytest.raises(NotFoundError, match="a job on Kubernetes, not one of this machine"):
         ktrain.attach(run, on=ktrain.Local())
+
+
+def test_name_that_another_run_has_taken_since_is_not_attached_to(
+    cluster: FakeCluster, place: ktrain.Kubernetes, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = on_cluster.client_of(place)
+    monkeypatch.setattr(on_cluster, "client_of", lambda _: client)
+    ktrain.launch("train.py", on=place, run=run)
+    cluster.store.delete(known.JOB_SET, "default", "net")
+    other = f"memory://other-{ids.random_id()}/net"
+    submit(client, try_job(client, job_spec(run=other)), None)
+
+    with pytest.raises(NotFoundError, match=f"recorded of run {run}, is of run {other} now"):
+        ktrain.attach(run)
+    assert ktrain.attach("net").run == other
+
+
+def test_job_with_a_name_of_its_own_is_attached_to_by_its_run(place: ktrain.Kubernetes, run: str) -> None:
+    ktrain.launch("train.py", on=dataclasses.replace(place, fields={"name": "odd"}), run=f"{run}/")
+
+    found = ktrain.attach(run, on=place)
+
+    assert (found.name, found.run) == ("odd", run)
 
 
 def test_steps_losses_and_the_last_resume_come_from_the_run(place: ktrain.Kubernetes, run: str) -> None:
@@ -134,7 +159,7 @@ def test_steps_losses_and_the_last_resume_come_from_the_run(place: ktrain.Kubern
 def test_run_that_cannot_be_read_from_here_is_said_and_left_alone(place: ktrain.Kubernetes, tmp_path: Path) -> None:
     job = ktrain.launch(train, args=[1], on=place, run="nowhere://bucket/net")
 
-    assert "not recorded in its run, and is found by attach('net', on=" in job.warnings[-1]
+    assert "not recorded in its run; from Python attach('net', on=" in job.warnings[-1]
     first, second = job.status(), job.status()
     assert first.state is State.STARTING and first.unread is not None and first.unread == second.unread
     assert "not known" in str(first)
@@ -285,6 +310,6 @@ def test_job_of_another_run_that_took_the_name_is_not_resumed(
     end(cluster, "net")
     before = len(cluster.requests())
 
-    with pytest.raises(NotFoundError, match=f"the last one is job net of run {other.run}"):
+    with pytest.raises(ConflictError, match=f"which a job of run {other.run} has now"):
         job.resume()
     assert {request.method for request in cluster.requests()[before:]} == {"GET"}

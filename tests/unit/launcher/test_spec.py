@@ -198,6 +198,19 @@ def test_default_name_of_a_plain_run_is_its_last_part() -> None:
     assert default_name("s3://bucket/Net_A") != default_name("s3://other/Net_A")
 
 
+def test_default_name_is_one_for_a_run_with_and_without_a_slash_at_its_end() -> None:
+    assert default_name("s3://bucket/Net_A/") == default_name("s3://bucket/Net_A")
+
+
+@pytest.mark.parametrize(
+    ("run", "kept"), [("s3://bucket/net//", "s3://bucket/net"), ("memory://", "memory://"), ("/data/net/", "/data/net")]
+)
+def test_run_is_one_text_with_and_without_a_slash_at_its_end(run: str, kept: str) -> None:
+    found = job(run=run, volumes=[{"claim": "shared", "path": "/data"}])
+
+    assert found.run == kept and found == job(run=kept, volumes=[{"claim": "shared", "path": "/data"}])
+
+
 def test_profiles_are_found_in_an_installed_package() -> None:
     """By the import system's resources, not by a path of the checkout."""
     from importlib import resources

@@ -13,9 +13,11 @@ from typing import Any
 
 from ktrain.base import contract
 from ktrain.base.clock import Deadline
+from ktrain.base.urls import without_slash
 from ktrain.errors import ConfigError, ConflictError, DeadlineError, ForbiddenError, KtrainError, NotFoundError
 from ktrain.launcher.backends.kubernetes import stored
 from ktrain.launcher.backends.kubernetes.client import Client, Object, path_of
+from ktrain.launcher.backends.kubernetes.find import is_of_run
 from ktrain.launcher.backends.kubernetes.status import FINAL, State, Status, assess, run_of, state_of
 from ktrain.launcher.backends.kubernetes.submission import Submission, new_sending
 from ktrain.launcher.backends.kubernetes.submit import Submitted, Tried, object_path, submit
@@ -66,19 +68,29 @@ class Resumed:
 
 
 def find_last(
-    client: Client, namespace: str, name: str, *, from_run: Callable[[], Submission | None] = lambda: None
+    client: Client,
+    namespace: str,
+    name: str,
+    *,
+    run: str | None = None,
+    from_run: Callable[[], Submission | None] = lambda: None,
 ) -> Last:
-    """The submission that a job goes on from. `from_run` asks the run, where the cluster has none.
+    """The submission that a job goes on from: of any run, or of the given one alone, since names are used again.
+
+    `from_run` asks the run, where the cluster has none.
 
     Raises:
-        ConflictError: the job, or another one of its run, is live, or may start at any moment.
+        ConflictError: the job, or another one of its run, is live, or may start at any moment; or the job of that name
+            is of another run.
         ConfigError: it is done, or its submission cannot be read.
         NotFoundError: nobody knows such a job.
         ForbiddenError: it may not be told.
     """
     view = _try_look(client, namespace, name)
     ticket = stored.try_read_ticket(client, namespace, name)
-    ticket = ticket if _is_current(ticket, view) else None
+    if run is not None and view is not None and not is_of_run(view.jobset, run):
+        raise ConflictError(_of_another(view, run))
+    ticket = ticket if _is_current(ticket, view) and (run is None or is_ticket_of(ticket, run)) else None
     last = _from_ticket(namespace, name, ticket) if view is None else _from_cluster(client, view, ticket)
     if last is None:
         found = from_run()
@@ -198,11 +210,23 @@ def _expect_alone(client: Client, namespace: str, name: str, run: str) -> None:
     """A run has one job at a time: another one of its name would only wait for the hold of this one, and fail."""
     for jobset in list_jobsets(client, namespace):
         other, state = jobset["metadata"]["name"], state_of(jobset)
-        if other != name and run_of(jobset) == run and state not in FINAL:
+        if other != name and is_of_run(jobset, run) and state not in FINAL:
             raise ConflictError(
                 f"run {run}: it is live as job {other} ({state.value}); `ktrain cancel --backend kubernetes "
                 f"--namespace {namespace} {other}` first"
             )
+
+
+def is_ticket_of(ticket: Submission | None, run: str) -> bool:
+    """Whether it is there, and a resume of that run left it."""
+    return ticket is not None and without_slash(str(ticket.spec.get("run"))) == without_slash(run)
+
+
+def _of_another(view: View, run: str) -> str:
+    return (
+        f"job {view.name}: the last job of run {run} had this name, which a job of run {run_of(view.jobset)} has now; "
+        f"`ktrain delete --namespace {view.namespace} {view.name}` first, or launch the run again under another --name"
+    )
 
 
 def _unknown(namespace: str, name: str, view: View | None) -> str:

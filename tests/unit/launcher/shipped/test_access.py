@@ -16,9 +16,10 @@ from ktrain.errors import ForbiddenError
 from ktrain.launcher.backends.kubernetes import act, logs, remote
 from ktrain.launcher.backends.kubernetes.client import Client
 from ktrain.launcher.backends.kubernetes.collect import plan_collection
+from ktrain.launcher.backends.kubernetes.find import find_job
 from ktrain.launcher.backends.kubernetes.status import assess
 from ktrain.launcher.backends.kubernetes.submit import submit, try_job
-from ktrain.launcher.backends.kubernetes.view import events_of, jobset_path, list_jobsets, look
+from ktrain.launcher.backends.kubernetes.view import events_of, jobset_path, look
 from ktrain.launcher.cluster import resources as known
 from ktrain.launcher.facts import ClusterFacts
 from ktrain.launcher.render.job import render
@@ -165,7 +166,7 @@ def archive_of(changes: dict[str, Any]) -> bytes | None:
 
 def look_on(client: Client) -> None:
     """What a reader does."""
-    list_jobsets(client, "default")
+    assert find_job(client, "default", "s3://bucket/net") == "net"
     view = look(client, "default", "net")
     assert view.pods is not None and view.jobs is not None and view.events is not None and view.spec is not None
     assess(view)
