@@ -83,27 +83,34 @@ class Roster:
             self._told.discard(node)
             return True
 
-    def process_exited(self, node: str, role: str, pid: int, *, told: bool = False) -> None:
-        """The launcher saw a process end; role "node" is all of a node's processes and its volume.
+    def process_exited(self, node: str, role: str, pid: int, *, told: bool = False) -> bool:
+        """A process was seen to end; role "node" is all of a node's processes and its volume.
 
-        `told` says that its pod was told to end from outside.
+        `pid` is that of the supervisor also where a node ended, negative where it had none; 0 is whichever is known.
+        `told` says that its pod was told to end from outside. False for the late word of a pod whose place another has
+        taken, which changes nothing of that one.
         """
         with self._lock:
+            known, dead = self._reports.get(node), self._dead_pids.setdefault(node, set())
+            is_late = pid != 0 and known is not None and known[0].pid != pid
+            if role == "supervisor":
+                is_late = is_late or pid in dead
+                dead.add(pid)
+            if is_late and role in ("supervisor", "node"):
+                return False
             if told:
                 self._told.add(node)
             elif role == "node":
                 self._told.discard(node)  # it was made anew, or died
             if role in ("agent", "node"):
                 self._agents_gone_s[node] = self._clock.monotonic()
-            if role == "supervisor":
-                self._dead_pids.setdefault(node, set()).add(pid)
-            known = self._reports.get(node)
-            if role == "node" or (role == "supervisor" and known is not None and known[0].pid == pid):
+            if role in ("supervisor", "node"):
                 self._reports.pop(node, None)
-                if role == "node" and known is not None:
-                    self._dead_pids.setdefault(node, set()).add(known[0].pid)
             if role == "node":
                 self._lost.add(node)
+                if known is not None:
+                    dead.add(known[0].pid)
+            return True
 
     def supervisors(self) -> dict[str, SupervisorReport]:
         now = self._clock.monotonic()
@@ -228,9 +235,9 @@ class Head:
 
     def _process_exited(self, said: dict[str, Any]) -> dict[str, Any]:
         for item in said["processes"]:
-            self._roster.process_exited(item["node"], item["role"], item["pid"], told=item.get("told", False))
-            if item["role"] == "node":
-                self._coordinator.forget_node(item["node"])
+            node, role = item["node"], item["role"]
+            if self._roster.process_exited(node, role, item["pid"], told=item.get("told", False)) and role == "node":
+                self._coordinator.forget_node(node)
         self._wake.set()
         return {}
 

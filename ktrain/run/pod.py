@@ -231,10 +231,12 @@ def tell_end(container: Container, ended: Ended) -> None:
     """Spares the head the wait for a lease."""
     if container.node_index is None or ended.process is None:
         return
-    role = _MODULES[container.name]
+    role, number = _MODULES[container.name], ended.process.number
     if container.name == "agent" and ended.told:
-        role = "node"  # a sidecar is told to end when its pod goes, and what it served goes with it
-    said = {"node": container.node, "role": role, "pid": ended.process.number, "exitcode": ended.exit_code}
+        # A sidecar is told to end when its pod goes, and what it served goes with it. The node's next pod may be heard
+        # already: the supervisor's number says which of them ends, -1 that this one had none.
+        role, number = "node", (atomic.try_read_json(container.child_of("trainer")) or {}).get("number", -1)
+    said = {"node": container.node, "role": role, "pid": number, "exitcode": ended.exit_code}
     _tell(container, {**said, "told": ended.told})
 
 

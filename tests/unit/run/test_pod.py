@@ -321,11 +321,16 @@ def test_main_other_words_are_bad_input(argv: list[str]) -> None:
     ],
 )
 def test_tell_end_is_said_with_what_goes_with_the_process(name: str, told: bool, role: str, place: PodSettings) -> None:
-    process = ProcessId(12, 345)
+    process, supervisor = ProcessId(12, 345), ProcessId(12, 678)
     with hearing() as (address, heard):
+        agent = pod.prepare("agent", replace(place, head=address))
+        pod.tell_end(agent, Ended(process, 0, told=True))
+        assert heard.pop()["pid"] == -1, "no trainer was started in this pod"
+        pod.note_child(pod.prepare("trainer", replace(place, head=address)), supervisor)
         pod.tell_end(pod.prepare(name, replace(place, head=address)), Ended(process, 137, told))
 
-    assert heard == [{"node": "node-1", "role": role, "pid": process.number, "exitcode": 137, "told": told}]
+    number = (supervisor if role == "node" else process).number
+    assert heard == [{"node": "node-1", "role": role, "pid": number, "exitcode": 137, "told": told}]
 
 
 def test_tell_end_head_that_is_away_is_no_error(place: PodSettings) -> None:
