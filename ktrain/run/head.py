@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -236,7 +236,9 @@ class Head:
     def _process_exited(self, said: dict[str, Any]) -> dict[str, Any]:
         for item in said["processes"]:
             node, role = item["node"], item["role"]
-            if self._roster.process_exited(node, role, item["pid"], told=item.get("told", False)) and role == "node":
+            with self._lock:  # the pod of a suspect is told to end because its trainer left: by us, not from outside
+                told = item.get("told", False) and not self._machine.is_suspect(node)
+            if self._roster.process_exited(node, role, item["pid"], told=told) and role == "node":
                 self._coordinator.forget_node(node)
         self._wake.set()
         return {}
@@ -437,13 +439,17 @@ class Head:
         deadline = Deadline.after(self._timeouts.lease_s, self._clock)
         self._coordinator.free_volumes()
         everyone = set(self._machine.assignment)
-        # A head that is new has heard of nobody yet: silence is not a freed volume.
-        while not (self._coordinator.volumes_freed() and set(self._coordinator.nodes()) >= everyone):
+        while not _are_freed(self._coordinator, everyone):
             if deadline.expired():
                 said = f"not every node freed its volume within {deadline.total_s:g} s; see `ktrain ckpt ls --volume`"
                 self._emit_now(events.make("notice", clock=self._clock, message=said))
                 return
             self._clock.sleep(_TICK_S / 2)
+
+
+def _are_freed(coordinator: Coordinator, nodes: Set[str]) -> bool:
+    """Whether these nodes freed their volumes. A new head has heard of nobody yet: silence is not a freed volume."""
+    return coordinator.volumes_freed() and coordinator.nodes().keys() >= nodes
 
 
 def _rank_states(progress: Mapping[int, RankProgress]) -> dict[str, Any]:
