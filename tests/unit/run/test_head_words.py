@@ -15,6 +15,8 @@ from ktrain.base import contract
 from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 from ktrain.base.control import Client
 from ktrain.base.job import LaunchSpec, PodPlace, WorkDir
+from ktrain.base.settings import Timeouts
+from ktrain.checkpoint.log import LogReader
 from ktrain.run.head import Head
 from ktrain.run.wire import WireKeeper
 from tests.unit.run.builders import in_pod
@@ -78,7 +80,7 @@ class Nodes:
 
 @pytest.fixture
 def spec(tmp_path: Path) -> LaunchSpec:
-    return replace(in_pod(), run=str(tmp_path / "run"), pod=PLACE)
+    return replace(in_pod(), run=str(tmp_path / "run"), pod=PLACE, patience_s=180.0)  # no lease ends in a test
 
 
 @pytest.fixture
@@ -118,3 +120,20 @@ def test_head_node_that_it_gave_back_is_not_one_that_was_taken(
     assert noted_as_told(spec) == ["node-0"]
     nodes.call("stop", {"reason": "enough"})
     assert head.result(WITHIN_S) == contract.EXIT_STOPPED
+
+
+def test_head_success_waits_for_no_volume_of_a_pod_that_said_goodbye(
+    spec: LaunchSpec, running: tuple[Nodes, Future[int]]
+) -> None:
+    nodes, head = running
+    nodes.start()
+    for node in spec.node_names:
+        nodes.report(node, "succeeded")
+    nodes.until(lambda: nodes.call("status", {})["state"] == "ended")
+
+    nodes.end("node-1", told=False)  # its sidecar was told to end, freed its volume, and had nobody to say so to
+    nodes.beat("node-0", freed=True)
+
+    assert head.result(WITHIN_S) == contract.EXIT_OK
+    events = LogReader(spec.run, timeouts=Timeouts(spec.patience_s)).read_new()
+    assert not [event.fields["message"] for event in events if event.kind == "notice"]
