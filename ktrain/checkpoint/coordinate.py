@@ -158,9 +158,9 @@ class Coordinator:
             self._free = True
 
     def volumes_freed(self) -> bool:
-        """True when every node that was heard of has freed its volume."""
+        """True when every node that was heard of within the lease has freed its volume."""
         with self._lock:
-            return self._roster.all_freed()
+            return self._roster.all_freed(self._clock.monotonic(), self._timeouts.lease_s)
 
     def start(self) -> None:
         """Starts the thread that talks to storage."""

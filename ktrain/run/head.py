@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -84,27 +84,34 @@ class Roster:
             self._told.discard(node)
             return True
 
-    def process_exited(self, node: str, role: str, pid: int, *, told: bool = False) -> None:
-        """The launcher saw a process end; role "node" is all of a node's processes and its volume.
+    def process_exited(self, node: str, role: str, pid: int, *, told: bool = False) -> bool:
+        """A process was seen to end; role "node" is all of a node's processes and its volume.
 
-        `told` says that its pod was told to end from outside.
+        `pid` is that of the supervisor also where a node ended, negative where it had none; 0 is whichever is known.
+        `told` says that its pod was told to end from outside. False for the late word of a pod whose place another has
+        taken, which changes nothing of that one.
         """
         with self._lock:
+            known, dead = self._reports.get(node), self._dead_pids.setdefault(node, set())
+            is_late = pid != 0 and known is not None and known[0].pid != pid
+            if role == "supervisor":
+                is_late = is_late or pid in dead
+                dead.add(pid)
+            if is_late and role in ("supervisor", "node"):
+                return False
             if told:
                 self._told.add(node)
             elif role == "node":
                 self._told.discard(node)  # it was made anew, or died
             if role in ("agent", "node"):
                 self._agents_gone_s[node] = self._clock.monotonic()
-            if role == "supervisor":
-                self._dead_pids.setdefault(node, set()).add(pid)
-            known = self._reports.get(node)
-            if role == "node" or (role == "supervisor" and known is not None and known[0].pid == pid):
+            if role in ("supervisor", "node"):
                 self._reports.pop(node, None)
-                if role == "node" and known is not None:
-                    self._dead_pids.setdefault(node, set()).add(known[0].pid)
             if role == "node":
                 self._lost.add(node)
+                if known is not None:
+                    dead.add(known[0].pid)
+            return True
 
     def supervisors(self) -> dict[str, SupervisorReport]:
         now = self._clock.monotonic()
@@ -230,9 +237,11 @@ class Head:
 
     def _process_exited(self, said: dict[str, Any]) -> dict[str, Any]:
         for item in said["processes"]:
-            self._roster.process_exited(item["node"], item["role"], item["pid"], told=item.get("told", False))
-            if item["role"] == "node":
-                self._coordinator.forget_node(item["node"])
+            node, role = item["node"], item["role"]
+            with self._lock:  # the pod of a suspect is told to end because its trainer left: by us, not from outside
+                told = item.get("told", False) and not self._machine.is_suspect(node)
+            if self._roster.process_exited(node, role, item["pid"], told=told) and role == "node":
+                self._coordinator.forget_node(node)
         self._wake.set()
         return {}
 
@@ -431,14 +440,22 @@ class Head:
         """After success nothing in memory is needed any more; a node that does not answer is left to its launcher."""
         deadline = Deadline.after(self._timeouts.lease_s, self._clock)
         self._coordinator.free_volumes()
-        everyone = set(self._machine.assignment)
-        # A head that is new has heard of nobody yet: silence is not a freed volume.
-        while not (self._coordinator.volumes_freed() and set(self._coordinator.nodes()) >= everyone):
+        nodes = self._machine.assignment.keys()
+        while not _are_freed(self._coordinator, nodes, lost=self._roster.lost(), lease_s=deadline.total_s):
             if deadline.expired():
                 said = f"not every node freed its volume within {deadline.total_s:g} s; see `ktrain ckpt ls --volume`"
                 self._emit_now(events.make("notice", clock=self._clock, message=said))
                 return
             self._clock.sleep(_TICK_S / 2)
+
+
+def _are_freed(coordinator: Coordinator, nodes: Set[str], *, lost: Set[str], lease_s: float) -> bool:
+    """Whether these nodes freed their volumes; the memory of lost ones went with their pods.
+
+    A new head has heard of nobody yet: silence is not a freed volume.
+    """
+    heard = {node for node, silent_s in coordinator.nodes().items() if silent_s <= lease_s}
+    return coordinator.volumes_freed() and heard >= nodes - lost
 
 
 def _rank_states(progress: Mapping[int, RankProgress]) -> dict[str, Any]:

@@ -22,14 +22,19 @@ _HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, sign
 class Ended:
     """How the child ended."""
 
-    process: ProcessId | None  # None: it was gone before anybody could look
+    process: ProcessId | None  # None: it was gone before anybody could look, or was never started
     exit_code: int  # 128 and the signal's number where one ended it, as a shell says it
     told: bool  # a signal asked for the end of the container
 
 
-def run_as_init(command: Sequence[str], note: Callable[[ProcessId], None] = lambda child: None) -> Ended:
+def run_as_init(
+    command: Sequence[str],
+    note: Callable[[ProcessId], None] = lambda child: None,
+    begin: Callable[[], None] = lambda: None,
+) -> Ended:
     """Runs a command to its end. Call once, from the main thread; the child dies with it if it asks for that.
 
+    `begin` is done before there is a child, and takes its time: where SIGTERM comes meanwhile, none is started.
     `note` is told which process that is as soon as it is there. It may not raise: nobody would wait for the child.
     The wait has no deadline: it is as long as the container's life, and whoever runs the container ends that.
     """
@@ -44,6 +49,9 @@ def run_as_init(command: Sequence[str], note: Callable[[ProcessId], None] = lamb
 
     old = {signum: signal.signal(signum, hand_on) for signum in _HANDED_ON}
     try:
+        begin()
+        if signal.SIGTERM in told:
+            return Ended(None, 128 + signal.SIGTERM, told=True)
         pid = os.posix_spawn(command[0], list(command), settings.child_environment({}))
         process = ProcessId.of(pid)
         child_fd = os.pidfd_open(pid)  # ours until it is reaped below

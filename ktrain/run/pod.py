@@ -229,12 +229,17 @@ def note_child(container: Container, child: ProcessId) -> None:
 
 def tell_end(container: Container, ended: Ended) -> None:
     """Spares the head the wait for a lease."""
-    if container.node_index is None or ended.process is None:
+    if container.node_index is None:
         return
-    role = _MODULES[container.name]
     if container.name == "agent" and ended.told:
-        role = "node"  # a sidecar is told to end when its pod goes, and what it served goes with it
-    said = {"node": container.node, "role": role, "pid": ended.process.number, "exitcode": ended.exit_code}
+        # A sidecar is told to end when its pod goes, and what it served goes with it. The node's next pod may be heard
+        # already: the supervisor's number says which of them ends, -1 that this one had none.
+        role, number = "node", (atomic.try_read_json(container.child_of("trainer")) or {}).get("number", -1)
+    elif ended.process is not None:
+        role, number = _MODULES[container.name], ended.process.number
+    else:
+        return
+    said = {"node": container.node, "role": role, "pid": number, "exitcode": ended.exit_code}
     _tell(container, {**said, "told": ended.told})
 
 
@@ -258,9 +263,12 @@ def main(argv: list[str]) -> int:
         return exit_code(error)
     faults = _fault_points(container)
     faults.reached("pod.prepared", rank=container.node_index)
-    tell_begin(container)
-    faults.reached("pod.begun", rank=container.node_index)
-    ended = run_as_init(container.command(), lambda child: note_child(container, child))
+
+    def begin() -> None:
+        tell_begin(container)
+        faults.reached("pod.begun", rank=container.node_index)
+
+    ended = run_as_init(container.command(), lambda child: note_child(container, child), begin)
     faults.reached("pod.ended", rank=container.node_index)
     tell_end(container, ended)
     return ended.exit_code

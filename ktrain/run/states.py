@@ -130,6 +130,9 @@ class Machine:
         hang = self._failure is not None and self._failure.cause == contract.CAUSE_HANG
         return {"epoch": self.epoch, "action": "stop", "dump_stacks": hang}
 
+    def is_suspect(self, node: str) -> bool:
+        return self._seats.is_suspect(node)
+
     # What happens
 
     def tick(self, view: View) -> list[Action]:

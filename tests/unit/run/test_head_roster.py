@@ -70,6 +70,49 @@ def test_roster_lost_node_is_lost_until_an_empty_one_speaks(roster: Roster) -> N
     assert roster.lost() == frozenset()
 
 
+@pytest.mark.parametrize("role", ["supervisor", "node"])
+@pytest.mark.parametrize("told", [False, True])
+def test_roster_late_word_of_an_old_pod_changes_nothing_of_the_new_one(role: str, told: bool, roster: Roster) -> None:
+    roster.take(said(pid=10))
+    roster.process_exited("node-0", "node", 0)  # the new pod begins while the old one still ends
+    roster.take(said(pid=11, epoch=0, state="idle"))
+
+    assert not roster.process_exited("node-0", role, 10, told=told)
+
+    assert roster.take(said(pid=11, epoch=0, state="idle")), "it is not told to leave"
+    assert roster.supervisors()["node-0"].pid == 11
+    assert roster.lost() == roster.told() == frozenset()
+    assert not roster.take(said(pid=10))
+
+
+def test_roster_late_word_of_a_pod_that_had_no_supervisor_ends_nobody(roster: Roster) -> None:
+    assert roster.process_exited("node-0", "node", -1, told=True), "nobody else speaks for the node yet"
+    assert roster.lost() == roster.told() == {"node-0"}
+    roster.take(said(pid=11))
+
+    assert not roster.process_exited("node-0", "node", -1, told=True)
+
+    assert roster.supervisors()["node-0"].pid == 11 and roster.told() == frozenset()
+
+
+def test_roster_old_trainer_told_to_end_does_not_mark_the_pod_that_has_begun(roster: Roster) -> None:
+    roster.take(said(pid=10))
+    roster.process_exited("node-0", "node", 0)
+
+    assert not roster.process_exited("node-0", "supervisor", 10, told=True)
+
+    assert roster.told() == frozenset()
+
+
+def test_roster_pod_that_ends_is_lost_with_its_supervisor(roster: Roster) -> None:
+    roster.take(said(pid=10))
+
+    assert roster.process_exited("node-0", "node", 10, told=True)
+
+    assert roster.lost() == roster.told() == {"node-0"} and roster.supervisors() == {}
+    assert not roster.take(said(pid=10))
+
+
 def test_roster_agent_counts_again_only_once_it_spoke_after_its_death(roster: Roster, clock: FakeClock) -> None:
     clock.sleep(10.0)
     roster.process_exited("node-0", "agent", 5)

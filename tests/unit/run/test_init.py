@@ -15,6 +15,15 @@ from ktrain.base.clock import SYSTEM_CLOCK, Deadline
 WITHIN_S = 60.0
 INIT = "import sys; from ktrain.run.init import run_as_init; e = run_as_init(sys.argv[1:]); print(e.told); "
 EXIT = INIT + "sys.exit(e.exit_code)"
+# What is done before there is a child takes until the test has sent its signal.
+BEGINS = (
+    "import os, pathlib, sys, time; from ktrain.run.init import run_as_init\n"
+    "ready, go = sys.argv.pop(), sys.argv.pop()\n"
+    "def begin():\n"
+    "    pathlib.Path(ready).touch()\n"
+    "    while not os.path.exists(go): time.sleep(0.02)\n"
+    "e = run_as_init(sys.argv[1:], begin=begin); print(e.told, e.process is None); sys.exit(e.exit_code)"
+)
 # The init takes in orphans of its own, as process 1 does of all its container (prctl PR_SET_CHILD_SUBREAPER).
 ADOPTS = "import ctypes; assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0; " + EXIT
 
@@ -61,6 +70,29 @@ def test_init_signal_reaches_the_child(signum: signal.Signals, told: str, tmp_pa
     process.send_signal(signum)
 
     assert end(process) == (9, told)
+
+
+def test_init_told_to_end_before_there_is_a_child_starts_none(tmp_path: Path) -> None:
+    ready, go, started = tmp_path / "ready", tmp_path / "go", tmp_path / "started"
+    process = start(BEGINS, f"open({str(started)!r}, 'w')", str(go), str(ready))
+    await_file(ready)
+
+    process.send_signal(signal.SIGTERM)
+    go.touch()
+
+    assert end(process) == (128 + signal.SIGTERM, "True True\n")
+    assert not started.exists()
+
+
+def test_init_other_signal_before_there_is_a_child_is_handed_on(tmp_path: Path) -> None:
+    ready, go = tmp_path / "ready", tmp_path / "go"
+    process = start(BEGINS, "import signal\nwhile True: signal.pause()", str(go), str(ready))
+    await_file(ready)
+
+    process.send_signal(signal.SIGUSR1)
+    go.touch()
+
+    assert end(process) == (128 + signal.SIGUSR1, "False False\n")
 
 
 def test_init_orphan_is_reaped_while_the_child_lives(tmp_path: Path) -> None:

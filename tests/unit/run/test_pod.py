@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -321,17 +321,30 @@ def test_main_other_words_are_bad_input(argv: list[str]) -> None:
     ],
 )
 def test_tell_end_is_said_with_what_goes_with_the_process(name: str, told: bool, role: str, place: PodSettings) -> None:
-    process = ProcessId(12, 345)
+    process, supervisor = ProcessId(12, 345), ProcessId(12, 678)
     with hearing() as (address, heard):
+        agent = pod.prepare("agent", replace(place, head=address))
+        pod.tell_end(agent, Ended(process, 0, told=True))
+        assert heard.pop()["pid"] == -1, "no trainer was started in this pod"
+        pod.note_child(pod.prepare("trainer", replace(place, head=address)), supervisor)
         pod.tell_end(pod.prepare(name, replace(place, head=address)), Ended(process, 137, told))
 
-    assert heard == [{"node": "node-1", "role": role, "pid": process.number, "exitcode": 137, "told": told}]
+    number = (supervisor if role == "node" else process).number
+    assert heard == [{"node": "node-1", "role": role, "pid": number, "exitcode": 137, "told": told}]
 
 
 def test_tell_end_head_that_is_away_is_no_error(place: PodSettings) -> None:
     made = pod.prepare("agent", replace(place, head="tcp:127.0.0.1:1"))
 
     pod.tell_end(made, Ended(ProcessId(1, 2), 0, told=False))
+
+
+def test_tell_end_agent_told_before_it_was_started_takes_its_node_along(place: PodSettings) -> None:
+    with hearing() as (address, heard):
+        for name in ("trainer", "agent"):
+            pod.tell_end(pod.prepare(name, replace(place, head=address)), Ended(None, 143, told=True))
+
+    assert heard == [{"node": "node-1", "role": "node", "pid": -1, "exitcode": 143, "told": True}]
 
 
 def test_job_spec_with_a_place_survives_its_file(place: PodSettings) -> None:
@@ -385,7 +398,12 @@ def test_main_fault_points_count_the_starts_of_a_container_in_its_pod(
     (tmp_path / "ktrain" / "work").symlink_to(place.work)
     plan = "raise@pod.prepared,rank=1;raise@pod.begun,epoch=2;raise@pod.prepared,rank=0,epoch=3"
     monkeypatch.setenv(contract.ENV_FAULTS, plan)
-    monkeypatch.setattr(pod, "run_as_init", lambda command, note: Ended(None, 7, told=False))
+
+    def run(command: Sequence[str], note: Callable[[ProcessId], None], begin: Callable[[], None]) -> Ended:
+        begin()
+        return Ended(None, 7, told=False)
+
+    monkeypatch.setattr(pod, "run_as_init", run)
 
     for point in ("pod.prepared", "pod.begun"):
         with pytest.raises(InternalError, match=point):

@@ -222,13 +222,14 @@ def test_second_failure_in_a_row_on_one_node_gives_its_pod_back() -> None:
 
     wanted = fail_on(world, "node-1", 3, "ValueError: nan", 20)
 
-    assert world.machine.desired("node-1")["action"] == "replace"
-    assert world.machine.desired("node-0")["action"] == "stop"
+    assert world.machine.desired("node-1")["action"] == "replace" and world.machine.is_suspect("node-1")
+    assert world.machine.desired("node-0")["action"] == "stop" and not world.machine.is_suspect("node-0")
     assert "74" in said(wanted, "notice")[0]["message"] and not find(wanted, Allocate)
     del world.reports["node-1"]
     assert world.tick() == []
     world.report("node-1", pid=99, epoch=0, state="idle", exits=())
     assert find(world.tick(), Allocate)[0].assignment == {"node-0": (0, 1), "node-1": (2, 3)}
+    assert not world.machine.is_suspect("node-1")
 
 
 @pytest.mark.parametrize("second", ["node-0", "node-1"])
