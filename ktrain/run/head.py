@@ -170,10 +170,9 @@ class Head:
             self._told: frozenset[str] = frozenset(self._saved.get("told", ()))  # as it was noted last
             self._roster = Roster(clock, told=self._told)
             self._fired = _read_fired(spec, self._timeouts, clock)
-            known = _read_numbers(spec.run, self._catalog.tier, self._timeouts, clock)
             self._events = log.open_log(spec.run, self._catalog.tier, timeouts=self._timeouts, clock=clock)
             undo.callback(self._events.close)
-            intake = Intake(self._events, known)
+            intake = Intake(self._events, _read_numbers(spec.run, self._catalog.tier, self._timeouts, clock))
             self._coordinator = Coordinator(self._catalog, timeouts=self._timeouts, intake=intake, clock=clock)
             self._machine = self._make_machine()
             self._held = undo.pop_all()

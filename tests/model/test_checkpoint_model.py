@@ -271,5 +271,5 @@ _PHASES = [phase for phase in Phase if phase is not Phase.shrink]
 _COMMON = settings(deadline=None, suppress_health_check=list(HealthCheck), phases=_PHASES)
 TestJob = Job.TestCase
 TestJob.settings = settings(_COMMON, max_examples=25, stateful_step_count=15, derandomize=True)
-TestJobForLong = pytest.mark.chaos(pytest.mark.timeout(900)(JobForLong.TestCase))
+TestJobForLong = pytest.mark.chaos(pytest.mark.timeout(900)(pytest.mark.usefixtures("undumped")(JobForLong.TestCase)))
 TestJobForLong.settings = settings(_COMMON, max_examples=60, stateful_step_count=20)

@@ -212,5 +212,7 @@ _PHASES = [phase for phase in Phase if phase is not Phase.shrink]
 _COMMON = settings(deadline=None, suppress_health_check=list(HealthCheck), phases=_PHASES)
 TestEvents = Events.TestCase
 TestEvents.settings = settings(_COMMON, max_examples=20, stateful_step_count=40, derandomize=True)
-TestEventsForLong = pytest.mark.chaos(pytest.mark.timeout(900)(EventsForLong.TestCase))
+TestEventsForLong = pytest.mark.chaos(
+    pytest.mark.timeout(900)(pytest.mark.usefixtures("undumped")(EventsForLong.TestCase))
+)
 TestEventsForLong.settings = settings(_COMMON, max_examples=300, stateful_step_count=50)

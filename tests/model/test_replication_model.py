@@ -225,5 +225,7 @@ _PHASES = [phase for phase in Phase if phase is not Phase.shrink]
 _COMMON = settings(deadline=None, suppress_health_check=list(HealthCheck), phases=_PHASES)
 TestReplicas = Replicas.TestCase
 TestReplicas.settings = settings(_COMMON, max_examples=15, stateful_step_count=20, derandomize=True)
-TestReplicasForLong = pytest.mark.chaos(pytest.mark.timeout(900)(ReplicasForLong.TestCase))
+TestReplicasForLong = pytest.mark.chaos(
+    pytest.mark.timeout(900)(pytest.mark.usefixtures("undumped")(ReplicasForLong.TestCase))
+)
 TestReplicasForLong.settings = settings(_COMMON, max_examples=150, stateful_step_count=30)
