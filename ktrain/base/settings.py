@@ -44,6 +44,11 @@ class Timeouts:
         return max(3.0, self.patience_s / 6)
 
     @property
+    def free_s(self) -> float:
+        """From the word that its memory is not needed until a node has given it back: it ends its wire before."""
+        return max(20.0, self.lease_s)
+
+    @property
     def step_s(self) -> float:
         """Silence between two steps after which a rank counts as hung."""
         return self.patience_s

@@ -158,9 +158,9 @@ class Coordinator:
             self._free = True
 
     def volumes_freed(self) -> bool:
-        """True when every node that was heard of within the lease has freed its volume."""
+        """True when every node has freed its volume that was heard of since it could have done so."""
         with self._lock:
-            return self._roster.all_freed(self._clock.monotonic(), self._timeouts.lease_s)
+            return self._roster.all_freed(self._clock.monotonic(), self._timeouts.free_s)
 
     def start(self) -> None:
         """Starts the thread that talks to storage."""

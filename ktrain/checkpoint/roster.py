@@ -181,9 +181,9 @@ class Roster:
         """Node -> seconds since it was last heard of."""
         return {member.node: now_s - member.heard_s for member in self._members.values()}
 
-    def all_freed(self, now_s: float, lease_s: float) -> bool:
-        """True when every keeper has freed its volume, or is silent for longer than the lease: its node is lost."""
-        return all(member.freed or now_s - member.heard_s > lease_s for member in self._members.values())
+    def all_freed(self, now_s: float, free_s: float) -> bool:
+        """True when every keeper has freed its volume, or is silent for longer than that takes: its node is lost."""
+        return all(member.freed or now_s - member.heard_s > free_s for member in self._members.values())
 
     def progress(self, now_s: float, drain_quiet_s: float) -> dict[int, RankProgress]:
         """Rank -> progress; ranks that never reported are absent. In its "close" a rank waits for the last drain."""

@@ -437,10 +437,10 @@ class Head:
 
     def _free_volumes(self) -> None:
         """After success nothing in memory is needed any more; a node that does not answer is left to its launcher."""
-        deadline = Deadline.after(self._timeouts.lease_s, self._clock)
+        deadline = Deadline.after(self._timeouts.free_s, self._clock)
         self._coordinator.free_volumes()
         nodes = self._machine.assignment.keys()
-        while not _are_freed(self._coordinator, nodes, lost=self._roster.lost(), lease_s=deadline.total_s):
+        while not _are_freed(self._coordinator, nodes, lost=self._roster.lost(), within_s=deadline.total_s):
             if deadline.expired():
                 said = f"not every node freed its volume within {deadline.total_s:g} s; see `ktrain ckpt ls --volume`"
                 self._emit_now(events.make("notice", clock=self._clock, message=said))
@@ -448,12 +448,12 @@ class Head:
             self._clock.sleep(_TICK_S / 2)
 
 
-def _are_freed(coordinator: Coordinator, nodes: Set[str], *, lost: Set[str], lease_s: float) -> bool:
+def _are_freed(coordinator: Coordinator, nodes: Set[str], *, lost: Set[str], within_s: float) -> bool:
     """Whether these nodes freed their volumes; the memory of lost ones went with their pods.
 
     A new head has heard of nobody yet: silence is not a freed volume.
     """
-    heard = {node for node, silent_s in coordinator.nodes().items() if silent_s <= lease_s}
+    heard = {node for node, silent_s in coordinator.nodes().items() if silent_s <= within_s}
     return coordinator.volumes_freed() and heard >= nodes - lost
 
 

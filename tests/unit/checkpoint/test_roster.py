@@ -24,14 +24,14 @@ def test_take_keeper_that_has_not_looked_yet_holds_what_the_one_before_it_held()
     assert roster.inventories() == {"node-0": []}
 
 
-def test_all_freed_waits_for_nobody_who_is_silent_for_longer_than_the_lease() -> None:
+def test_all_freed_waits_for_nobody_who_is_silent_for_longer_than_that_takes() -> None:
     roster = Roster()
     roster.take({**beat("a", [], has_looked=True), "freed": True}, 9.0, room=9)
-    assert roster.all_freed(9.0, lease_s=5.0)
+    assert roster.all_freed(9.0, free_s=5.0)
     roster.take({**beat("b", [], has_looked=True), "member": "node-1", "node": "node-1"}, 3.0, room=9)
 
-    assert not roster.all_freed(8.0, lease_s=5.0)
-    assert roster.all_freed(8.1, lease_s=5.0)
+    assert not roster.all_freed(8.0, free_s=5.0)
+    assert roster.all_freed(8.1, free_s=5.0)
 
 
 def test_take_first_keeper_of_a_node_that_was_forgotten_holds_nothing() -> None:
